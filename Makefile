@@ -1,0 +1,52 @@
+# make           what there is to run
+# make demo      train one small model on four ranks and show the plan
+# make test      all tests;  make check: ruff, mypy and import-linter
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST_WORKERS ?= 2
+
+# Page faults otherwise dominate CPU collectives (see docs): a 64 MB clone takes 60-205 ms, then 14-20.
+CPU_RANKS := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format verify bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+venv: $(STAMP)
+
+# setuptools and wheel first: the editable build then needs no isolated environment of its own.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+demo: venv
+	$(CPU_RANKS) $(PY) examples/run_demo.py
+
+test: venv
+	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) tests
+
+check: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: venv
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+verify: venv
+	$(CPU_RANKS) $(PY) -m tests.e2e.verify
+
+bench: venv
+	$(CPU_RANKS) $(PY) benchmarks/speed.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""autopar: an auto-parallelizing compiler for single-device PyTorch code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autopar.errors import UserError
+
+if TYPE_CHECKING:
+    from autopar.api import parallelize
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "parallelize"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `import autopar.ir` loads neither the passes nor the runtime.
+    if name == "parallelize":
+        from autopar.api import parallelize
+
+        return parallelize
+    raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,134 @@
+"""Every private part of torch that autopar uses, under one name each, for torch 2.11 to 2.13.
+
+What is slow to import (dynamo takes over a second) is imported by the function that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
+from torch.utils import swap_tensors
+
+__all__ = [
+    "TORCH_VERSION",
+    "FakeTensor",
+    "FakeTensorMode",
+    "ShapeEnv",
+    "StridedShard",
+    "c10d_functional",
+    "dynamo_graph_capture_for_export",
+    "dynamo_ignores",
+    "fake_process_group",
+    "fake_process_group_init",
+    "free_symbols",
+    "local_tensor_mode",
+    "make_fx",
+    "rank_map",
+    "swap_tensors",
+]
+
+TORCH_VERSION: tuple[int, int] = (
+    int(torch.__version__.split(".")[0]),
+    int(torch.__version__.split(".")[1]),
+)
+
+
+def dynamo_graph_capture_for_export(
+    fn: Callable[..., Any],
+) -> Callable[..., torch.fx.GraphModule]:
+    """Return a function that captures `fn` as one graph on the arguments it is called with.
+
+    Parameters and buffers stay attributes of the graph. Its `_dynamo_bytecode_flatten(*args)`
+    gives the inputs of the graph, `_dynamo_bytecode_unflatten(outputs, args)` the result of `fn`;
+    both want `args` by position, in the order of the signature, keyword arguments too. Raises
+    `torch._dynamo.exc.Unsupported` and its relatives where `fn` cannot be one graph.
+    """
+    from torch._dynamo.functional_export import dynamo_graph_capture_for_export as capture
+
+    # 2.11 takes (mod, constraints, restore_state_dict), 2.13 (fn, constraints): by position it is
+    # the same call.
+    inner: Callable[..., torch.fx.GraphModule] = capture(fn)
+    return inner
+
+
+@contextlib.contextmanager
+def dynamo_ignores(functions: Iterable[Callable[..., Any]]) -> Iterator[None]:
+    """Let capture drop calls of `functions` (logging methods) instead of failing at them."""
+    import torch._dynamo.config as config
+
+    ignored = {*config.ignore_logging_functions, *functions}
+    # Untyped in some releases, hence the Any.
+    patch: Any = config.patch
+    with patch(ignore_logging_functions=ignored):
+        yield
+
+
+def c10d_functional() -> Any:
+    """Return `torch.ops._c10d_functional`, its shape functions for fake tensors registered.
+
+    These ops take a group *name* and return a tensor on which `wait_tensor` must be called. Never
+    differentiate through them: the backward of their all_reduce is another all_reduce.
+    """
+    import torch.distributed._functional_collectives
+
+    return torch.ops._c10d_functional
+
+
+def fake_process_group_init(world_size: int, rank: int = 0) -> None:
+    """Make this process rank `rank` of `world_size` ranks that are not there.
+
+    Collectives return at once with meaningless values, so that one process can trace the program of
+    any rank. Raises `ValueError` where a process group exists already; undo with
+    `torch.distributed.destroy_process_group()`.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    store: Any = FakeStore()
+    dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+
+
+@contextlib.contextmanager
+def fake_process_group(world_size: int, rank: int = 0) -> Iterator[None]:
+    """Do `fake_process_group_init` for the duration of a `with` block."""
+    fake_process_group_init(world_size, rank)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_tensor_mode(world_size: int) -> contextlib.AbstractContextManager[Any]:
+    """Return a context that runs every op once per rank, on real values, in this one process.
+
+    Needs a fake process group of the same size. A tensor is then a `LocalTensor` with one value per
+    rank (`tensor.reconcile()` where all agree), made by `rank_map`.
+    """
+    from torch.distributed._local_tensor import LocalTensorMode
+
+    return LocalTensorMode(world_size)
+
+
+def rank_map(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Return the simulated tensor whose value on rank `r` is `make(r)`.
+
+    Raises `RuntimeError` outside `local_tensor_mode`.
+    """
+    from torch.distributed import _local_tensor
+
+    mode = _local_tensor.local_tensor_mode()
+    if mode is None:
+        raise RuntimeError("rank_map needs `with local_tensor_mode(world_size):` around it")
+    # 2.13 has `_local_tensor.rank_map`; 2.11 has not, and this is all it does.
+    with _local_tensor.maybe_disable_local_tensor_mode():
+        values = {rank: make(rank) for rank in sorted(mode.ranks)}
+    local_tensor: Any = _local_tensor.LocalTensor  # its constructor is untyped
+    result: torch.Tensor = local_tensor(values)
+    return result

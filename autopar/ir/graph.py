@@ -1,0 +1,139 @@
+"""The graph that every pass reads and writes: an FX graph with a typed value per node.
+
+Node metadata keys that autopar owns:
+
+- `value`: a `Value`, a tuple of `Value | None` (multi-output ops), or None (non-tensors).
+- `role` (placeholders): "param", "buffer", "input" or "constant".
+- `fqns` (placeholders): tuple of the names that share this tensor (`("wte.weight",
+  "lm_head.weight")` for tied weights); for inputs a single readable name (`"kwargs.input_ids"`).
+- `source`: `"model.py:31"`, the user's line that made the node, or "".
+- `stack`: the full stack trace text, or "".
+- `module`: dotted path of the module instance that made the node, or "".
+- `region`: id of the activation-checkpointing region the node belongs to, or None.
+
+Graphs are functional: no op mutates its inputs. The output node holds one flat tuple: the user's
+outputs first, then the new value of every mutated buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+import torch.fx
+
+from .sharding import Sharding
+
+Size = int | sympy.Expr
+
+
+@dataclass(frozen=True)
+class Value:
+    """Type of a tensor in the graph.
+
+    `shape` is the *global* shape, whose sizes may be sympy expressions in the captured symbols
+    until `specialise` makes them integers. `requires_grad` says whether autograd flows through it.
+    """
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    sharding: Sharding | None = None
+    requires_grad: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> Size:
+        n: Size = 1
+        for size in self.shape:
+            n = n * size
+        return n
+
+    def with_sharding(self, sharding: Sharding | None) -> Value:
+        return replace(self, sharding=sharding)
+
+    def int_shape(self) -> tuple[int, ...]:
+        """The shape as integers; raises TypeError while a size is symbolic."""
+        return tuple(int(size) for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An FX graph plus what autopar must know of it beyond the nodes.
+
+    `outputs` is the number of leading output-node entries that the user's code returns; entry
+    `outputs + i` of the output node is the new value of `mutated[i]` (a buffer's placeholder name).
+    """
+
+    fx: torch.fx.Graph
+    outputs: int
+    mutated: tuple[str, ...] = ()
+
+    def placeholders(self, role: str | None = None) -> list[torch.fx.Node]:
+        return [
+            node
+            for node in self.fx.nodes
+            if node.op == "placeholder" and (role is None or node.meta["role"] == role)
+        ]
+
+    def calls(self) -> Iterator[torch.fx.Node]:
+        for node in self.fx.nodes:
+            if node.op == "call_function":
+                yield node
+
+    @property
+    def output_node(self) -> torch.fx.Node:
+        return next(node for node in reversed(self.fx.nodes) if node.op == "output")
+
+    def copy(self) -> Graph:
+        """A copy whose nodes and metadata dicts are independent of this graph's."""
+        new = torch.fx.Graph()
+        env: dict[torch.fx.Node, torch.fx.Node] = {}
+        for node in self.fx.nodes:
+            env[node] = new.node_copy(node, lambda n: env[n])
+            env[node].meta = dict(node.meta)
+        return replace(self, fx=new)
+
+
+def value_of(node: torch.fx.Node) -> Value:
+    """The single tensor value of a node; raises TypeError if it has none or several."""
+    value = node.meta["value"]
+    if not isinstance(value, Value):
+        raise TypeError(f"%{node.name} has no single tensor value: {value!r}")
+    return value
+
+
+def values_of(node: torch.fx.Node) -> tuple[Value, ...]:
+    """All tensor values of a node, none for non-tensors."""
+    value = node.meta.get("value")
+    if isinstance(value, Value):
+        return (value,)
+    if isinstance(value, tuple):
+        return tuple(v for v in value if isinstance(v, Value))
+    return ()
+
+
+def tensor_inputs(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Tensor-valued input nodes in argument order (lists flattened), repeats kept.
+
+    `getitem` nodes on a multi-output op have that op as their single input.
+    """
+    found: list[torch.fx.Node] = []
+
+    def visit(arg: object) -> None:
+        if isinstance(arg, torch.fx.Node):
+            if values_of(arg):
+                found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            for item in arg:
+                visit(item)
+        elif isinstance(arg, dict):
+            for item in arg.values():
+                visit(item)
+
+    visit(node.args)
+    visit(node.kwargs)
+    return found

@@ -1,0 +1,170 @@
+"""A contender's processes: started once, blocked on a pipe while they wait for their turn."""
+
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import socket
+import statistics
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+RANKS = 4
+TIMEOUT_S = 600.0
+MALLOC = {  # page faults otherwise dominate large tensors on CPU
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+}
+
+
+class ContenderError(RuntimeError):
+    """A worker failed; the message is its traceback's last line."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps that were run in one go: seconds per step (slowest rank) and losses (mean of ranks)."""
+
+    step_s: list[float]
+    losses: list[float]
+
+
+class Pool:
+    """The processes of one contender on one model; use it as a context manager."""
+
+    def __init__(self, model: str, contender: str) -> None:
+        self.ranks = 1 if contender == "one process" else RANKS
+        self.step = 0
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        context = mp.get_context("spawn")
+        port = _free_port()
+        threads = RANKS // self.ranks
+        before = dict(os.environ)
+        try:
+            for rank in range(self.ranks):
+                os.environ.update(_environment(rank, self.ranks, port, threads))
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_worker, args=(theirs, model, contender, threads), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self.pipes.append(ours)
+                self.processes.append(process)
+            self._answers()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def run(self, steps: int, untimed: int = 1) -> Block:
+        """Run `untimed + steps` whole training steps and return the timed ones."""
+        first, self.step = self.step, self.step + untimed + steps
+        try:
+            for pipe in self.pipes:
+                pipe.send((first, untimed + steps))
+        except OSError as error:
+            raise ContenderError("its processes have ended") from error
+        answers = self._answers()
+        return Block(
+            [max(rank[0][i] for rank in answers) for i in range(untimed, untimed + steps)],
+            [statistics.fmean(rank[1][i] for rank in answers) for i in range(untimed + steps)],
+        )
+
+    def _answers(self) -> list[Any]:
+        answers = []
+        deadline = time.monotonic() + TIMEOUT_S
+        for pipe in self.pipes:
+            try:
+                if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                    raise ContenderError(f"no answer in {TIMEOUT_S:.0f} s")
+                answer = pipe.recv()
+            except (EOFError, OSError) as error:
+                raise ContenderError("a process ended (out of memory?)") from error
+            if isinstance(answer, str):
+                raise ContenderError(answer)
+            answers.append(answer)
+        return answers
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:
+    return MALLOC | {
+        "OMP_NUM_THREADS": str(threads),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _worker(pipe: Connection, model: str, contender: str, threads: int) -> None:
+    # The kernel ends this process with its driver, however the driver ends.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    try:
+        _serve(pipe, model, contender, threads)
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _serve(pipe: Connection, model: str, contender: str, threads: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from .baselines import CONTENDERS
+    from .models import MODELS
+
+    torch.set_num_threads(threads)
+    bench = MODELS[model]
+    if contender not in ("one process", "autopar"):
+        dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    trainer = CONTENDERS[contender](bench.build())
+    pipe.send("ready".encode())
+    while True:
+        first, count = pipe.recv()
+        batches = []
+        for step in range(first, first + count):
+            whole = bench.batch(torch.Generator().manual_seed(step % 16))
+            batches.append(trainer.slice_of(whole))
+        if dist.is_initialized():
+            dist.barrier()
+        times, losses, start = [], [], time.perf_counter()
+        for batch in batches:
+            losses.append(trainer.step(batch))
+            end = time.perf_counter()
+            times.append(end - start)
+            start = end
+        pipe.send((times, losses))
