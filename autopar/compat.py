@@ -132,3 +132,79 @@ def rank_map(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
     local_tensor: Any = _local_tensor.LocalTensor  # its constructor is untyped
     result: torch.Tensor = local_tensor(values)
     return result
+
+
+# Capture ------------------------------------------------------------------------------------------
+
+
+def dynamo_config(**settings: Any) -> contextlib.AbstractContextManager[Any]:
+    """Set dynamo's options for the duration of a `with` block; unknown names are left out."""
+    import torch._dynamo.config as config
+
+    known = {name: value for name, value in settings.items() if hasattr(config, name)}
+    patch: Any = config.patch  # untyped in some releases
+    context: contextlib.AbstractContextManager[Any] = patch(**known)
+    return context
+
+
+def functional_mode() -> Any:
+    """Return the class of the mode that makes ops functional while tracing before dispatch.
+
+    Instantiate with `(pre_dispatch=True, export=True)`.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    return FunctionalTensorMode
+
+
+def to_functional(tensor: torch.Tensor) -> torch.Tensor:
+    """Wrap a tensor so that `functional_mode` records what is written to it."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    wrapped: torch.Tensor = FunctionalTensor.to_functional(tensor)
+    return wrapped
+
+
+def from_functional(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the current value of a tensor that `to_functional` wrapped, writes applied."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)  # type: ignore[no-untyped-call]
+    value: torch.Tensor = torch._from_functional_tensor(tensor.elem)
+    return value
+
+
+def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which ops on symbolic shapes take torch's Python implementations."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    context: contextlib.AbstractContextManager[Any] = enable_python_dispatcher()
+    return context
+
+
+def has_autocast_kernel(op: Any, device_type: str) -> bool:
+    """Say whether autocast on `device_type` ("cpu", "cuda") changes the dtypes of `op`'s inputs."""
+    key = "Autocast" + {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type, "CPU")
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
+
+
+def new_registrations(namespace: str) -> torch.library.Library:
+    """Return a library whose ops live as long as it does."""
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+def autograd_function_apply(forward: Any, backward: Any, *tensors: Any, **options: Any) -> Any:
+    """Run the two graphs that dynamo makes of an `autograd.Function`, differentiably."""
+    from torch._functorch.autograd_function import autograd_function_apply as apply
+
+    return apply(forward, backward, *tensors, **options)
+
+
+def size_expr(size: Any) -> Any:
+    """Return a size as an int, or as the sympy expression that a symbolic size stands for."""
+    if isinstance(size, torch.SymInt):
+        expr: Any = size.node.expr
+        return int(expr) if expr.is_Integer else expr
+    return size

@@ -39,11 +39,13 @@ class Trainer:
     def step(self, batch: tuple[Tensor, ...]) -> float:
         """Forward, backward, optimizer step, zero_grad; returns the loss this rank saw."""
         with self.context():
-            loss = self.model(*batch)
-            loss.backward()
+            loss: Tensor = self.model(*batch)
+            loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach().full_tensor() if isinstance(loss, DTensor) else loss.detach())
+        if isinstance(loss, DTensor):
+            loss = loss.full_tensor()
+        return float(loss.detach())
 
     def slice_of(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not self.local_batch:
@@ -96,13 +98,14 @@ def tensor_parallel(model: nn.Module) -> Trainer:
 
 
 def _shard_gpt(model: GPT, mesh: DeviceMesh) -> None:
-    whole = {"input_layouts": (Replicate(),), "desired_input_layouts": (Replicate(),)}
     for block in model.blocks:
         _apply(
             block,
             mesh,
             {
-                "attention": PrepareModuleInput(**whole),
+                "attention": PrepareModuleInput(
+                    input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)
+                ),
                 "attention.wq": ColwiseParallel(),
                 "attention.wk": ColwiseParallel(),
                 "attention.wv": ColwiseParallel(),

@@ -6,16 +6,19 @@ import os
 import signal
 import socket
 import statistics
+import sys
 import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 RANKS = 4
 TIMEOUT_S = 600.0
-MALLOC = {  # page faults otherwise dominate large tensors on CPU
+MALLOC = {  # freed memory is kept: page faults otherwise dominate large tensors on CPU
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
@@ -36,7 +39,7 @@ class Block:
 class Pool:
     """The processes of one contender on one model; use it as a context manager."""
 
-    def __init__(self, model: str, contender: str) -> None:
+    def __init__(self, model: str, contender: str, keep_memory: bool = True) -> None:
         self.ranks = 1 if contender == "one process" else RANKS
         self.step = 0
         self.pipes: list[Connection] = []
@@ -44,15 +47,14 @@ class Pool:
         context = mp.get_context("spawn")
         port = _free_port()
         threads = RANKS // self.ranks
-        before = dict(os.environ)
         try:
             for rank in range(self.ranks):
-                os.environ.update(_environment(rank, self.ranks, port, threads))
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_worker, args=(theirs, model, contender, threads), daemon=True
-                )
-                process.start()
+                arguments = (theirs, model, contender, threads)
+                process = context.Process(target=_worker, args=arguments, daemon=True)
+                environment = _environment(rank, self.ranks, port, threads)
+                with mock.patch.dict(os.environ, environment | (MALLOC if keep_memory else {})):
+                    process.start()
                 theirs.close()
                 self.pipes.append(ours)
                 self.processes.append(process)
@@ -60,9 +62,6 @@ class Pool:
         except BaseException:
             self.close()
             raise
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
     def run(self, steps: int, untimed: int = 1) -> Block:
         """Run `untimed + steps` whole training steps and return the timed ones."""
@@ -116,7 +115,7 @@ def _free_port() -> int:
 
 
 def _environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, str]:
-    return MALLOC | {
+    return {
         "OMP_NUM_THREADS": str(threads),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -128,8 +127,10 @@ def _environment(rank: int, ranks: int, port: int, threads: int) -> dict[str, st
 
 
 def _worker(pipe: Connection, model: str, contender: str, threads: int) -> None:
-    # The kernel ends this process with its driver, however the driver ends.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if sys.platform == "linux":
+        # The kernel ends this process with its driver, and before others when memory is short.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         _serve(pipe, model, contender, threads)
     except (EOFError, KeyboardInterrupt):
@@ -152,7 +153,7 @@ def _serve(pipe: Connection, model: str, contender: str, threads: int) -> None:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     trainer = CONTENDERS[contender](bench.build())
-    pipe.send("ready".encode())
+    pipe.send(b"ready")
     while True:
         first, count = pipe.recv()
         batches = []

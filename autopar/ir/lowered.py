@@ -137,14 +137,16 @@ class LoweredOp:
         return self.name
 
 
-# Before `localise`, the same for every rank. A reshard asks for a sharding (`reshard(x, sharding)`);
+# Before `localise_shapes`, the same for every rank. A reshard asks for a sharding (`reshard(x, sharding)`);
 # a collective is one typed step on one axis (`collective(op, axis, x)`), its result's sharding in
 # the node's value; a bucket is several of them in one message (`bucket(op, axis, [x, y])`).
 RESHARD = LoweredOp("reshard")
 COLLECTIVE = LoweredOp("collective")
 BUCKET = LoweredOp("bucket")
 
-# After `localise`, one rank's own program.
+# After `localise_shapes`, one rank's own program. An exchange is a collective on local tensors that
+# waits at once (`exchange(op, spec, group, x)`); `overlap_collectives` splits it into its phases.
+EXCHANGE = LoweredOp("exchange")
 OPEN = LoweredOp("open")
 CLOSE = LoweredOp("close")
 
@@ -166,6 +168,7 @@ LOWERED_OPS: dict[str, LoweredOp] = {
         RESHARD,
         COLLECTIVE,
         BUCKET,
+        EXCHANGE,
         OPEN,
         CLOSE,
         DROPOUT,

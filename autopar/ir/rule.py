@@ -205,10 +205,12 @@ def place(
     sizes: Mapping[str, int],
     mesh: Mesh,
     chosen: Mapping[str, Choice],
+    *,
+    uneven: bool = False,
 ) -> Placed | None:
     """Shardings under `chosen` (axis name -> choice); None where the combination is not legal.
 
-    Illegal: a factor with fewer units than devices along its axes, two different factors of one
+    Illegal: a factor with fewer units than devices along its axes (unless `uneven`), two different factors of one
     compound dim split at once, or an input that would have to be both split and partial with a
     non-sum reduction.
     """
@@ -218,7 +220,7 @@ def place(
         if factor:
             axes_of[factor] = (*axes_of.get(factor, ()), axis)
     for factor, axes in axes_of.items():
-        if sizes[factor] < math.prod(mesh[a].size for a in axes):
+        if not uneven and sizes[factor] < math.prod(mesh[a].size for a in axes):
             return None
 
     def shard(dims: Dims) -> Sharding | None:

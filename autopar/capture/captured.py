@@ -1,0 +1,235 @@
+"""`capture`, and the `Capture` that it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import UserError
+from autopar.ir.graph import Graph, Size, Value, value_of
+
+from .explain import explain
+from .fingerprint import fingerprint
+from .structure import Structure, paths, rebuild, take_apart
+from .symbols import guards_of, name_symbols
+from .torch_level import TorchGraph, bind_arguments, capture_torch_graph
+from .trace import trace
+from .typed import Role, typed_graph
+
+
+class CaptureMismatch(ValueError):
+    """A call differs in structure or constants from the captured one: capture again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """An ordinary module's forward on one batch, as a graph.
+
+    `symbols` gives each symbolic size its value at capture, `symbol_of` the places to read it: for
+    each symbol in the order of `symbols`, (index of the flat input, dim). `guards` are conditions
+    on the symbols under which the graph is right. Valid for the mode (train or eval, gradients on
+    or off, autocast) of the capture; whoever keeps captures keeps one per mode.
+    """
+
+    graph: Graph
+    symbols: Mapping[sympy.Symbol, int]
+    symbol_of: tuple[tuple[int, int], ...]
+    guards: tuple[Any, ...]
+    fingerprint: str
+    signature: inspect.Signature
+    arguments: Structure
+    result: Structure
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call of the module, in the order of `graph.placeholders("input")`.
+
+        Raises `CaptureMismatch` where anything but the tensors differs from the captured call.
+        """
+        tensors, structure = take_apart(bind_arguments(self.signature, tuple(args), dict(kwargs)))
+        if structure != self.arguments:
+            raise CaptureMismatch("the arguments differ from the captured ones in more than tensors")
+        return tensors
+
+    def bind(self, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, int] | None:
+        """The sizes of this batch, or None where the graph is not valid for it."""
+        placeholders = self.graph.placeholders("input")
+        if len(inputs) != len(placeholders):
+            return None
+        sizes: dict[sympy.Symbol, int] = {}
+        for symbol, (index, dim) in zip(self.symbols, self.symbol_of, strict=True):
+            if inputs[index].dim() <= dim:
+                return None
+            sizes[symbol] = inputs[index].shape[dim]
+        for tensor, node in zip(inputs, placeholders, strict=True):
+            if not _fits(tensor, value_of(node), sizes):
+                return None
+        return sizes if all(guard.subs(sizes) == sympy.true for guard in self.guards) else None
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """What the module returns, from the graph's user outputs."""
+        return rebuild(self.result, outputs)
+
+
+def capture(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic_batch: bool = True,
+) -> Capture:
+    """Capture `module(*args, **kwargs)` in its present mode; the module is left as it was.
+
+    Parameters and inputs may be on the `meta` device. With `dynamic_batch`, dim 0 of the first
+    tensor argument, and of all others whose dim 0 is as large, becomes a symbol where forward
+    allows it. Raises `UserError` where forward cannot be captured as one graph.
+    """
+    signature = inspect.signature(module.forward)
+    try:
+        arguments = bind_arguments(signature, tuple(args), dict(kwargs))
+    except TypeError as error:
+        raise UserError(f"{type(module).__name__}.forward: {error}") from error
+    tensors, structure = take_apart(arguments)
+    batched = _batched(tensors) if dynamic_batch else []
+    with _undisturbed(module):
+        if batched:
+            with contextlib.suppress(Exception):
+                return _capture(module, args, kwargs, signature, tensors, structure, batched)
+        try:
+            return _capture(module, args, kwargs, signature, tensors, structure, [])
+        except Exception as error:
+            explained = explain(error)
+            raise explained from (None if explained is error else error)
+
+
+def _capture(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    signature: inspect.Signature,
+    tensors: Sequence[Tensor],
+    structure: Structure,
+    batched: Sequence[Tensor],
+) -> Capture:
+    captured = capture_torch_graph(module, tuple(args), dict(kwargs), batched)
+    device_type = next((t.device.type for t in (*tensors, *captured.inputs)), "cpu")
+    traced = trace(captured, device_type)
+    names = paths(structure)
+    roles = _roles(module, captured, tensors, names)
+    batch = [i for i, t in enumerate(tensors) if any(t is b for b in batched)]
+    positions = {id(t): i for i, t in enumerate(captured.inputs)}
+    values = [n.meta["val"] for n in traced.graph.graph.nodes if n.op == "placeholder"]
+    fakes = [values[positions[id(t)]] if id(t) in positions else None for t in tensors]
+    symbols = name_symbols(fakes, batch, tensors)
+    unused = _unused(module, captured, tensors, names, batched, symbols.hints)
+    module_names = {id(m): name for name, m in module.named_modules()}
+    graph = typed_graph(traced, roles, unused, symbols.rename, module_names)
+    return Capture(
+        graph=graph,
+        symbols=symbols.hints,
+        symbol_of=symbols.places,
+        guards=guards_of(traced.shape_env, symbols),
+        fingerprint=fingerprint(graph),
+        signature=signature,
+        arguments=structure,
+        result=captured.result,
+    )
+
+
+def _batched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that share the batch size, which is dim 0 of the first that has one."""
+    size = next((t.shape[0] for t in tensors if t.dim() > 0), 0)
+    if size < 2:  # torch specialises on 0 and 1
+        return []
+    return [t for t in tensors if t.dim() > 0 and t.shape[0] == size]
+
+
+def _roles(
+    module: nn.Module, captured: TorchGraph, tensors: Sequence[Tensor], names: Mapping[int, str]
+) -> list[Role]:
+    """What each input of dynamo's graph is."""
+    known = {id(t): role for t, role in _owned(module, tensors, names)}
+    roles = []
+    for position, tensor in enumerate(captured.inputs):
+        role = known.get(id(tensor))
+        if role is None:
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise UserError(
+                    f"forward uses a tensor of shape {tuple(tensor.shape)} that requires grad and "
+                    "is not a parameter of the module",
+                    fix="assign it as an nn.Parameter of the module, or use nn.ParameterList",
+                )
+            role = Role("constant", (f"constant_{position}",), position, tensor=tensor)
+        roles.append(role)
+    return roles
+
+
+def _unused(
+    module: nn.Module,
+    captured: TorchGraph,
+    tensors: Sequence[Tensor],
+    names: Mapping[int, str],
+    batched: Sequence[Tensor],
+    symbols: Mapping[sympy.Symbol, int],
+) -> list[tuple[Role, Value]]:
+    """Parameters, buffers and inputs that dynamo's graph does not read."""
+    used = {id(tensor) for tensor in captured.inputs}
+    with_batch = {id(tensor) for tensor in batched}
+    found = []
+    for tensor, role in _owned(module, tensors, names):
+        if id(tensor) not in used:
+            shape: tuple[Size, ...] = tuple(tensor.shape)
+            if id(tensor) in with_batch and symbols:
+                shape = (next(iter(symbols)), *shape[1:])
+            value = Value(shape, tensor.dtype, requires_grad=role.requires_grad)
+            found.append((role, value))
+    return found
+
+
+def _owned(
+    module: nn.Module, tensors: Sequence[Tensor], names: Mapping[int, str]
+) -> list[tuple[Tensor, Role]]:
+    """Every parameter, buffer and tensor argument once, with its role and all its names."""
+    found: dict[int, tuple[Tensor, str, list[str]]] = {}
+    named: tuple[tuple[str, Any], ...] = (
+        ("param", module.named_parameters(remove_duplicate=False)),
+        ("buffer", module.named_buffers(remove_duplicate=False)),
+        ("input", ((names[i], tensor) for i, tensor in enumerate(tensors))),
+    )
+    for role, entries in named:
+        for name, tensor in entries:
+            found.setdefault(id(tensor), (tensor, role, []))[2].append(name)
+    grad = torch.is_grad_enabled()
+    return [
+        (tensor, Role(role, tuple(fqns), i, grad and tensor.requires_grad and role != "buffer"))
+        for i, (tensor, role, fqns) in enumerate(found.values())
+    ]
+
+
+def _fits(tensor: Tensor, value: Value, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    if tensor.dtype != value.dtype or tensor.dim() != value.rank:
+        return False
+    if torch.is_grad_enabled() and tensor.requires_grad != value.requires_grad:
+        return False
+    return all(
+        actual == (size if isinstance(size, int) else size.subs(sizes))
+        for actual, size in zip(tensor.shape, value.shape, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Restore the random state; hide what would make dynamo trace something else."""
+    with torch.random.fork_rng(devices=_cuda_devices(module)):
+        yield
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    return sorted(device.index for device in devices if device.index is not None)

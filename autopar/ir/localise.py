@@ -1,0 +1,270 @@
+"""One device's call of an op: the sizes in its arguments made local, its means rescaled.
+
+The rules in `autopar.ir.rules` say how shards recombine *if* every device calls the op on its
+shards. Ops that carry sizes (`view`), counts (`mean`), groups (`conv2d`) or a number of classes
+need other arguments for that; `local_call` makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.fx
+
+from autopar.errors import PassError
+
+from .graph import tensor_inputs, values_of
+from .registry import op_name
+from .rules import losses, reductions, views
+from .rules.common import arguments, dim_index, named_inputs
+
+Shape = tuple[int, ...]
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Local:
+    """Local shapes of a call's tensors: inputs in `tensor_inputs` order, then outputs."""
+
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+
+    def of(self, node: torch.fx.Node, name: str) -> Shape:
+        """Local shape of the tensor argument `name`."""
+        found = named_inputs(node)
+        return next(s for i, s in zip(found, self.inputs, strict=True) if i.name == name)
+
+
+def local_call(
+    node: torch.fx.Node,
+    in_local_shapes: Sequence[Sequence[int]],
+    out_local_shapes: Sequence[Sequence[int]],
+) -> Call:
+    """Target, args and kwargs of the call that one device makes in place of `node`.
+
+    Shapes are those of the device's shards, of inputs in `tensor_inputs` order and of outputs. The
+    node's own values give the global shapes, which must be integers. Arguments still name the
+    node's inputs; a target may be a function of this module (`scaled`, `nothing`).
+    Raises PassError for an op that only the runtime can run in pieces (a split vocabulary).
+    """
+    local = Local(tuple(map(tuple, in_local_shapes)), tuple(map(tuple, out_local_shapes)))
+    whole = (
+        *(values_of(source)[0].int_shape() for source in tensor_inputs(node)),
+        *(value.int_shape() for value in values_of(node)),
+    )
+    unchanged: Call = (_target(node), node.args, dict(node.kwargs))
+    if whole == (*local.inputs, *local.outputs):
+        return unchanged
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return unchanged
+    name = op_name(node)
+    handler = LOCALISE.get(name) or LOCALISE.get(name.rpartition(".")[0])
+    return unchanged if handler is None else handler(node, local)
+
+
+def scaled(factor: float, op: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    """`factor * op(...)`: a mean over part of the elements, weighted by its share of them."""
+    return op(*args, **kwargs) * factor
+
+
+def nothing(shape: Sequence[int], *tensors: torch.Tensor | None) -> torch.Tensor:
+    """Zeros of a shape, for an op that refuses empty shards.
+
+    Still a function of `tensors` to autograd (with zero gradients), so that every device runs the
+    same backward.
+    """
+    present = [t for t in tensors if t is not None]
+    zeros = present[0].new_zeros(tuple(shape))
+    for tensor in present:
+        if tensor.is_floating_point():
+            zeros = zeros + tensor.flatten()[:0].sum()
+    return zeros
+
+
+def _target(node: torch.fx.Node) -> Callable[..., Any]:
+    if not callable(node.target):
+        raise PassError("localise", "calls_functions", f"%{node.name} calls {node.target!r}")
+    return node.target
+
+
+def _reshape(node: torch.fx.Node, local: Local) -> Call:
+    if "dtype" in arguments(node):  # a reinterpretation of bits
+        return _target(node), node.args, dict(node.kwargs)
+    return aten.reshape.default, (node.args[0], list(local.outputs[0])), {}
+
+
+def _expand(node: torch.fx.Node, local: Local) -> Call:
+    return aten.expand.default, (node.args[0], list(local.outputs[0])), {}
+
+
+def _repeat(node: torch.fx.Node, local: Local) -> Call:
+    before, after = local.inputs[0], local.outputs[0]
+    padded = (1,) * (len(after) - len(before)) + before
+    times = [a // b if b else 1 for a, b in zip(after, padded, strict=True)]
+    return aten.repeat.default, (node.args[0], times), {}
+
+
+def _repeat_interleave(node: torch.fx.Node, local: Local) -> Call:
+    args = arguments(node)
+    at = dim_index(args["dim"], len(local.inputs[0]))
+    before, after = local.inputs[0][at], local.outputs[0][at]
+    times = after // before if before else args["repeats"]
+    return aten.repeat_interleave.self_int, (node.args[0], times, at), {}
+
+
+def _split(node: torch.fx.Node, local: Local) -> Call:
+    at = dim_index(arguments(node).get("dim", 0), len(local.inputs[0]))
+    sizes = [shape[at] for shape in local.outputs]
+    return aten.split_with_sizes.default, (node.args[0], sizes, at), {}
+
+
+def _narrow(node: torch.fx.Node, local: Local) -> Call:
+    args = arguments(node)
+    at = dim_index(args["dim"], len(local.inputs[0]))
+    return _target(node), (args["self"], at, args["start"], local.outputs[0][at]), {}
+
+
+def _fill(node: torch.fx.Node, local: Local) -> Call:
+    size = list(local.outputs[0])
+    kwargs = {k: size if k == "size" else v for k, v in node.kwargs.items()}
+    at = [a.name for a in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
+    args = tuple(size if i == at else a for i, a in enumerate(node.args))
+    return _target(node), args, kwargs
+
+
+def _one_hot(node: torch.fx.Node, local: Local) -> Call:
+    return _target(node), (node.args[0], local.outputs[0][-1]), {}
+
+
+def _convolution(node: torch.fx.Node, local: Local) -> Call:
+    args = arguments(node)
+    taps = local.of(node, "weight")
+    lead = len(local.outputs[0]) - len(taps) + 1
+    transposed = args.get("transposed", "transpose" in op_name(node))
+    channels = local.outputs[0][lead] if transposed else local.of(node, "input")[lead]
+    if 0 in local.outputs[0] or 0 in taps or not channels:
+        inputs = tensor_inputs(node)
+        if 0 in local.outputs[0] or args["bias"] is None:
+            return nothing, (list(local.outputs[0]), *inputs), {}
+        return _bias_only, (list(local.outputs[0]), lead, args["bias"], *inputs), {}
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return _target(node), tuple((args | {"groups": channels // taps[1]})[n] for n in names), {}
+
+
+def _bias_only(
+    shape: Sequence[int], dim: int, bias: torch.Tensor, *tensors: torch.Tensor
+) -> torch.Tensor:
+    """A convolution over no input channels."""
+    view = [-1 if i == dim else 1 for i in range(len(shape))]
+    return nothing(shape, *tensors) + bias.reshape(view)
+
+
+def _mean(node: torch.fx.Node, local: Local) -> Call:
+    dims = reductions.reduced_dims(node)
+    shape = values_of(tensor_inputs(node)[0])[0].int_shape()
+    count = math.prod(local.inputs[0][d] for d in dims)
+    total = math.prod(shape[d] for d in dims)
+    if count == 0:
+        op = aten.sum.dim_IntList if "dim" in arguments(node) else aten.sum.default
+        return op, node.args, dict(node.kwargs)
+    return _weighted(node, count, total)
+
+
+def _weighted(node: torch.fx.Node, count: int, total: int) -> Call:
+    """The node's own call times `count / total`."""
+    if count == total:
+        return _target(node), node.args, dict(node.kwargs)
+    return scaled, (count / total, _target(node), *node.args), dict(node.kwargs)
+
+
+def _loss(node: torch.fx.Node, local: Local) -> Call:
+    args = arguments(node)
+    if args["reduction"] != losses.MEAN:
+        return _target(node), node.args, dict(node.kwargs)
+    total = math.prod(map(int, losses.loss_shape([i.value.shape for i in named_inputs(node)])))
+    return _mean_loss(node, math.prod(map(int, losses.loss_shape(local.inputs))), total)
+
+
+def _mean_loss(node: torch.fx.Node, count: int, total: int) -> Call:
+    if count:
+        return _weighted(node, count, total)
+    args = arguments(node) | {"reduction": losses.SUM}
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return _target(node), tuple(args[n] for n in names), {}
+
+
+def _cross_entropy(node: torch.fx.Node, local: Local) -> Call:
+    args = arguments(node)
+    found = dict(zip((i.name for i in named_inputs(node)), named_inputs(node), strict=True))
+    logits = found["self"].value.int_shape()
+    shape = local.of(node, "self")
+    dense = found["target"].value.dtype.is_floating_point
+    at = min(1, len(logits) - 1)
+    if shape[at] != logits[at]:
+        raise PassError("localise", "vocabulary_is_whole", f"%{node.name} splits its classes")
+    if args["reduction"] != losses.MEAN:
+        return _target(node), node.args, dict(node.kwargs)
+    if not dense:
+        raise PassError(
+            "localise",
+            "count_is_known",
+            f"%{node.name} divides by a count of targets that only the runtime knows",
+        )
+    return _mean_loss(node, math.prod(shape) // shape[at], math.prod(logits) // logits[at])
+
+
+def _embedding(node: torch.fx.Node, local: Local) -> Call:
+    if local.of(node, "weight")[0] != named_inputs(node)[0].value.shape[0]:
+        raise PassError("localise", "vocabulary_is_whole", f"%{node.name} splits its rows")
+    return _target(node), node.args, dict(node.kwargs)
+
+
+def _extreme(node: torch.fx.Node, local: Local) -> Call:
+    """A maximum over no elements is the smallest value of the dtype."""
+    args = arguments(node)
+    dims = reductions.reduced_dims(node) if "other" not in args else []
+    if all(local.inputs[0][d] for d in dims):
+        return _target(node), node.args, dict(node.kwargs)
+    dtype = values_of(node)[0].dtype
+    largest = ".amax" in op_name(node) or ".max" in op_name(node)
+    limits: Any = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    lowest, highest = (
+        (-math.inf, math.inf) if dtype.is_floating_point else (limits.min, limits.max)
+    )
+    value = lowest if largest else highest
+    return aten.new_full.default, (args["self"], list(local.outputs[0]), value), {}
+
+
+Localiser = Callable[[torch.fx.Node, Local], Call]
+
+LOCALISE: Mapping[str, Localiser] = MappingProxyType(
+    {
+        **{f"aten.{name}": _reshape for name in (*views.RESHAPES, "view")},
+        **{f"aten.{name}": _split for name in views.SPLITS},
+        **{f"aten.{name}": _expand for name in ("expand", "expand_as", "broadcast_to")},
+        **{f"aten.{name}": _repeat for name in ("repeat", "tile")},
+        "aten.repeat_interleave.self_int": _repeat_interleave,
+        "aten.narrow": _narrow,
+        **{f"aten.{name}": _fill for name in ("full", "zeros", "ones", "empty")},
+        **{f"aten.new_{name}": _fill for name in ("full", "zeros", "ones", "empty")},
+        "aten.one_hot": _one_hot,
+        **{
+            f"aten.{kind}{n}d": _convolution
+            for kind in ("conv", "conv_transpose")
+            for n in (1, 2, 3)
+        },
+        "aten.convolution": _convolution,
+        "aten.mean": _mean,
+        **{f"aten.{name}": _loss for name in losses.ELEMENTWISE},
+        "aten.cross_entropy_loss": _cross_entropy,
+        "aten.embedding": _embedding,
+        **{f"aten.{name}": _extreme for name in ("amax", "amin", "max", "min")},
+    }
+)

@@ -1,0 +1,101 @@
+"""Losses: a mean or sum over split elements is a partial sum (a mean's scale is lowering's)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from autopar.ir.graph import Size
+from autopar.ir.rule import ShardingRule
+
+from .common import (
+    Handler,
+    Spec,
+    arguments,
+    broadcast,
+    input_value,
+    letters,
+    named_inputs,
+    rule,
+    take,
+    words,
+)
+
+NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
+
+
+def loss_shape(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+    """Shape that an elementwise loss has before its reduction: the inputs' shapes broadcast."""
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
+    return tuple(next((s for s in sizes if s != 1), 1) for sizes in zip(*padded, strict=True))
+
+
+def elementwise(node: torch.fx.Node) -> ShardingRule:
+    """`mse_loss` and its kind: pointwise, then none, mean or sum of everything."""
+    shape = loss_shape([item.value.shape for item in named_inputs(node)])
+    names = take(letters(), len(shape))
+    inputs = {
+        item.name: broadcast(names, shape, item.value.shape)
+        for item in named_inputs(node)
+    }
+    return rule(node, inputs, names if arguments(node)["reduction"] == NONE else [])
+
+
+def cross_entropy(node: torch.fx.Node) -> ShardingRule:
+    """`nv,n->.; comm(v)`: tokens are a sum, the vocabulary is reduced by the op itself.
+
+    Logits are (N, C, d1...) or (C). Probabilities as targets and class weights keep the
+    vocabulary whole.
+    """
+    args = arguments(node)
+    logits, target = input_value(node, "self"), input_value(node, "target")
+    names = letters()
+    v = next(names)
+    dims = take(names, logits.rank - 1)
+    lead, inner = dims[:1], dims[1:]
+    dense = target.dtype.is_floating_point
+    weighted = any(item.name == "weight" for item in named_inputs(node))
+    if dense or weighted:
+        v = f"[{v}]"
+    after = dims if args["reduction"] == NONE else []
+    inputs: dict[str, Spec] = {
+        "self": [*lead, v, *inner],
+        "target": [*lead, v, *inner] if dense else dims,
+        "weight": [v],
+    }
+    return rule(node, inputs, after, clauses="" if dense or weighted else f"comm({v})")
+
+
+def nll(node: torch.fx.Node) -> ShardingRule:
+    """`n[v],n->.`; a mean divides by a count that depends on the targets, so tokens are whole."""
+    args = arguments(node)
+    logits = input_value(node, "self")
+    names = letters()
+    v = f"[{next(names)}]"
+    dims = take(names, logits.rank - 1)
+    if args["reduction"] == MEAN:
+        dims = [f"[{f}]" for f in dims]
+    inputs: dict[str, Spec] = {
+        "self": [*dims[:1], v, *dims[1:]],
+        "target": dims,
+        "weight": [v],
+    }
+    return rule(node, inputs, dims if args["reduction"] == NONE else [])
+
+
+ELEMENTWISE = words(
+    """
+mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits
+soft_margin_loss kl_div poisson_nll_loss hinge_embedding_loss
+"""
+)
+
+RULES: dict[str, Handler] = {
+    **{f"aten.{name}": elementwise for name in ELEMENTWISE},
+    "aten.cross_entropy_loss": cross_entropy,
+    "aten.nll_loss_nd": nll,
+    "aten.nll_loss": nll,
+    "aten.nll_loss2d": nll,
+}

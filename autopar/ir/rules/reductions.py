@@ -1,0 +1,120 @@
+"""Reductions: a sum over a split dim leaves a partial sum; anything else needs its dims whole."""
+
+from __future__ import annotations
+
+import torch
+
+from autopar.ir.graph import values_of
+from autopar.ir.rule import ShardingRule
+
+from .common import (
+    Handler,
+    Spec,
+    arguments,
+    dim_index,
+    dim_indices,
+    hold,
+    input_value,
+    letters,
+    output,
+    rule,
+    take,
+    words,
+)
+
+
+def reduced_dims(node: torch.fx.Node) -> list[int]:
+    """Input dims that the call reduces over, counted from the front."""
+    args = arguments(node)
+    rank = input_value(node, "self").rank
+    return dim_indices(args.get("dim"), rank)
+
+
+def reduced(node: torch.fx.Node, names: Spec) -> Spec:
+    """Output spec of a reduction of `names`."""
+    dims = reduced_dims(node)
+    if arguments(node).get("keepdim"):
+        return ["1" if i in dims else f for i, f in enumerate(names)]
+    return [f for i, f in enumerate(names) if i not in dims]
+
+
+def add_up(node: torch.fx.Node) -> ShardingRule:
+    """`sum` and `mean`: every dim may be split (a mean's scale is a matter of lowering)."""
+    names = take(letters(), input_value(node, "self").rank)
+    return rule(node, {"self": names}, reduced(node, names), linear=["self"])
+
+
+def extreme(kind: str) -> Handler:
+    """Handler of `amax` or `amin` over dims.
+
+    Where a gradient flows the dims are whole: the gradient of a partial maximum belongs to the
+    device that holds the maximum, which a plain all-reduce does not know.
+    """
+
+    def handler(node: torch.fx.Node) -> ShardingRule:
+        names = take(letters(), input_value(node, "self").rank)
+        dims = reduced_dims(node)
+        if input_value(node, "self").requires_grad or output(node).dtype == torch.bool:
+            names = hold(names, dims)
+            return rule(node, {"self": names}, reduced(node, names))
+        clauses = " ".join(f"{kind}({names[d]})" for d in dims)
+        return rule(node, {"self": names}, reduced(node, names), clauses=clauses)
+
+    return handler
+
+
+def selecting(kind: str) -> Handler:
+    """Handler of `max` or `min`: over everything, along a dim with indices, or of two tensors."""
+
+    def handler(node: torch.fx.Node) -> ShardingRule:
+        args = arguments(node)
+        if "other" in args:
+            from .pointwise import pointwise
+
+            return pointwise(node)
+        return whole_dims(node) if "dim" in args else extreme(kind)(node)
+
+    return handler
+
+
+def whole_dims(node: torch.fx.Node) -> ShardingRule:
+    """Reductions that do not recombine by a collective (var, argmax, norm): dims whole."""
+    names = hold(take(letters(), input_value(node, "self").rank), reduced_dims(node))
+    outputs = [reduced(node, names)] * len(values_of(node))
+    return rule(node, {"self": names}, *outputs)
+
+
+def scan(*linear: str) -> Handler:
+    """Handler of an op along one dim that keeps the shape (softmax, cumsum): the dim is whole."""
+
+    def handler(node: torch.fx.Node) -> ShardingRule:
+        x = input_value(node, "self")
+        names = hold(take(letters(), x.rank), [dim_index(arguments(node)["dim"], x.rank)])
+        return rule(node, {"self": names}, *([names] * len(values_of(node))), linear=linear)
+
+    return handler
+
+
+WHOLE = words(
+    """
+argmax argmin var std var_mean std_mean logsumexp any all prod norm linalg_vector_norm median
+nanmedian mode kthvalue aminmax nansum nanmean count_nonzero
+"""
+)
+
+RULES: dict[str, Handler] = {
+    "aten.sum": add_up,
+    "aten.mean": add_up,
+    "aten.amax": extreme("max"),
+    "aten.amin": extreme("min"),
+    "aten.max": selecting("max"),
+    "aten.min": selecting("min"),
+    **{f"aten.{name}": whole_dims for name in WHOLE},
+    **{
+        f"aten.{name}": scan()
+        for name in words(
+            "softmax log_softmax _softmax _log_softmax cumprod cummax cummin logcumsumexp"
+        )
+    },
+    "aten.cumsum": scan("self"),
+}

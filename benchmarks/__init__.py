@@ -1,0 +1,1 @@
+"""Speed of autopar against hand-written parallelism."""

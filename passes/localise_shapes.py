@@ -1,0 +1,252 @@
+"""From the program of all ranks to the program of one: local shapes, offsets and groups."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx
+
+from autopar.ir.graph import Graph, Value, tensor_inputs, value_of, values_of
+from autopar.ir.localise import local_call
+from autopar.ir.lowered import (
+    BATCH_NORM,
+    BUCKET,
+    COLLECTIVE,
+    CROSS_ENTROPY,
+    DROPOUT,
+    EXCHANGE,
+    KEEP_FIRST,
+    MASKED_EMBEDDING,
+    PMAX,
+    PMIN,
+    PSUM,
+    PVARY,
+    SWAP,
+    Collective,
+    GroupRef,
+    Region,
+    ShardSpec,
+    SwapSpec,
+)
+from autopar.ir.mesh import Mesh
+from autopar.ir.sharding import Sharding
+
+Node = torch.fx.Node
+Coordinates = Mapping[str, int]
+aten = torch.ops.aten
+SEED = "rng_seed"
+
+
+def localise_shapes(graph: Graph, mesh: Mesh, rank: int) -> Graph:
+    """Rewrite the graph for the device `rank`: every shape, size argument and offset is its own.
+
+    Collectives become exchanges on a group; ops whose shards must know where they lie (dropout,
+    vocabulary-parallel embedding and cross-entropy, batch norm) become lowered ops. If the graph
+    draws random numbers, a placeholder `rng_seed` (role "seed", an int) is added in front.
+    Ends: shapes are global. Establishes: one rank's program.
+    """
+    new = graph.copy()
+    here = mesh.coordinates(rank)
+    seed = None
+    if any(node.target is aten.dropout.default for node in new.fx.nodes):
+        with new.fx.inserting_before(next(iter(new.fx.nodes))):
+            seed = new.fx.placeholder(SEED)
+        seed.meta = {"value": None, "role": "seed", "fqns": (SEED,)}
+    random_calls = 0
+    rewritten: list[tuple[Node, tuple[Any, tuple[Any, ...], dict[str, Any]]]] = []
+    for node in new.fx.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if node.target is aten.dropout.default:
+            rewritten.append((node, _dropout(node, mesh, here, seed, random_calls)))
+            random_calls += 1
+        else:
+            rewritten.append((node, _call(node, mesh, here)))
+    for node, (target, args, kwargs) in rewritten:
+        node.target, node.args, node.kwargs = target, args, kwargs
+    for node in new.fx.nodes:
+        node.meta["value"] = _local_value(node.meta.get("value"), mesh, here)
+    return new
+
+
+def _local_value(value: Any, mesh: Mesh, here: Coordinates) -> Any:
+    if isinstance(value, Value) and value.sharding is not None:
+        return replace(value, shape=value.sharding.local_shape(value.int_shape(), mesh, here))
+    if isinstance(value, tuple):
+        return tuple(_local_value(v, mesh, here) for v in value)
+    return value
+
+
+def _call(node: Node, mesh: Mesh, here: Coordinates) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if node.target is COLLECTIVE:
+        op, axis, x = node.args
+        assert isinstance(op, Collective) and isinstance(axis, str) and isinstance(x, torch.fx.Node)
+        spec = spec_of(op, axis, value_of(x), value_of(node), mesh, here)
+        return EXCHANGE, (op, [spec], GroupRef((axis,)), x), {}
+    if node.target is BUCKET:
+        op, axis, xs = node.args
+        assert isinstance(op, Collective) and isinstance(axis, str) and isinstance(xs, (list, tuple))
+        specs = [
+            spec_of(op, axis, value_of(x), after, mesh, here)  # type: ignore[arg-type]
+            for x, after in zip(xs, values_of(node), strict=True)
+        ]
+        return EXCHANGE, (op, specs, GroupRef((axis,)), *xs), {}
+    special = _SPECIAL.get(node.target)
+    if special is not None:
+        made = special(node, mesh, here)
+        if made is not None:
+            return made
+    inputs = [_local_shape(value_of(x), mesh, here) for x in tensor_inputs(node)]
+    outputs = [_local_shape(v, mesh, here) for v in values_of(node)]
+    return local_call(node, inputs, outputs)
+
+
+def _local_shape(value: Value, mesh: Mesh, here: Coordinates) -> tuple[int, ...]:
+    assert value.sharding is not None
+    return value.sharding.local_shape(value.int_shape(), mesh, here)
+
+
+def spec_of(
+    op: Collective, axis: str, before: Value, after: Value, mesh: Mesh, here: Coordinates
+) -> ShardSpec | SwapSpec | None:
+    """How the dim that a collective touches is divided among the members of its group."""
+    if op in (PVARY, PSUM, PMAX, PMIN, KEEP_FIRST):
+        return None
+    assert before.sharding is not None and after.sharding is not None
+    if op is SWAP:
+        return SwapSpec(
+            _shard_spec(axis, before, before.sharding, mesh, here),
+            _shard_spec(axis, after, after.sharding, mesh, here),
+        )
+    split = before if op.before == "S" else after
+    assert split.sharding is not None
+    return _shard_spec(axis, split, split.sharding, mesh, here)
+
+
+def _shard_spec(
+    axis: str, value: Value, sharding: Sharding, mesh: Mesh, here: Coordinates
+) -> ShardSpec:
+    dim = sharding.dim_of(axis)
+    assert dim is not None
+    split, size = sharding.splits[dim], value.int_shape()[dim]
+    lengths = tuple(
+        len(split.unit_range(size, mesh, {**here, axis: member}))
+        for member in range(mesh[axis].size)
+    )
+    return ShardSpec(dim, lengths, split.outer, split.block)
+
+
+def _sharding(x: Any) -> Sharding:
+    sharding = value_of(x).sharding
+    assert sharding is not None
+    return sharding
+
+
+def _arguments(node: Node, *names: str) -> dict[str, Any]:
+    """Arguments of an op by schema name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args):
+            found[argument.name] = node.args[i]
+        else:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return {name: found[name] for name in names}
+
+
+def _dropout(
+    node: Node, mesh: Mesh, here: Coordinates, seed: Node | None, call: int
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    a = _arguments(node, "input", "p", "train")
+    if not a["train"] or a["p"] == 0.0:
+        return aten.alias.default, (a["input"],), {}
+    value = value_of(node)
+    assert value.sharding is not None
+    region = Region.of(value.int_shape(), value.sharding.splits, mesh, dict(here))
+    return DROPOUT, (a["input"], a["p"], seed, call, region), {}
+
+
+def _embedding(
+    node: Node, mesh: Mesh, here: Coordinates
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    a = _arguments(node, "weight", "indices", "padding_idx")
+    split = _sharding(a["weight"]).splits[0]
+    if not split:
+        return None
+    rows = split.runs(value_of(a["weight"]).int_shape()[0], mesh, here)
+    assert len(rows) == 1
+    return MASKED_EMBEDDING, (a["weight"], a["indices"], rows[0].start, a["padding_idx"]), {}
+
+
+def _cross_entropy(
+    node: Node, mesh: Mesh, here: Coordinates
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    a = _arguments(
+        node, "self", "target", "weight", "reduction", "ignore_index", "label_smoothing"
+    )
+    sharding = _sharding(a["self"])
+    classes = 1 if sharding.rank > 1 else 0
+    split = sharding.splits[classes]
+    tokens = tuple(
+        axis
+        for axis in mesh.names
+        if any(axis in s.axes for d, s in enumerate(sharding.splits) if d != classes)
+    )
+    if not split and not tokens:
+        return None
+    size = value_of(a["self"]).int_shape()[classes]
+    start = split.runs(size, mesh, here)[0].start if split else 0
+    reduction = ("none", "mean", "sum")[a["reduction"]]
+    return (
+        CROSS_ENTROPY,
+        (
+            a["self"],
+            a["target"],
+            a["weight"],
+            reduction,
+            a["ignore_index"],
+            a["label_smoothing"],
+            start,
+            size,
+            GroupRef(split.axes) if split else None,
+            GroupRef(tokens) if tokens and reduction == "mean" else None,
+        ),
+        {},
+    )
+
+
+def _batch_norm(
+    node: Node, mesh: Mesh, here: Coordinates
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    x, weight, bias, running_mean, running_var, training, momentum, eps = node.args
+    if not training:
+        return None
+    sharding = _sharding(x)
+    axes = tuple(
+        axis
+        for axis in mesh.names
+        if any(axis in s.axes for d, s in enumerate(sharding.splits) if d != 1)
+    )
+    if not axes:
+        return None
+    group = GroupRef(axes)
+    args = (x, weight, bias, running_mean, running_var, training, momentum, eps, group)
+    return BATCH_NORM, args, {}
+
+
+def _special() -> dict[Any, Any]:
+    from autopar import ops  # registers torch.ops.autopar
+
+    del ops
+    return {
+        aten.embedding.default: _embedding,
+        aten.cross_entropy_loss.default: _cross_entropy,
+        torch.ops.autopar.batch_norm.default: _batch_norm,
+    }
+
+
+_SPECIAL = _special()

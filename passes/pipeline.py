@@ -1,0 +1,95 @@
+"""The passes, in order: the table of contents of the compiler.
+
+The first half works on the graph of all ranks, where shapes are global; `localise_shapes` turns it
+into one rank's program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import sympy
+
+from autopar.ir.graph import Graph
+from autopar.ir.mesh import Mesh
+from autopar.ir.rule import Choice, ShardingRule
+from autopar.ir.sharding import Sharding
+from autopar.ir.verify import verify
+
+from .bucket_collectives import bucket_collectives
+from .insert_reshards import insert_reshards
+from .localise_shapes import localise_shapes
+from .lower_collectives import lower_collectives
+from .overlap_collectives import overlap_collectives
+from .propagate import propagate
+from .specialise import specialise
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass with what it establishes and what it ends (names in `ir.verify.INVARIANTS`)."""
+
+    name: str
+    run: Callable[[Graph], Graph]
+    establishes: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pass left: kept for `explain`, printed for people."""
+
+    name: str
+    graph: Graph
+    time_s: float
+
+
+def lowering(
+    mesh: Mesh,
+    rank: int,
+    symbols: Mapping[sympy.Symbol, int],
+    rules: Callable[[Graph], Mapping[str, ShardingRule]],
+    choices: Mapping[str, Mapping[str, Choice]],
+    storage: Mapping[str, Sharding],
+) -> list[Pass]:
+    """The lowering of a captured graph to the program of one rank."""
+    return [
+        Pass("specialise", partial(specialise, symbols=symbols), ("typed", "functional")),
+        Pass(
+            "propagate",
+            lambda g: propagate(g, mesh, rules(g), choices, storage),
+            ("axis_used_once", "axes_exist"),
+        ),
+        Pass("insert_reshards", insert_reshards, ("resharded",)),
+        Pass("lower_collectives", partial(lower_collectives, mesh=mesh), ("types_follow",)),
+        Pass("bucket_collectives", partial(bucket_collectives, mesh=mesh)),
+        Pass(
+            "localise_shapes",
+            partial(localise_shapes, mesh=mesh, rank=rank),
+            ends=("resharded", "types_follow", "typed"),
+        ),
+        Pass("overlap_collectives", overlap_collectives),
+    ]
+
+
+def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh, check: bool = True) -> list[Stage]:
+    """Run the passes in order; after each, every live invariant is verified.
+
+    Raises PassError naming the pass, the invariant and the node. Returns every intermediate graph,
+    the input first.
+    """
+    stages = [Stage("capture", graph, 0.0)]
+    live: dict[str, None] = {}
+    for step in passes:
+        start = time.perf_counter()
+        graph = step.run(graph)
+        stages.append(Stage(step.name, graph, time.perf_counter() - start))
+        for name in step.ends:
+            live.pop(name, None)
+        live.update(dict.fromkeys(step.establishes))
+        if check:
+            verify(graph, mesh, tuple(live))
+    return stages

@@ -1,0 +1,312 @@
+"""The planner's integer programme: one option per node, one flow per edge, one memory row.
+
+Over the representatives of repeated blocks (`blocks.find_blocks`), with multiplicities::
+
+    minimise    sum_n count_n * time(n, o) * x[n, o]  +  sum_v count_v * reshard(v, s, t) * w[v, s, t]
+    one option  sum_o x[n, o] = 1                                   for every node n       (rows_pick)
+    flow out    sum_t e[k, s, t] = sum_{o gives s} x[producer, o]   for every edge k, s    (rows_flow)
+    flow in     sum_s e[k, s, t] = sum_{o wants t} x[consumer, o]   for every edge k, t    (rows_flow)
+    pay once    w[v, s, t] >= e[k, s, t]                            for every edge k of v  (rows_share)
+    memory      sum_n count_n * memory(n, o) * x[n, o]
+                + sum_v count_v * saved(v, t) * w[v, s, t] <= limit                        (row_memory)
+
+`x` is binary; `e` and `w` are then integral by themselves. `v` is a produced value together with
+the set of edges that read it, so that a reshard which several readers share is paid once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import highspy
+import numpy as np
+import torch.fx
+
+from autopar.errors import PassError
+from autopar.ir.graph import Graph, Value, tensor_inputs
+from autopar.ir.sharding import Sharding
+
+from .blocks import Blocks
+from .options import Option
+from .price import Pricer
+
+Node = torch.fx.Node
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A value read by a node: output `port` of `producer` is tensor input `slot` of `consumer`."""
+
+    producer: Node
+    port: int
+    consumer: Node
+    slot: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A solved programme: the option of every node, its cost, and what the solver says of it."""
+
+    option: Mapping[Node, Option]
+    time_s: float
+    memory_bytes: float
+    gap: float
+    status: str
+
+
+@dataclass
+class _Columns:
+    """Columns and rows of the programme while it is built (HiGHS takes them in one call)."""
+
+    cost: list[float] = field(default_factory=list)
+    integer: list[bool] = field(default_factory=list)
+    rows: list[tuple[float, float, list[int], list[float]]] = field(default_factory=list)
+
+    def column(self, cost: float, integer: bool = False) -> int:
+        self.cost.append(cost)
+        self.integer.append(integer)
+        return len(self.cost) - 1
+
+    def row(self, low: float, high: float, index: list[int], value: list[float]) -> None:
+        self.rows.append((low, high, index, value))
+
+
+def edges_of(graph: Graph) -> list[Edge]:
+    """Every read of a tensor value by an op or by the output; `getitem` nodes are looked through."""
+    found = []
+    for node in graph.fx.nodes:
+        if node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
+            for slot, source in enumerate(tensor_inputs(node)):
+                found.append(Edge(*producer_of(source), node, slot))
+    return found
+
+
+def is_getitem(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def producer_of(node: Node) -> tuple[Node, int]:
+    """The op behind a value and which of its tensor outputs it is."""
+    if not is_getitem(node):
+        return node, 0
+    source, index = node.args[0], node.args[1]
+    assert isinstance(source, Node) and isinstance(index, int)
+    values = source.meta["value"]
+    return source, sum(isinstance(v, Value) for v in values[:index])
+
+
+def solve(
+    graph: Graph,
+    blocks: Blocks,
+    options: Mapping[Node, Sequence[Option]],
+    pricer: Pricer,
+    memory_limit: float,
+    time_limit_s: float = 60.0,
+    minimise_memory: bool = False,
+) -> Assignment | None:
+    """Best assignment within the memory limit (bytes), or None if there is none.
+
+    `options` maps every representative node (placeholders, calls, the output) to its options.
+    `minimise_memory` asks for the leanest assignment whatever the limit and the time.
+    """
+    if any(not found for found in options.values()):
+        return None
+    stands_for = blocks.representative
+    count: dict[Node, int] = defaultdict(int)
+    for node in graph.fx.nodes:
+        if stands_for[node] in options:
+            count[stands_for[node]] += 1
+
+    columns = _Columns()
+    x = {
+        node: [columns.column(count[node] * o.time_s, integer=True) for o in found]
+        for node, found in options.items()
+    }
+    for node in options:
+        columns.row(1, 1, list(x[node]), [1.0] * len(x[node]))
+
+    readers: dict[tuple[Node, int], list[Edge]] = defaultdict(list)
+    for edge in edges_of(graph):
+        readers[edge.producer, edge.port].append(edge)
+    patterns: dict[frozenset[Edge], int] = defaultdict(int)
+    for edges in readers.values():
+        patterns[
+            frozenset(
+                Edge(stands_for[e.producer], e.port, stands_for[e.consumer], e.slot) for e in edges
+            )
+        ] += 1
+
+    memory_index: list[int] = []
+    memory_value: list[float] = []
+    for node, found in options.items():
+        for column, option in zip(x[node], found, strict=True):
+            if option.memory_bytes:
+                memory_index.append(column)
+                memory_value.append(count[node] * option.memory_bytes)
+
+    flows: dict[Edge, dict[tuple[Sharding, Sharding, bool], int]] = {}
+    for pattern, times in sorted(patterns.items(), key=lambda p: sorted(map(_edge_key, p[0]))):
+        ordered = sorted(pattern, key=_edge_key)
+        for edge in ordered:
+            if edge not in flows:
+                made = _add_flow(columns, edge, options, x, pricer)
+                if made is None:
+                    return None
+                flows[edge] = made
+        shared: dict[tuple[Sharding, Sharding, bool], list[tuple[Edge, int]]] = defaultdict(list)
+        for edge in ordered:
+            for key, column in flows[edge].items():
+                shared[key].append((edge, column))
+        for (source, want, regather), members in shared.items():
+            edge = members[0][0]
+            price = times * pricer.edge_time_s(edge.producer, edge.port, source, want, regather)
+            saves = [c for e, c in members if pricer.saves_input(e.consumer, e.slot)]
+            saved = times * pricer.saved_input_bytes(edge.producer, edge.port, source, want, regather)
+            if len(members) == 1:
+                columns.cost[members[0][1]] += price
+                if saves and saved:
+                    memory_index.append(saves[0])
+                    memory_value.append(saved)
+                continue
+            if price:
+                w = columns.column(price)
+                for _, column in members:
+                    columns.row(0, highspy.kHighsInf, [w, column], [1.0, -1.0])
+            if saves and saved:
+                kept = columns.column(0.0)
+                for column in saves:
+                    columns.row(0, highspy.kHighsInf, [kept, column], [1.0, -1.0])
+                memory_index.append(kept)
+                memory_value.append(saved)
+    if minimise_memory:
+        columns.cost = [0.0] * len(columns.cost)
+        for column, value in zip(memory_index, memory_value, strict=True):
+            columns.cost[column] += value
+        memory_index, memory_value = [], []
+    scale = 1.0 / max(memory_limit, 1.0)
+    columns.row(-highspy.kHighsInf, 1.0, memory_index, [v * scale for v in memory_value])
+
+    solved = _run(columns, x, time_limit_s)
+    if solved is None:
+        return None
+    chosen, objective, gap, status = solved
+    representative = {node: options[node][i] for node, i in chosen.items()}
+    everywhere = {
+        node: representative[stands_for[node]]
+        for node in graph.fx.nodes
+        if stands_for[node] in representative
+    }
+    time_s, memory = evaluate(graph, everywhere, pricer)
+    recomputed = memory if minimise_memory else time_s
+    if abs(recomputed - objective) > 1e-6 * max(abs(objective), 1e-12):
+        raise PassError(
+            "solve",
+            "objective_is_cost",
+            f"the programme says {objective:.9g}, its plan costs {recomputed:.9g}",
+        )
+    return Assignment(everywhere, time_s, memory, gap, status)
+
+
+def _edge_key(edge: Edge) -> tuple[str, int, str, int]:
+    return (edge.producer.name, edge.port, edge.consumer.name, edge.slot)
+
+
+def _add_flow(
+    columns: _Columns,
+    edge: Edge,
+    options: Mapping[Node, Sequence[Option]],
+    x: Mapping[Node, list[int]],
+    pricer: Pricer,
+) -> dict[tuple[Sharding, Sharding, bool], int] | None:
+    """Flow columns of one edge between what its producer gives and what its consumer wants."""
+    gives: dict[tuple[Sharding, bool], list[int]] = defaultdict(list)
+    for column, option in zip(x[edge.producer], options[edge.producer], strict=True):
+        gives[option.gives[edge.port], option.regather].append(column)
+    wants: dict[Sharding, list[int]] = defaultdict(list)
+    for column, option in zip(x[edge.consumer], options[edge.consumer], strict=True):
+        wants[option.wants[edge.slot]].append(column)
+    flow: dict[tuple[Sharding, Sharding, bool], int] = {}
+    into: dict[Sharding, list[int]] = {want: [] for want in wants}
+    for (source, regather), producers in gives.items():
+        out = []
+        for want in wants:
+            if not pricer.possible(source, want, edge.producer):
+                continue
+            flow[source, want, regather] = column = columns.column(0.0)
+            out.append(column)
+            into[want].append(column)
+        columns.row(0, 0, out + producers, [1.0] * len(out) + [-1.0] * len(producers))
+    for want, consumers in wants.items():
+        made = into[want]
+        columns.row(0, 0, made + consumers, [1.0] * len(made) + [-1.0] * len(consumers))
+    return flow
+
+
+def _run(
+    columns: _Columns, x: Mapping[Node, list[int]], time_limit_s: float
+) -> tuple[dict[Node, int], float, float, str] | None:
+    """Hand the programme to HiGHS: the index of every node's option, the objective, gap, status."""
+    n = len(columns.cost)
+    cost = np.array(columns.cost)
+    # HiGHS's tolerances are absolute: bring the objective to order one thousand.
+    scale = 1e3 / max(float(np.abs(cost).max(initial=0.0)), 1e-30)
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = n, len(columns.rows)
+    lp.col_cost_ = cost * scale
+    lp.col_lower_ = np.zeros(n)
+    lp.col_upper_ = np.ones(n)
+    lp.row_lower_ = np.array([row[0] for row in columns.rows])
+    lp.row_upper_ = np.array([row[1] for row in columns.rows])
+    starts = np.cumsum([0] + [len(row[2]) for row in columns.rows])
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = starts.astype(np.int32)
+    lp.a_matrix_.index_ = np.concatenate([np.array(r[2], dtype=np.int32) for r in columns.rows])
+    lp.a_matrix_.value_ = np.concatenate([np.array(r[3], dtype=np.float64) for r in columns.rows])
+    kind = highspy.HighsVarType
+    lp.integrality_ = [kind.kInteger if i else kind.kContinuous for i in columns.integer]
+    solver = highspy.Highs()
+    for option, value in (
+        ("output_flag", False),
+        ("time_limit", time_limit_s),
+        ("mip_rel_gap", 1e-5),
+        ("threads", 1),
+    ):
+        solver.setOptionValue(option, value)
+    solver.passModel(lp)
+    solver.run()
+    status = solver.modelStatusToString(solver.getModelStatus())
+    info = solver.getInfo()
+    feasible = int(highspy.SolutionStatus.kSolutionStatusFeasible)
+    if int(info.primal_solution_status) != feasible:
+        return None
+    values = np.array(solver.getSolution().col_value)
+    chosen = {node: int(np.argmax(values[index])) for node, index in x.items()}
+    gap = float(info.mip_gap) if np.isfinite(info.mip_gap) else 0.0
+    return chosen, float(values @ cost), max(gap, 0.0), status
+
+
+def evaluate(
+    graph: Graph, option: Mapping[Node, Option], pricer: Pricer
+) -> tuple[float, float]:
+    """Cost of an assignment from scratch, node by node: seconds per step and bytes."""
+    time_s = sum(o.time_s for o in option.values())
+    memory = sum(o.memory_bytes for o in option.values())
+    paid: set[tuple[Node, int, Sharding]] = set()
+    kept: set[tuple[Node, int, Sharding]] = set()
+    for edge in edges_of(graph):
+        producer = option[edge.producer]
+        source, want = producer.gives[edge.port], option[edge.consumer].wants[edge.slot]
+        key = (edge.producer, edge.port, want)
+        if key not in paid:
+            paid.add(key)
+            time_s += pricer.edge_time_s(
+                edge.producer, edge.port, source, want, producer.regather
+            )
+        if pricer.saves_input(edge.consumer, edge.slot) and key not in kept:
+            kept.add(key)
+            memory += pricer.saved_input_bytes(
+                edge.producer, edge.port, source, want, producer.regather
+            )
+    return time_s, memory

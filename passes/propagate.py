@@ -1,0 +1,71 @@
+"""Give every value the sharding that the plan's choices imply, and every op what it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch.fx
+
+from autopar.errors import PassError
+from autopar.ir.graph import Graph, Value, tensor_inputs, values_of
+from autopar.ir.mesh import Mesh
+from autopar.ir.rule import REPLICATE, Choice, ShardingRule
+from autopar.ir.sharding import Sharding
+
+from .options import place_call
+from .programme import is_getitem, producer_of
+
+Node = torch.fx.Node
+
+
+def propagate(
+    graph: Graph,
+    mesh: Mesh,
+    rules: Mapping[str, ShardingRule],
+    choices: Mapping[str, Mapping[str, Choice]],
+    storage: Mapping[str, Sharding],
+) -> Graph:
+    """Type every value of the graph with a sharding, and note what each op wants of its inputs.
+
+    `rules` and `choices` are keyed by node name, `storage` by parameter placeholder name. The wanted
+    shardings are left in `meta["wants"]`, one per tensor input. User inputs, buffers and constants
+    are replicated, and so is whatever the graph returns. Axes on which a choice is not legal for
+    these sizes fall back to replication.
+    """
+    new = graph.copy()
+    for node in new.fx.nodes:
+        if node.op == "placeholder":
+            for value in values_of(node):
+                sharding = storage.get(node.name, Sharding.replicated(value.rank))
+                node.meta["value"] = value.with_sharding(sharding)
+        elif node.op == "output":
+            node.meta["wants"] = tuple(
+                Sharding.replicated(v.rank) for s in tensor_inputs(node) for v in values_of(s)
+            )
+        elif is_getitem(node):
+            source, port = producer_of(node)
+            node.meta["value"] = values_of(source)[port]
+        elif node.op == "call_function":
+            _type_call(node, mesh, rules[node.name], choices.get(node.name, {}))
+    return new
+
+
+def _type_call(
+    node: Node, mesh: Mesh, rule: ShardingRule, chosen: Mapping[str, Choice]
+) -> None:
+    active = {axis: choice for axis, choice in chosen.items() if choice != REPLICATE}
+    placed = place_call(node, rule, mesh, active, uneven=True)
+    if placed is None:
+        raise PassError("propagate", "rule_allows", f"{active} is not legal", node)
+    node.meta["wants"] = placed.inputs
+    node.meta["rule"] = rule
+    node.meta["chosen"] = active
+    shardings = iter(placed.outputs)
+    value = node.meta["value"]
+    if isinstance(value, Value):
+        node.meta["value"] = replace(value, sharding=next(shardings))
+    else:
+        node.meta["value"] = tuple(
+            replace(v, sharding=next(shardings)) if isinstance(v, Value) else v for v in value
+        )

@@ -1,0 +1,64 @@
+"""The sharding rule of every op of a graph, and a report of the ops that have none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch.fx
+
+from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.registry import rule_for
+from autopar.ir.rule import ShardingRule
+
+from .options import place_call
+from .price import Pricer
+from .programme import is_getitem
+
+
+def rules_of(graph: Graph) -> dict[str, ShardingRule]:
+    """Rule per node name: the registry's, else one discovered by running the op on shards."""
+    from autopar.ir.discover import discover
+
+    rules: dict[str, ShardingRule] = {}
+    for node in graph.calls():
+        if not is_getitem(node):
+            found = rule_for(node)
+            rules[node.name] = found if found is not None else discover(node)
+    return rules
+
+
+def unsharded_ops(
+    graph: Graph, rules: Mapping[str, ShardingRule], pricer: Pricer
+) -> list[str]:
+    """One sentence per kind of op that autopar has no rule for, with what running it costs."""
+    cost: dict[str, list[float]] = defaultdict(list)
+    where: dict[str, str] = {}
+    for node in graph.calls():
+        if is_getitem(node) or rule_for(node) is not None:
+            continue
+        name = str(node.target if not hasattr(node.target, "__name__") else node.target.__name__)
+        rule = rules[node.name]
+        placed = place_call(node, rule, pricer.mesh, {})
+        seconds = pricer.compute_time_s(node, placed) if placed is not None else 0.0
+        how = f"discovered {rule}" if rule.splittable() else "runs replicated on every device"
+        cost[f"{name}: no sharding rule; {how}"].append(seconds)
+        where.setdefault(f"{name}: no sharding rule; {how}", node.meta.get("source", ""))
+    return [
+        f"{text}; {len(times)} call(s), {sum(times) * 1e3:.3g} ms per step if whole ({where[text]})"
+        for text, times in cost.items()
+    ]
+
+
+def replicated_rule(node: torch.fx.Node) -> ShardingRule:
+    """A rule under which nothing may be split."""
+    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+    def dims(rank: int) -> tuple[tuple[str, ...], ...]:
+        return tuple((next(letters),) for _ in range(rank))
+
+    inputs = tuple(dims(value_of(s).rank) for s in tensor_inputs(node))
+    outputs = tuple(dims(v.rank) for v in values_of(node))
+    names = frozenset(f for tensor in (*inputs, *outputs) for dim in tensor for f in dim)
+    return ShardingRule(inputs, outputs, whole=names)
+

@@ -1,0 +1,217 @@
+"""`autopar calibrate`: measure this machine and write its cluster profile.
+
+Every number is a median taken while all ranks work at once, because they share memory bandwidth and
+the loopback device. The same compute is measured once more in one process with all threads, so that
+the plan "one process" can be priced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from autopar.cost.cluster import Cluster, CollectiveCurve, Device, Level
+from autopar.cost.comm import wire_factor
+from autopar.cost.curve import Curve
+from autopar.cost.profile import save_profile
+from autopar.errors import UserError
+
+# Page faults otherwise dominate: a 64 MB clone takes 60 to 205 ms instead of 14 to 20.
+RANK_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+}
+MEMORY_SHARE = 0.85  # of the machine's memory, for all ranks together
+Sample = tuple[str, float, float]  # key, x (flops or bytes), seconds
+
+
+def calibrate(
+    nproc: int, device: str = "cpu", out: Path | None = None, quick: bool = False
+) -> Cluster:
+    """Measure `nproc` ranks of this machine; write the profile to `out` and return the cluster.
+
+    Takes up to 3 minutes, with `quick` up to 30 s. Raises UserError for a device that cannot be
+    measured, a count below 2, or ranks that fail.
+    """
+    if device != "cpu":
+        raise UserError(f"cannot calibrate the device {device!r}", fix="use `cpu`")
+    if nproc < 2:
+        raise UserError(f"cannot calibrate {nproc} rank", fix="use at least 2 ranks")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: its folder does not exist", fix="make the folder")
+    cores = len(os.sched_getaffinity(0))
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        ranks = _run(nproc, 1, quick, lambda what: progress.update(task, description=what))
+        single = _run(1, cores, quick, lambda what: progress.update(task, description=what))
+        progress.update(task, description="done", total=1, completed=1)
+    where = f"{_cpu_name()}, {cores} cores, torch {torch.__version__.split('+')[0]}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE
+    source = f"autopar calibrate, {nproc} ranks at once: {where}"
+    cluster = Cluster(
+        f"{nproc}xcpu",
+        device_from_samples("cpu", ranks, memory / nproc, source),
+        (Level("host", nproc, collectives_from_samples(ranks, source)),),
+        device_from_samples(
+            f"cpu, {cores} threads", single, memory, f"autopar calibrate, 1 process: {where}"
+        ),
+    )
+    if out is not None:
+        save_profile(cluster, out)
+    return cluster
+
+
+def _cpu_name() -> str:
+    """Model name of the processor, as the system reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _run(nproc: int, threads: int, quick: bool, step: Callable[[str], None]) -> list[Sample]:
+    """Start the ranks and collect rank 0's results; ends them all when one fails."""
+    title = f"{nproc} ranks" if nproc > 1 else f"one process with {threads} threads"
+    with tempfile.TemporaryDirectory(prefix="autopar-calibrate-") as folder:
+        processes: list[subprocess.Popen[str]] = []
+        environment = {**os.environ, **RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        try:
+            for rank in range(nproc):
+                job = Path(folder) / f"{rank}.json"
+                job.write_text(
+                    json.dumps(
+                        {
+                            "rank": rank,
+                            "nproc": nproc,
+                            "threads": threads,
+                            "quick": quick,
+                            "store": f"{folder}/store",
+                        }
+                    )
+                )
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "autopar.runtime.calibrate_worker", str(job)],
+                        env=environment,
+                        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                        stderr=(Path(folder) / f"{rank}.err").open("w"),
+                        text=True,
+                    )
+                )
+            results: list[Sample] = []
+            assert processes[0].stdout is not None
+            for line in processes[0].stdout:
+                message = json.loads(line)
+                if "progress" in message:
+                    step(f"{title}: {message['progress']}")
+                else:
+                    results = [(str(k), float(x), float(t)) for k, x, t in message["results"]]
+            codes = [process.wait() for process in processes]
+            if any(codes) or not results:
+                errors = [(Path(folder) / f"{rank}.err").read_text() for rank in range(nproc)]
+                last = next((e.strip().splitlines()[-1] for e in errors if e.strip()), "no message")
+                raise UserError(f"calibration failed on {title}: {last}")
+            return results
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+def device_from_samples(
+    name: str, samples: Sequence[Sample], memory_bytes: float, source: str
+) -> Device:
+    """Curves of one device from timings; the op overhead is taken out of every one of them."""
+    overhead = min((t for key, _, t in samples if key == "overhead"), default=1e-6)
+    rates: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    bandwidth: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    narrow: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for key, x, seconds in samples:
+        rate = x / max(seconds - overhead, 0.2 * seconds)
+        family, _, rest = key.partition(":")
+        if family == "bandwidth":
+            bandwidth[rest].append((x, rate))
+        elif family == "narrow":
+            narrow[int(rest)].append((x, rate))
+        elif family not in ("overhead", "collective"):
+            rates[family][rest].append((x, rate))
+    curves = {
+        family: {dtype: Curve.of(points, source) for dtype, points in table.items()}
+        for family, table in rates.items()
+    }
+    matmul = curves["matmul"]["float32"]
+    bandwidth["default"] = bandwidth["pointwise"]
+    return Device(
+        name,
+        memory_bytes,
+        overhead,
+        curves,
+        {family: Curve.of(points, source) for family, points in bandwidth.items()},
+        _narrow_curve(narrow, matmul, source),
+        {"memory_bytes": source, "op_overhead_s": source},
+    )
+
+
+def _narrow_curve(
+    samples: dict[int, list[tuple[float, float]]], matmul: Curve, source: str
+) -> Curve:
+    """Smallest dim -> mean fraction (over which dim is narrow) of the rate of as many flops.
+
+    Not above 1, and never falling as the dim grows.
+    """
+    points: list[tuple[float, float]] = []
+    best = 0.0
+    for size, measured in sorted(samples.items()):
+        fractions = [rate / matmul(flops) for flops, rate in measured]
+        best = min(1.0, max(best, sum(fractions) / len(fractions)))
+        points.append((float(size), best))
+    return Curve.of(points, source) if points else Curve.constant(1.0, source)
+
+
+def collectives_from_samples(
+    samples: Sequence[Sample], source: str
+) -> dict[str, tuple[CollectiveCurve, ...]]:
+    """Per collective and group size: a latency, and bandwidths that give the measured times.
+
+    Times are first made to rise with size (each is at most the next), which removes spikes. The
+    latency is 0.9 of the smallest time, so that what is left for the bandwidth stays positive.
+    """
+    times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for key, x, seconds in samples:
+        if key.startswith("collective:"):
+            _, kind, members = key.split(":")
+            times[kind, int(members)].append((x, seconds))
+    made: dict[str, list[CollectiveCurve]] = defaultdict(list)
+    for (kind, group), points in sorted(times.items()):
+        made[kind].append(collective_curve(kind, group, points, source))
+    return {kind: tuple(curves) for kind, curves in made.items()}
+
+
+def collective_curve(
+    kind: str, group: int, points: Sequence[tuple[float, float]], source: str
+) -> CollectiveCurve:
+    """A curve through measured (bytes, seconds)."""
+    rising: list[tuple[float, float]] = []
+    least = float("inf")
+    for x, seconds in sorted(points, reverse=True):
+        least = min(least, seconds)
+        rising.append((x, least))
+    alpha = 0.9 * least
+    factor = wire_factor(kind, group)
+    bandwidth = Curve.of([(x, factor * x / (t - alpha)) for x, t in rising], source)
+    return CollectiveCurve(group, alpha, bandwidth)

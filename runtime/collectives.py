@@ -1,0 +1,483 @@
+"""The typed collectives of the lowered language, in two phases and differentiable.
+
+    *edges, pending = open_(op, specs, group, *tensors)
+    outputs         = close(op, specs, group, pending, *edges)
+
+`open_` issues the forward's communication and `close` waits for it; in the backward `close` issues
+and `open_` waits. Autograd runs the nodes that were made last first, so an `open_` that stands early
+in the forward waits late in the backward. The tensors of one call travel together: one flat buffer
+and one message per dtype.
+
+What is in flight passes through the `Pending` object. The edges are empty tensors that only tie
+`close` to `open_` in the autograd graph, one per tensor, so that tensors that need no gradient have
+an edge that needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
+
+from .group import Group, InFlight
+
+Spec = ShardSpec | SwapSpec | None
+Finish = Callable[[], list[Tensor]]
+Starter = Callable[[list[Tensor], Sequence[Any], Group], Finish]
+
+
+@dataclass
+class _Meta:
+    """Shape, dtype and device of an output, to make a zero gradient from."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class Pending:
+    """What passes from `open_` to `close` in the forward, and back in the backward."""
+
+    finish: Finish | None = None
+    gradients: Finish | None = None
+    differentiable: list[int] = field(default_factory=list)
+    ties: list[Tensor] | None = None
+    """For pmax and pmin: the local inputs, then each rank's share of the gradient."""
+
+
+def open_(
+    op: Collective | str, specs: Sequence[Spec], group: Group, *tensors: Tensor
+) -> tuple[Any, ...]:
+    """Issue a collective on `tensors`; return one autograd edge per tensor, then what is pending."""
+    name = op if isinstance(op, str) else op.name
+    if name not in COLLECTIVES:
+        raise ValueError(f"unknown collective {name!r}")
+    pending = Pending()
+    if torch.is_grad_enabled():
+        pending.differentiable = [i for i, x in enumerate(tensors) if x.requires_grad]
+    if pending.differentiable:
+        edges = _Open.apply(name, tuple(specs), group, pending, *tensors)
+        return (*edges, pending)
+    pending.finish = _FORWARD[name](list(tensors), specs, group)
+    return (*(x.new_empty(0) for x in tensors), pending)
+
+
+def close(
+    op: Collective | str, specs: Sequence[Spec], group: Group, pending: Pending, *edges: Tensor
+) -> tuple[Tensor, ...]:
+    """Wait for what `open_` issued; return one output per tensor."""
+    name = op if isinstance(op, str) else op.name
+    if pending.differentiable and torch.is_grad_enabled():
+        outputs: tuple[Tensor, ...] = _Close.apply(name, tuple(specs), group, pending, *edges)
+        return outputs
+    return tuple(_finish_forward(name, group, pending))
+
+
+def apply(op: Collective | str, spec: Spec, group: Group, x: Tensor) -> Tensor:
+    """One tensor through one collective, waited for at once."""
+    *edges, pending = open_(op, (spec,), group, x)
+    return close(op, (spec,), group, pending, *edges)[0]
+
+
+class _Open(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        name: str,
+        specs: tuple[Any, ...],
+        group: Group,
+        pending: Pending,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.pending = pending
+        ctx.count = len(tensors)
+        ctx.set_materialize_grads(False)
+        # Detached: what close() returns must not carry the history of what came in here.
+        inputs = [x.detach() for x in tensors]
+        pending.finish = _FORWARD[name](inputs, specs, group)
+        if name in _EXTREMA:
+            pending.ties = inputs
+        edges = tuple(x.new_empty(0) for x in tensors)
+        others = (e for i, e in enumerate(edges) if i not in set(pending.differentiable))
+        ctx.mark_non_differentiable(*others)
+        return edges
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *edges: Tensor | None) -> tuple[Tensor | None, ...]:
+        pending: Pending = ctx.pending
+        gradients: list[Tensor | None] = [None] * ctx.count
+        if pending.gradients is not None:
+            finish, pending.gradients = pending.gradients, None
+            for i, gradient in zip(pending.differentiable, finish(), strict=True):
+                gradients[i] = gradient
+        return None, None, None, None, *gradients
+
+
+class _Close(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        name: str,
+        specs: tuple[Any, ...],
+        group: Group,
+        pending: Pending,
+        *edges: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.call = (name, specs, group)
+        ctx.pending = pending
+        ctx.set_materialize_grads(False)
+        outputs = tuple(_finish_forward(name, group, pending))
+        kept = set(pending.differentiable)
+        ctx.mark_non_differentiable(*(y for i, y in enumerate(outputs) if i not in kept))
+        ctx.metas = [_Meta(y.shape, y.dtype, y.device) for y in outputs]
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        name, specs, group = ctx.call
+        pending: Pending = ctx.pending
+        kept = pending.differentiable
+        # A rank whose outputs were not used must still take part in the communication.
+        grads = [ctx.metas[i].zeros() if (g := gradients[i]) is None else g for i in kept]
+        if name in _EXTREMA:
+            assert pending.ties is not None
+            shares = [pending.ties[i] for i in kept]
+            pending.gradients = lambda: [g * share for g, share in zip(grads, shares, strict=True)]
+        else:
+            pending.gradients = _BACKWARD[name](grads, [specs[i] for i in kept], group)
+        edges: list[Tensor | None] = [None] * len(gradients)
+        for i, grad in zip(kept, grads, strict=True):
+            edges[i] = grad.new_empty(0)
+        return None, None, None, None, *edges
+
+
+def _finish_forward(name: str, group: Group, pending: Pending) -> list[Tensor]:
+    finish, pending.finish = pending.finish, None
+    if finish is None:
+        raise RuntimeError(f"{name} was closed twice")
+    outputs = finish()
+    if pending.ties is not None:
+        pending.ties = _shares(pending.ties, outputs, group)
+    return outputs
+
+
+def _shares(inputs: list[Tensor], outputs: list[Tensor], group: Group) -> list[Tensor]:
+    """Each rank's share of the gradient of an extremum: equal among the ranks that attain it.
+
+    One device divides among the elements that attain it (`amax`) or takes one of them (`max`): the
+    same wherever there are no ties.
+    """
+    hits = [(x == y).to(y.dtype) for x, y in zip(inputs, outputs, strict=True)]
+    counts = _all_reduce("sum")(hits, (None,) * len(hits), group)()
+    return [hit / count for hit, count in zip(hits, counts, strict=True)]
+
+
+# --- Buckets ----------------------------------------------------------------------------------
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the tensors that travel in one buffer."""
+    buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(tensors):
+        buckets.setdefault((x.dtype, x.device), []).append(i)
+    return list(buckets.values())
+
+
+def _bucketed(start: Starter) -> Starter:
+    """Lift `start`, which wants tensors of one dtype, to any list of tensors."""
+
+    def start_all(tensors: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+        buckets = _by_dtype(tensors)
+        if len(buckets) == 1:
+            return start(tensors, specs, group)
+        flights = [
+            start([tensors[i] for i in bucket], [specs[i] for i in bucket], group)
+            for bucket in buckets
+        ]
+
+        def finish() -> list[Tensor]:
+            outputs: list[Any] = [None] * len(tensors)
+            for bucket, flight in zip(buckets, flights, strict=True):
+                for i, y in zip(bucket, flight(), strict=True):
+                    outputs[i] = y
+            return outputs
+
+        return finish
+
+    return start_all
+
+
+def _pack(pieces: Sequence[Tensor]) -> Tensor:
+    """All elements of the pieces one after the other; a single contiguous piece is not copied."""
+    if len(pieces) == 1:
+        return pieces[0].reshape(-1)
+    flat = pieces[0].new_empty(sum(p.numel() for p in pieces))
+    parts = flat.split([p.numel() for p in pieces])
+    places = [part.view(p.shape) for part, p in zip(parts, pieces, strict=True)]
+    torch._foreach_copy_(places, list(pieces))
+    return flat
+
+
+def _unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Views of consecutive pieces of `flat`."""
+    sizes = [_numel(shape) for shape in shapes]
+    parts = flat.split(sizes)
+    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+# --- Chunks of one tensor ---------------------------------------------------------------------
+
+
+def _chunk(full: Tensor, spec: ShardSpec, member: int) -> Tensor:
+    """The piece of `full` that `member` holds, as a view; its dim is (outer, rest) if strided."""
+    start, length = spec.offset(member) * spec.block, spec.lengths[member] * spec.block
+    if spec.outer == 1:
+        return full.narrow(spec.dim, start, length)
+    strided = full.unflatten(spec.dim, (spec.outer, sum(spec.lengths) * spec.block))
+    return strided.narrow(spec.dim + 1, start, length)
+
+
+def _chunk_shape(shape: Sequence[int], spec: ShardSpec, member: int) -> tuple[int, ...]:
+    """Shape of `_chunk` in a tensor whose other dims are those of `shape`."""
+    dims = (spec.outer,) if spec.outer > 1 else ()
+    middle = (*dims, spec.lengths[member] * spec.block)
+    return (*shape[: spec.dim], *middle, *shape[spec.dim + 1 :])
+
+
+def _join(chunks: Sequence[Tensor], spec: ShardSpec) -> Tensor:
+    """The full tensor of all members' chunks."""
+    if spec.outer == 1:
+        return torch.cat(list(chunks), spec.dim)
+    return torch.cat(list(chunks), spec.dim + 1).flatten(spec.dim, spec.dim + 1)
+
+
+def _local(chunk: Tensor, spec: ShardSpec) -> Tensor:
+    """A chunk with its dim as one, as the member holds it."""
+    return chunk if spec.outer == 1 else chunk.flatten(spec.dim, spec.dim + 1)
+
+
+def _local_shape(shape: Sequence[int], spec: ShardSpec, member: int) -> tuple[int, ...]:
+    return (*shape[: spec.dim], spec.local_size(member), *shape[spec.dim + 1 :])
+
+
+def _is_prefix(shape: Sequence[int], spec: ShardSpec) -> bool:
+    """Whether the members' chunks are consecutive in memory."""
+    return spec.outer == 1 and _numel(shape[: spec.dim]) == 1
+
+
+def _check_local(x: Tensor, spec: ShardSpec, group: Group, what: str) -> None:
+    """Shapes are checked before sending: a mismatch would abort the process in gloo."""
+    if len(spec.lengths) != group.size or x.shape[spec.dim] != spec.local_size(group.rank):
+        raise ValueError(
+            f"{what}: member {group.rank} of {group.size} has shape {tuple(x.shape)}, "
+            f"which is no shard of {spec}"
+        )
+
+
+def _check_full(x: Tensor, spec: ShardSpec, group: Group, what: str) -> None:
+    if len(spec.lengths) != group.size or x.shape[spec.dim] != spec.size:
+        raise ValueError(
+            f"{what}: shape {tuple(x.shape)} cannot be divided as {spec} among {group.size}"
+        )
+
+
+# --- Communication on lists of tensors, no autograd -------------------------------------------
+
+
+def _identity(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    return lambda: xs
+
+
+def _view(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    """Identity in the forward: new tensors on the same memory, which may get their own history."""
+    return lambda: [x.detach() for x in xs]
+
+
+def _all_reduce(op: str) -> Starter:
+    def start(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+        flat = _pack(xs)
+        # One contiguous tensor is not copied, and others may hold its memory.
+        ours = flat.data_ptr() != xs[0].data_ptr()
+        flight = group.all_reduce(flat, op, in_place=ours)
+        shapes = [x.shape for x in xs]
+        return lambda: _unpack(flight.wait(), shapes)
+
+    return _bucketed(start)
+
+
+def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    for x, spec in zip(xs, specs, strict=True):
+        _check_local(x, spec, group, "all_gather")
+    shapes = [x.shape for x in xs]
+    members = range(group.size)
+    pieces = [
+        [_numel(_local_shape(shape, spec, m)) for shape, spec in zip(shapes, specs, strict=True)]
+        for m in members
+    ]
+    flight = group.all_gather(_pack(xs), [sum(sizes) for sizes in pieces])
+
+    def finish() -> list[Tensor]:
+        flat = flight.wait()
+        if len(shapes) == 1 and _is_prefix(shapes[0], specs[0]):
+            shape, spec = shapes[0], specs[0]
+            return [flat.view(*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])]
+        rows = flat.split([size for sizes in pieces for size in sizes])
+        return [
+            _join(
+                [
+                    rows[m * len(shapes) + i].view(_chunk_shape(shape, spec, m))
+                    for m in members
+                ],
+                spec,
+            )
+            for i, (shape, spec) in enumerate(zip(shapes, specs, strict=True))
+        ]
+
+    return finish
+
+
+def _start_reduce_scatter(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    for x, spec in zip(xs, specs, strict=True):
+        _check_full(x, spec, group, "reduce_scatter")
+    members = range(group.size)
+    shapes = [x.shape for x in xs]
+    sizes = [
+        sum(_numel(_local_shape(s, spec, m)) for s, spec in zip(shapes, specs, strict=True))
+        for m in members
+    ]
+    if len(xs) == 1 and _is_prefix(shapes[0], specs[0]):
+        flat = xs[0].reshape(-1)
+    else:
+        pairs = list(zip(xs, specs, strict=True))
+        flat = _pack([_chunk(x, spec, m) for m in members for x, spec in pairs])
+    flight = group.reduce_scatter(flat, sizes)
+    locals_ = [_local_shape(s, spec, group.rank) for s, spec in zip(shapes, specs, strict=True)]
+    return lambda: _unpack(flight.wait(), locals_)
+
+
+def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    for x, spec in zip(xs, specs, strict=True):
+        if spec.source.dim == spec.target.dim:
+            raise ValueError(f"swap: source and target are one dim in {spec}")
+        _check_local(x, spec.source, group, "swap")
+        _check_full(x, spec.target, group, "swap")
+    members = range(group.size)
+    pairs = list(zip(xs, specs, strict=True))
+    chunks = [_chunk(x, spec.target, m) for m in members for x, spec in pairs]
+    in_splits = [
+        sum(c.numel() for c in chunks[m * len(xs) : (m + 1) * len(xs)]) for m in members
+    ]
+    # From member m: my part of the target dim, m's part of the source dim.
+    mine = [_local_shape(x.shape, spec.target, group.rank) for x, spec in pairs]
+    sizes = [
+        [_numel(_local_shape(s, spec.source, m)) for s, spec in zip(mine, specs, strict=True)]
+        for m in members
+    ]
+    out_splits = [sum(row) for row in sizes]
+    flight = group.all_to_all(_pack(chunks), out_splits, in_splits)
+
+    def finish() -> list[Tensor]:
+        rows = flight.wait().split([size for row in sizes for size in row])
+        return [
+            _join(
+                [
+                    rows[m * len(mine) + i].view(_chunk_shape(shape, spec.source, m))
+                    for m in members
+                ],
+                spec.source,
+            )
+            for i, (shape, spec) in enumerate(zip(mine, specs, strict=True))
+        ]
+
+    return finish
+
+
+def _start_swap_back(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    return _swap(xs, [SwapSpec(spec.target, spec.source) for spec in specs], group)
+
+
+def _slice(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    """This member's part; contiguous, as the ops of one device would have made it."""
+
+    def finish() -> list[Tensor]:
+        outputs = []
+        for x, spec in zip(xs, specs, strict=True):
+            _check_full(x, spec, group, "slice")
+            part = _local(_chunk(x, spec, group.rank), spec)
+            outputs.append(part.contiguous().detach())
+        return outputs
+
+    return finish
+
+
+def _pad(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    """The full tensor with this member's part in place and zeros elsewhere."""
+
+    def finish() -> list[Tensor]:
+        outputs = []
+        for x, spec in zip(xs, specs, strict=True):
+            full = x.new_zeros((*x.shape[: spec.dim], spec.size, *x.shape[spec.dim + 1 :]))
+            place = _chunk(full, spec, group.rank)
+            place.copy_(x.reshape(place.shape))
+            outputs.append(full)
+        return outputs
+
+    return finish
+
+
+def _keep_first(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    if group.rank == 0:
+        return _view(xs, specs, group)
+    return lambda: [torch.zeros_like(x) for x in xs]
+
+
+_gather = _bucketed(_start_gather)
+_reduce_scatter = _bucketed(_start_reduce_scatter)
+_swap = _bucketed(_start_swap)
+
+_EXTREMA = ("pmax", "pmin")
+
+_FORWARD: dict[str, Starter] = {
+    "pvary": _view,
+    "psum": _all_reduce("sum"),
+    "pmax": _all_reduce("max"),
+    "pmin": _all_reduce("min"),
+    "gather_vary": _gather,
+    "gather_inv": _gather,
+    "scatter_sum": _reduce_scatter,
+    "slice_inv": _slice,
+    "slice_vary": _slice,
+    "swap": _swap,
+    "keep_first": _keep_first,
+}
+
+_BACKWARD: dict[str, Starter] = {
+    "pvary": _all_reduce("sum"),
+    "psum": _identity,
+    "gather_vary": _reduce_scatter,
+    "gather_inv": _slice,
+    "scatter_sum": _gather,
+    "slice_inv": _gather,
+    "slice_vary": _pad,
+    "swap": _start_swap_back,
+    "keep_first": _identity,
+}

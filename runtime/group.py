@@ -1,0 +1,449 @@
+"""Communication groups: the few collectives that the runtime needs, issued now and waited for later.
+
+`ProcessGroupGroup` runs them on `torch.distributed`. Its forms for gloo were measured on 4 ranks of
+one machine (one thread each, milliseconds, medians; `all_gather` is given by the gathered size):
+
+| size    | all_reduce | gather + sum | all_gather | as all_to_all | as send/recv | reduce_scatter | as all_to_all + sum |
+|---------|-----------|------|------|------|------|------|------|
+| 16 KiB  | 3.2       | 1.0  | 1.5  | 1.4  | 0.9  | 4.1  | 1.0  |
+| 64 KiB  | 4.2       | 1.4  | 2.3  | 1.7  | 1.4  | 5.4  | 1.7  |
+| 256 KiB | 5.4       | 4.1  | 4.1  | 2.8  | 4.1  | 4.5  | 1.3  |
+| 1 MiB   | 5.5       | -    | 6.6  | 4.7  | 2.6  | 5.1  | 3.4  |
+| 4 MiB   | 16        | -    | 9.9  | 7.7  | 6.6  | 16   | 6.1  |
+| 16 MiB  | 134       | -    | 82   | 129  | 20   | 43   | 23   |
+| 64 MiB  | 175       | -    | 560  | 150  | 76   | 208  | 91   |
+
+So a gather is point to point and a reduce-scatter is an all-to-all with a local sum, at every size;
+only an all-reduce has a crossover. `ThreadWorld` simulates the ranks as threads of one process, for
+tests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.compat import c10d_functional
+
+T = TypeVar("T")
+
+# On CPU, all-reduces of at most this many bytes per rank and member are an all-gather and a local
+# reduction: one round instead of two, at the price of more traffic (see the table above).
+SMALL_ALL_REDUCE_BYTES = 64 * 1024
+
+# Tag of our point-to-point messages, which arrive in the order of sending per pair, group and tag.
+# Pipelines send with other tags.
+GATHER_TAG = 0x6170
+
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(0, dtype=x.dtype),
+    "max": lambda x: x.amax(0),
+    "min": lambda x: x.amin(0),
+}
+
+
+class InFlight:
+    """A communication that has been issued; `wait` finishes it and returns its result.
+
+    `wait` may be called again and returns the same tensor.
+    """
+
+    __slots__ = ("_finish", "_value")
+
+    def __init__(self, finish: Callable[[], Tensor] | None, value: Tensor | None = None) -> None:
+        self._finish = finish
+        self._value = value
+
+    def wait(self) -> Tensor:
+        if self._finish is not None:
+            self._value = self._finish()
+            self._finish = None
+        assert self._value is not None
+        return self._value
+
+
+def done(x: Tensor) -> InFlight:
+    """An operation that has finished already."""
+    return InFlight(None, x)
+
+
+class Group(Protocol):
+    """Members that communicate; every member must make the same calls in the same order.
+
+    Inputs must not be written to before the result has been waited for. Results never alias the
+    input, except in `all_reduce(..., in_place=True)` and in groups of one member.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def rank(self) -> int:
+        """Position of this process in the group."""
+        ...
+
+    def all_reduce(self, x: Tensor, op: str = "sum", in_place: bool = False) -> InFlight:
+        """Reduce over the members; `op` is 'sum', 'max' or 'min'."""
+        ...
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
+        """Concatenate along dim 0; `sizes` are the members' lengths where they differ."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
+        """Sum over the members, of which each gets its piece along dim 0 (of `sizes`)."""
+        ...
+
+    def all_to_all(
+        self, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]
+    ) -> InFlight:
+        """Send the pieces of `in_splits` along dim 0 to the members in order; get `out_splits`."""
+        ...
+
+    def broadcast(self, x: Tensor, source: int = 0) -> InFlight:
+        """The tensor of member `source`; `x` of the others says shape and dtype."""
+        ...
+
+    def wait(self, inflight: InFlight) -> Tensor: ...
+
+
+def _wire(x: Tensor) -> Tensor:
+    """View as a dtype that every backend can send and sum, dim 0 unchanged."""
+    x = x.contiguous()
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _unwire(x: Tensor, like: Tensor) -> Tensor:
+    if like.is_complex():
+        return torch.view_as_complex(x)
+    return x.to(like.dtype) if x.dtype != like.dtype else x
+
+
+class ProcessGroupGroup:
+    """A group of `torch.distributed`; by default all ranks."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        group: Any = process_group if process_group is not None else dist.group.WORLD
+        self._group = group
+        self._name: str = group.group_name
+        self._ops = c10d_functional()
+        self.size: int = group.size()
+        self.rank: int = group.rank()
+
+    def wait(self, inflight: InFlight) -> Tensor:
+        return inflight.wait()
+
+    def all_reduce(self, x: Tensor, op: str = "sum", in_place: bool = False) -> InFlight:
+        if self.size == 1 or not x.numel():
+            return done(x)
+        wire = _wire(x)
+        if wire.dtype == torch.bool:
+            wire = wire.to(torch.uint8)
+        if _is_cpu(x) and wire.nbytes <= SMALL_ALL_REDUCE_BYTES:
+            shape, reduce = wire.shape, _REDUCE[op]
+            parts = self._gather(wire.reshape(1, -1), [1] * self.size)
+
+            def finish() -> Tensor:
+                return _unwire(reduce(parts.wait()).view(shape), x)
+
+            return InFlight(finish)
+        # In-place on what is ours: the caller's tensor if allowed, or a copy made on the way.
+        ours = in_place or wire.data_ptr() != x.data_ptr()
+        call = self._ops.all_reduce_ if ours else self._ops.all_reduce
+        out = call(wire, op, self._name)
+        return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
+        if self.size == 1:
+            return done(x)
+        wire = _wire(x)
+        even = sizes is None or len(set(sizes)) == 1
+        lengths = [wire.shape[0]] * self.size if sizes is None else list(sizes)
+        if _is_cpu(x):
+            gathered = self._gather(wire, lengths)
+            return InFlight(lambda: _unwire(gathered.wait(), x))
+        if even:
+            out = self._ops.all_gather_into_tensor(wire, self.size, self._name)
+            return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+        longest = max(lengths)
+        padded = wire.new_empty((longest, *wire.shape[1:]))
+        padded[: wire.shape[0]].copy_(wire)
+        out = self._ops.all_gather_into_tensor(padded, self.size, self._name)
+
+        def finish() -> Tensor:
+            rows = self._ops.wait_tensor(out).split(longest)
+            cut = [r[:n] for r, n in zip(rows, lengths, strict=True)]
+            return _unwire(torch.cat(cut), x)
+
+        return InFlight(finish)
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
+        if self.size == 1:
+            return done(x)
+        wire = _wire(x)
+        even = sizes is None or len(set(sizes)) == 1
+        if even and not _is_cpu(x):
+            out = self._ops.reduce_scatter_tensor(wire, "sum", self.size, self._name)
+            return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+        splits = [x.shape[0] // self.size] * self.size if sizes is None else list(sizes)
+        mine = splits[self.rank]
+        if not x.numel():
+            return done(x.new_empty((mine, *x.shape[1:])))
+        out = self._all_to_all(wire, [mine] * self.size, splits)
+
+        def finish() -> Tensor:
+            parts = self._ops.wait_tensor(out).view(self.size, mine, *wire.shape[1:])
+            return _unwire(parts.sum(0, dtype=parts.dtype), x)
+
+        return InFlight(finish)
+
+    def all_to_all(
+        self, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]
+    ) -> InFlight:
+        if self.size == 1:
+            return done(x)
+        out = self._all_to_all(_wire(x), list(out_splits), list(in_splits))
+        return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+
+    def broadcast(self, x: Tensor, source: int = 0) -> InFlight:
+        if self.size == 1:
+            return done(x)
+        out = self._ops.broadcast(_wire(x), source, self._name)
+        return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+
+    def _all_to_all(self, x: Tensor, out_splits: list[int], in_splits: list[int]) -> Tensor:
+        out: Tensor = self._ops.all_to_all_single(x, out_splits, in_splits, self._name)
+        return out
+
+    def _gather(self, x: Tensor, lengths: list[int]) -> InFlight:
+        """All-gather as sends and receives straight from `x` and into the result."""
+        out = x.new_empty((sum(lengths), *x.shape[1:]))
+        pieces = out.split(lengths)
+        works: list[Any] = []
+        for distance in range(1, self.size):
+            source = (self.rank - distance) % self.size
+            if pieces[source].numel():
+                works.append(self._group.recv([pieces[source]], source, GATHER_TAG))
+        if x.numel():
+            for distance in range(1, self.size):
+                target = (self.rank + distance) % self.size
+                works.append(self._group.send([x], target, GATHER_TAG))
+        pieces[self.rank].copy_(x)
+
+        def finish() -> Tensor:
+            while works:  # waiting twice for a gloo receive would block
+                works.pop(0).wait()
+            return out
+
+        return InFlight(finish)
+
+
+def _is_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+class Aborted(RuntimeError):
+    """Another simulated rank failed or ended, so this one's communication can never complete."""
+
+
+class _Exchange:
+    """Where the threads of one group hand each other values, all at once."""
+
+    def __init__(self, size: int) -> None:
+        self.condition = threading.Condition()
+        self.slots: list[Any] = [None] * size
+        self.arrived = 0
+        self.generation = 0
+
+
+class ThreadWorld:
+    """`size` simulated ranks, each a thread of this process; see `run_threads`.
+
+    Reductions add in the order of the members, so that results are deterministic. A member that
+    issues another operation than its peers, or other shapes than fit, raises `RuntimeError` in all.
+    """
+
+    def __init__(self, size: int, timeout_s: float = 120.0) -> None:
+        self.size = size
+        self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._exchanges: dict[tuple[tuple[int, ...], str], _Exchange] = {}
+        self._failed = False
+        self._ended: set[int] = set()
+
+    def group(self, rank: int, ranks: Sequence[int] | None = None, name: str = "") -> ThreadGroup:
+        """The group of `ranks` (default all) as `rank` sees it.
+
+        Groups of the same ranks and name are one group.
+        """
+        return ThreadGroup(self, tuple(range(self.size) if ranks is None else ranks), rank, name)
+
+    def end(self, rank: int, failed: bool = False) -> None:
+        """Tell the others that `rank` makes no more calls."""
+        with self._lock:
+            self._ended.add(rank)
+            self._failed = self._failed or failed
+            exchanges = list(self._exchanges.values())
+        for exchange in exchanges:
+            with exchange.condition:
+                exchange.condition.notify_all()
+
+    def start(self) -> None:
+        """Forget ends and failures, so that the world can run again."""
+        with self._lock:
+            self._failed = False
+            self._ended.clear()
+            self._exchanges.clear()
+
+    def _exchange_of(self, ranks: tuple[int, ...], name: str) -> _Exchange:
+        with self._lock:
+            key = (ranks, name)
+            if key not in self._exchanges:
+                self._exchanges[key] = _Exchange(len(ranks))
+            return self._exchanges[key]
+
+
+class ThreadGroup:
+    """A group of simulated ranks. Communication happens when it is issued."""
+
+    def __init__(self, world: ThreadWorld, ranks: tuple[int, ...], rank: int, name: str) -> None:
+        self._world = world
+        self._ranks = ranks
+        self._name = name
+        self.size = len(ranks)
+        self.rank = ranks.index(rank)
+
+    def wait(self, inflight: InFlight) -> Tensor:
+        return inflight.wait()
+
+    def all_reduce(self, x: Tensor, op: str = "sum", in_place: bool = False) -> InFlight:
+        def reduce(parts: list[Tensor]) -> Tensor:
+            total = parts[0].clone(memory_format=torch.contiguous_format)
+            for part in parts[1:]:
+                if op == "sum":
+                    total += part
+                else:
+                    total = (torch.maximum if op == "max" else torch.minimum)(total, part)
+            return total
+
+        return done(self._exchange(("all_reduce", op, x.shape, x.dtype), x, reduce))
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
+        lengths = [x.shape[0]] * self.size if sizes is None else list(sizes)
+        assert x.shape[0] == lengths[self.rank], (x.shape, lengths, self.rank)
+        call = ("all_gather", lengths, x.shape[1:], x.dtype)
+        return done(self._exchange(call, x, torch.cat))
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
+        lengths = [x.shape[0] // self.size] * self.size if sizes is None else list(sizes)
+        assert x.shape[0] == sum(lengths), (x.shape, lengths)
+
+        def reduce(parts: list[Tensor]) -> Tensor:
+            mine = [part.split(lengths)[self.rank] for part in parts]
+            total = mine[0].clone(memory_format=torch.contiguous_format)
+            for part in mine[1:]:
+                total += part
+            return total
+
+        return done(self._exchange(("reduce_scatter", lengths, x.shape, x.dtype), x, reduce))
+
+    def all_to_all(
+        self, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]
+    ) -> InFlight:
+        def pick(parts: list[tuple[Tensor, ...]]) -> Tensor:
+            mine = [part[self.rank] for part in parts]
+            got = [piece.shape[0] for piece in mine]
+            if got != list(out_splits):
+                raise RuntimeError(f"all_to_all expects {list(out_splits)}, gets {got}")
+            return torch.cat(mine)
+
+        call = ("all_to_all", x.shape[1:], x.dtype)
+        return done(self._exchange(call, x.split(list(in_splits)), pick))
+
+    def broadcast(self, x: Tensor, source: int = 0) -> InFlight:
+        call = ("broadcast", source, x.shape, x.dtype)
+        return done(self._exchange(call, x, lambda parts: parts[source].clone()))
+
+    def _exchange(
+        self, call: tuple[Any, ...], value: Any, finish: Callable[[list[Any]], Tensor]
+    ) -> Tensor:
+        """Give `value` to all members, return `finish` of all values once all have read them."""
+        exchange = self._world._exchange_of(self._ranks, self._name)
+        exchange.slots[self.rank] = (call, value)
+        self._barrier(exchange, call)
+        slots = list(exchange.slots)
+        for member, (other, _) in enumerate(slots):
+            if other != call:
+                raise RuntimeError(
+                    f"members {self.rank} and {member} of group {self._ranks} differ: "
+                    f"{call} against {other}"
+                )
+        with torch.no_grad():
+            result = finish([value for _, value in slots])
+        self._barrier(exchange, call)
+        return result
+
+    def _barrier(self, exchange: _Exchange, call: tuple[Any, ...]) -> None:
+        world = self._world
+        with exchange.condition:
+            generation = exchange.generation
+            exchange.arrived += 1
+            if exchange.arrived == self.size:
+                exchange.arrived = 0
+                exchange.generation += 1
+                exchange.condition.notify_all()
+                return
+
+            def released() -> bool:
+                gone = world._failed or not world._ended.isdisjoint(self._ranks)
+                return exchange.generation != generation or gone
+
+            in_time = exchange.condition.wait_for(released, timeout=world.timeout_s)
+            if exchange.generation == generation:
+                why = "a rank failed or ended" if in_time else f"no answer in {world.timeout_s} s"
+                raise Aborted(f"member {self.rank} of {self._ranks} in {call}: {why}")
+
+
+def run_threads(world: ThreadWorld, fn: Callable[[int], T]) -> list[T]:
+    """Run `fn(rank)` in one thread per rank and return the results in order.
+
+    Backward runs in the thread that calls it, as CPU autograd does. The first rank to fail makes
+    the others stop, and its exception is raised here. torch uses one thread per rank meanwhile.
+    """
+    world.start()
+    results: list[Any] = [None] * world.size
+    errors: list[tuple[int, BaseException]] = []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = fn(rank)
+        except BaseException as error:
+            errors.append((rank, error))
+            world.end(rank, failed=True)
+        else:
+            world.end(rank)
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        threads = [
+            threading.Thread(target=work, args=(rank,), name=f"rank{rank}", daemon=True)
+            for rank in range(world.size)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(threads_before)
+    if errors:
+        causes = [e for e in errors if not isinstance(e[1], Aborted)] or errors
+        rank, error = causes[0]
+        error.add_note(f"in simulated rank {rank} of {world.size}")
+        raise error
+    return results
