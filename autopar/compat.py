@@ -171,7 +171,8 @@ def from_functional(tensor: torch.Tensor) -> torch.Tensor:
 
     if not isinstance(tensor, FunctionalTensor):
         return tensor
-    torch._sync(tensor)  # type: ignore[no-untyped-call]
+    sync: Any = vars(torch)["_sync"]  # not exported
+    sync(tensor)
     value: torch.Tensor = torch._from_functional_tensor(tensor.elem)
     return value
 
@@ -190,9 +191,10 @@ def has_autocast_kernel(op: Any, device_type: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
 
 
-def new_registrations(namespace: str) -> torch.library.Library:
+def new_registrations(namespace: str) -> Any:
     """Return a library whose ops live as long as it does."""
-    return torch.library.Library(namespace, "FRAGMENT")
+    make_library: Any = torch.library.Library  # untyped
+    return make_library(namespace, "FRAGMENT")
 
 
 def autograd_function_apply(forward: Any, backward: Any, *tensors: Any, **options: Any) -> Any:
@@ -208,3 +210,62 @@ def size_expr(size: Any) -> Any:
         expr: Any = size.node.expr
         return int(expr) if expr.is_Integer else expr
     return size
+
+
+@contextlib.contextmanager
+def any_arguments() -> Iterator[None]:
+    """Let `dynamo_graph_capture_for_export` take dataclasses and other objects as arguments.
+
+    Dynamo traces them; only a check that export needs, and we do not, refuses them.
+    """
+    import torch._dynamo.eval_frame as eval_frame
+
+    check = eval_frame.check_user_input_output
+    eval_frame.check_user_input_output = lambda *args: None
+    try:
+        yield
+    finally:
+        eval_frame.check_user_input_output = check
+
+
+@contextlib.contextmanager
+def quiet_torch_logs() -> Iterator[None]:
+    """Keep torch from logging what it raises as well."""
+    import logging
+
+    names = [n for n in logging.root.manager.loggerDict if n == "torch" or n.startswith("torch.")]
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def dynamo_graph_capture(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.fx.GraphModule:
+    """Do `dynamo_graph_capture_for_export(module)(*args, **kwargs)`, side effects included.
+
+    The result's `_dynamo_bytecode_unflatten` then also assigns the attributes and buffers that
+    forward assigns; where torch is too old for that, it only returns the result.
+    """
+    import torch._dynamo.functional_export
+
+    export: Any = torch._dynamo.functional_export
+    try:
+        compiling = export._compiling_state_context
+        full_capture = export.fullgraph_capture
+        to_graph = export.create_fx_graph_from_captured_output
+        settings = dynamo_config(replay_side_effects=True, side_effect_replay_policy="silent")
+    except AttributeError:
+        return dynamo_graph_capture_for_export(module)(*args, **kwargs)
+    from torch._dynamo.utils import get_metrics_context
+
+    with compiling(), settings, get_metrics_context():
+        captured = full_capture(module, args, kwargs)
+    graph: torch.fx.GraphModule = to_graph(captured, module, args, kwargs)
+    return graph

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_library = torch.library.Library("autopar", "DEF")  # owns the registrations; must stay alive
+_make_library: Any = torch.library.Library  # untyped
+_library = _make_library("autopar", "DEF")  # owns the registrations; must stay alive
 _library.define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, "
     "Tensor? running_var, bool training, float momentum, float eps) -> (Tensor, Tensor, Tensor)"

@@ -20,25 +20,27 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
     """Merge the collectives that parameters go through before their first use into buckets.
 
     Parameters share a bucket if they make the same step (collective, axis, dtype) at the same depth
-    from the parameter; a bucket holds about `limit_bytes` of local data, in the order of first use,
+    from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`); a bucket holds about `limit_bytes` of local data, in the order of first use,
     so that its gradients are complete together.
     """
     new = graph.copy()
     order = {node: i for i, node in enumerate(new.fx.nodes)}
-    groups: dict[tuple[int, Collective, str, torch.dtype], list[Node]] = defaultdict(list)
+    groups: dict[tuple[int, Collective, str, torch.dtype, bool], list[Node]] = defaultdict(list)
     depth: dict[Node, int] = {node: 0 for node in new.placeholders("param")}
+    regathered = {node for node in depth if node.meta.get("regather")}
     for node in new.fx.nodes:
         if node.target is COLLECTIVE and node.args[2] in depth:
             op, axis, source = node.args
             depth[node] = depth[source] + 1
             if op in (PVARY, GATHER_VARY) and value_of(node).requires_grad:
-                groups[depth[node], op, axis, value_of(node).dtype].append(node)
+                key = (depth[node], op, axis, value_of(node).dtype, source in regathered)
+                groups[key].append(node)
 
     def first_use(node: Node) -> int:
         users = [order[u] if u not in depth else first_use(u) for u in node.users]
         return min(users, default=len(order))
 
-    for (_, op, axis, _), nodes in sorted(groups.items(), key=lambda g: g[0][0]):
+    for (_, op, axis, _, _), nodes in sorted(groups.items(), key=lambda g: g[0][0]):
         for bucket in _packed(sorted(nodes, key=first_use), mesh, limit_bytes):
             if len(bucket) > 1:
                 _merge(new, op, axis, bucket)

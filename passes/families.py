@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from autopar.ir.graph import Graph, Value, tensor_inputs, values_of
+from autopar.ir.graph import Graph, Value, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
-from autopar.ir.rule import Choice, ShardingRule
-from autopar.ir.sharding import Sharding
+from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 
+from .options import Option
 from .programme import is_getitem, producer_of
 
 Node = torch.fx.Node
@@ -31,8 +31,9 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 class Family:
     """Restrictions of one candidate: the role of every mesh axis.
 
-    `any`: no restriction. `data`: only batch factors are split, parameters are whole. `zero`: the
-    same, parameters stored sharded. `tensor`: anything but batch factors, parameters never gathered.
+    `any`: no restriction. `data`: the batch is split wherever it can be, nothing else is, and
+    parameters are whole. `zero`: the same, parameters stored sharded. `tensor`: anything but the
+    batch may be split, parameters are never gathered, and every matrix that can be is split.
     """
 
     name: str
@@ -46,14 +47,26 @@ class Family:
         on_batch = choice.factor in self.batch.get(node, frozenset())
         return on_batch if role in ("data", "zero") else not on_batch
 
-    def stores(self, node: Node, sharding: Sharding, mesh: Mesh) -> bool:
-        value = values_of(node)[0]
+    def keeps(self, node: Node, options: list[Option]) -> list[Option]:
+        """The options of an op that do what the family is for, if there are any."""
         for axis, role in self.role.items():
-            split = sharding.dim_of(axis) is not None
-            room = max(value.int_shape(), default=1) >= mesh.size and value.requires_grad
-            if (role == "data" and split) or (role == "zero" and room and not split):
-                return False
-        return True
+            if role in ("data", "zero") and self.batch.get(node):
+                split = [o for o in options if dict(o.choices).get(axis, REPLICATE).factor]
+                options = split or options
+        return options
+
+    def keeps_stored(self, node: Node, mesh: Mesh, options: list[Option]) -> list[Option]:
+        """The ways to store a parameter that the family is for."""
+        value = value_of(node)
+        for axis, role in self.role.items():
+            split = [o for o in options if o.gives[0].dim_of(axis) is not None]
+            if role == "data":
+                options = [o for o in options if o not in split]
+            elif role == "zero" and value.requires_grad:
+                options = [o for o in split if o.regather] or options
+            elif role == "tensor" and value.requires_grad and value.rank > 1:
+                options = split or options
+        return options
 
     @property
     def never_gather(self) -> frozenset[str]:

@@ -52,7 +52,7 @@ def localise_shapes(graph: Graph, mesh: Mesh, rank: int) -> Graph:
     new = graph.copy()
     here = mesh.coordinates(rank)
     seed = None
-    if any(node.target is aten.dropout.default for node in new.fx.nodes):
+    if any(_is_random(node) for node in new.fx.nodes):
         with new.fx.inserting_before(next(iter(new.fx.nodes))):
             seed = new.fx.placeholder(SEED)
         seed.meta = {"value": None, "role": "seed", "fqns": (SEED,)}
@@ -62,8 +62,9 @@ def localise_shapes(graph: Graph, mesh: Mesh, rank: int) -> Graph:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         if node.target is aten.dropout.default:
-            rewritten.append((node, _dropout(node, mesh, here, seed, random_calls)))
-            random_calls += 1
+            call = _dropout(node, mesh, here, seed, random_calls)
+            rewritten.append((node, call))
+            random_calls += call[0] is DROPOUT
         else:
             rewritten.append((node, _call(node, mesh, here)))
     for node, (target, args, kwargs) in rewritten:
@@ -158,11 +159,19 @@ def _arguments(node: Node, *names: str) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
+def _is_random(node: Node) -> bool:
+    """Whether a node is a dropout that drops anything."""
+    if node.target is not aten.dropout.default:
+        return False
+    a = _arguments(node, "p", "train")
+    return bool(a["train"]) and a["p"] > 0.0
+
+
 def _dropout(
     node: Node, mesh: Mesh, here: Coordinates, seed: Node | None, call: int
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     a = _arguments(node, "input", "p", "train")
-    if not a["train"] or a["p"] == 0.0:
+    if not _is_random(node):
         return aten.alias.default, (a["input"],), {}
     value = value_of(node)
     assert value.sharding is not None

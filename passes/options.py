@@ -103,7 +103,6 @@ def param_options(
     wanted: Iterable[Sharding],
     mesh: Mesh,
     pricer: Pricer,
-    storable: Callable[[Sharding], bool],
 ) -> list[Option]:
     """Ways to store a parameter: whole, as its users want it, or split further and gathered (ZeRO).
 
@@ -127,14 +126,24 @@ def param_options(
                     found.setdefault(extended)
     options = []
     for sharding in found:
-        if not storable(sharding):
+        if not _storable(sharding, shape, mesh):
             continue
         time_s = pricer.optimizer_time_s(value, sharding)
         memory = pricer.stored_bytes(value, sharding)
         options.append(Option((), (), (sharding,), time_s, memory))
         if any(sharding.splits):
-            options.append(Option((), (), (sharding,), time_s, memory, regather=True))
+            # A nanosecond more, so that nothing is gathered anew without a gain in memory.
+            options.append(Option((), (), (sharding,), time_s + 1e-9, memory, regather=True))
     return options
+
+
+def _storable(sharding: Sharding, shape: tuple[int, ...], mesh: Mesh) -> bool:
+    """Whether DTensor's placements can say it: contiguous pieces, or an even strided shard."""
+    return all(
+        split.block == 1
+        and (split.outer == 1 or (split.is_even(size, mesh) and len(split.axes) == 1))
+        for split, size in zip(sharding.splits, shape, strict=True)
+    )
 
 
 def _extend(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
 
 import torch.fx
 
-from autopar.ir.graph import Graph, Value, values_of
+from autopar.ir.graph import Graph, values_of
 from autopar.ir.lowered import CLOSE, EXCHANGE, OPEN
 
 Node = torch.fx.Node
@@ -17,49 +16,31 @@ Node = torch.fx.Node
 def overlap_collectives(graph: Graph) -> Graph:
     """Split exchanges into `open` (right after their inputs) and `close` (right before first use).
 
-    Exchanges with nothing to do between the two points stay whole. Opens keep their relative order
-    on every rank, since it depends on the graph alone. In the backward the roles turn round: `close`
-    issues when the last gradient is there, and `open`, being older, waits last.
+    Exchanges with no op to run between the two points stay whole. The order depends on the graph
+    alone, so it is the same on every rank. In the backward the roles turn round: `close` issues when
+    the last gradient is there, and `open`, being older, waits last.
     """
     new = graph.copy()
-    nodes = list(new.fx.nodes)
+    for node in _worth_splitting(new):
+        _split(new, node)
+    return _rescheduled(new)
+
+
+def _worth_splitting(graph: Graph) -> list[Node]:
+    """Exchanges that have a real op between their last input and their first reader."""
+    nodes = list(graph.fx.nodes)
     order = {node: i for i, node in enumerate(nodes)}
-    calls_before = _prefix_of_calls(nodes)
+    calls = [0]
     for node in nodes:
-        if node.target is not EXCHANGE:
-            continue
-        op, specs, group, *tensors = node.args
-        ready = max(order[n] for n in node.all_input_nodes)
-        readers = _readers(node)
-        used = min((order[r] for r in readers), default=order[node])
-        after = nodes[ready]
-        if calls_before[used] - calls_before[ready + 1] - 1 <= 0:
-            continue
-        anchor = _after_placeholders(nodes, after)
-        with new.fx.inserting_before(anchor):
-            start = new.fx.call_function(OPEN, (op, specs, group, *tensors))
-            parts = []
-            for i in range(len(tensors) + 1):
-                item = new.fx.call_function(operator.getitem, (start, i))
-                item.meta = {"value": _edge_value(tensors, i)}
-                parts.append(item)
-        *edges, pending = parts
-        start.meta = {**node.meta, "value": tuple(p.meta["value"] for p in parts)}
-        with new.fx.inserting_before(node):
-            end = new.fx.call_function(CLOSE, (op, specs, group, pending, *edges))
-        end.meta = node.meta
-        node.replace_all_uses_with(end)
-        new.fx.erase_node(node)
-    return _late(new)
-
-
-def _prefix_of_calls(nodes: list[Node]) -> list[int]:
-    """How many real ops come before each position."""
-    counts = [0]
+        calls.append(calls[-1] + (node.op == "call_function" and node.target is not operator.getitem))
+    found = []
     for node in nodes:
-        real = node.op == "call_function" and node.target is not operator.getitem
-        counts.append(counts[-1] + real)
-    return counts
+        if node.target is EXCHANGE:
+            ready = max(order[n] for n in node.all_input_nodes)
+            used = min((order[r] for r in _readers(node)), default=order[node])
+            if calls[used] - calls[ready + 1] > 1:
+                found.append(node)
+    return found
 
 
 def _readers(node: Node) -> list[Node]:
@@ -69,28 +50,59 @@ def _readers(node: Node) -> list[Node]:
     return found
 
 
-def _after_placeholders(nodes: list[Node], after: Node) -> Node:
-    """The node before which something that needs `after` can first be placed."""
-    index = nodes.index(after) + 1
-    while nodes[index].op == "placeholder" or nodes[index].target is operator.getitem:
-        index += 1
-    return nodes[index]
+def _split(graph: Graph, node: Node) -> None:
+    op, specs, group, *tensors = node.args
+    with graph.fx.inserting_before(node):
+        start = graph.fx.call_function(OPEN, (op, specs, group, *tensors))
+        edges = [graph.fx.call_function(operator.getitem, (start, i)) for i in range(len(tensors))]
+        pending = graph.fx.call_function(operator.getitem, (start, len(tensors)))
+        end = graph.fx.call_function(CLOSE, (op, specs, group, pending, *edges))
+    for edge, tensor in zip(edges, tensors, strict=True):
+        assert isinstance(tensor, torch.fx.Node)
+        edge.meta = {"value": values_of(tensor)[0]}
+    pending.meta = {"value": None}
+    start.meta = {**node.meta, "value": (*(e.meta["value"] for e in edges), None)}
+    end.meta = node.meta
+    node.replace_all_uses_with(end)
+    graph.fx.erase_node(node)
 
 
-def _edge_value(tensors: list[Any], i: int) -> Value | None:
-    return values_of(tensors[i])[0] if i < len(tensors) else None
+def _rescheduled(graph: Graph) -> Graph:
+    """The same nodes in a new order: opens as soon as their inputs are there, closes on demand."""
+    nodes = list(graph.fx.nodes)
+    lazy = {n for n in nodes if n.target is CLOSE}
+    lazy |= {n for n in nodes if n.target is operator.getitem and n.args[0] in lazy}
+    eager = [n for n in nodes if n.target is OPEN and not lazy.intersection(n.all_input_nodes)]
+    lazy |= {n for n in nodes if n.target is OPEN} - set(eager)
+    lazy |= {n for n in nodes if n.target is operator.getitem and n.args[0] in lazy}
+    waiting = {n: set(n.all_input_nodes) for n in eager}
+    out = torch.fx.Graph()
+    env: dict[Node, Node] = {}
 
+    def place(node: Node) -> None:
+        env[node] = out.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+        for start in [s for s, inputs in waiting.items() if node in inputs]:
+            waiting[start].discard(node)
 
-def _late(graph: Graph) -> Graph:
-    """Move every `close`, with its `getitem`s, right before the first reader."""
-    for node in [n for n in graph.fx.nodes if n.target is CLOSE]:
-        items = [u for u in node.users if u.target is operator.getitem]
-        readers = _readers(node)
-        if not readers:
+    def emit(node: Node) -> None:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            missing = [n for n in top.all_input_nodes if n not in env]
+            stack.extend(reversed(missing))
+            if not missing:
+                stack.pop()
+                if top not in env:
+                    place(top)
+
+    for node in nodes:
+        if node in lazy or node in env:
             continue
-        order = {n: i for i, n in enumerate(graph.fx.nodes)}
-        first = min(readers, key=order.__getitem__)
-        for moved in (node, *sorted(items, key=order.__getitem__)):
-            first.prepend(moved)
-    graph.fx.lint()
-    return replace(graph)
+        if node.op != "placeholder":
+            for start in [s for s, inputs in waiting.items() if not inputs]:
+                del waiting[start]
+                emit(start)
+        if node not in env:
+            emit(node)
+    return replace(graph, fx=out)

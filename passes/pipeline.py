@@ -54,13 +54,14 @@ def lowering(
     rules: Callable[[Graph], Mapping[str, ShardingRule]],
     choices: Mapping[str, Mapping[str, Choice]],
     storage: Mapping[str, Sharding],
+    regather: frozenset[str] = frozenset(),
 ) -> list[Pass]:
     """The lowering of a captured graph to the program of one rank."""
     return [
         Pass("specialise", partial(specialise, symbols=symbols), ("typed", "functional")),
         Pass(
             "propagate",
-            lambda g: propagate(g, mesh, rules(g), choices, storage),
+            lambda g: propagate(g, mesh, rules(g), choices, storage, regather),
             ("axis_used_once", "axes_exist"),
         ),
         Pass("insert_reshards", insert_reshards, ("resharded",)),
@@ -91,5 +92,5 @@ def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh, check: bool = True)
             live.pop(name, None)
         live.update(dict.fromkeys(step.establishes))
         if check:
-            verify(graph, mesh, tuple(live))
+            verify(graph, mesh, tuple(live), pass_name=step.name)
     return stages

@@ -21,7 +21,7 @@ from autopar.cost.compute import (
     op_name,
     optimizer_time,
 )
-from autopar.cost.memory import saved_inputs, saved_outputs_bytes, stored_bytes
+from autopar.cost.memory import saved, state_bytes
 from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import GATHER_INV, GATHER_VARY, PVARY
 from autopar.ir.mesh import Mesh
@@ -113,7 +113,11 @@ class Pricer:
             self._local(value_of(source), sharding)
             for source, sharding in zip(tensor_inputs(node), placed.inputs, strict=True)
         ]
-        return float(saved_outputs_bytes(local_op(node, inputs, outputs)))
+        if not any(v.requires_grad for v in values_of(node)):
+            return 0.0
+        op = local_op(node, inputs, outputs)
+        kept = saved(op)
+        return float(kept.own_bytes + sum(op.outputs[i].bytes for i in kept.outputs))
 
     # -- parameters ---------------------------------------------------------------------------
 
@@ -125,7 +129,9 @@ class Pricer:
 
     def stored_bytes(self, value: Value, sharding: Sharding) -> float:
         local = self.local_bytes(value, sharding) / value.dtype.itemsize
-        return float(stored_bytes(local, value.dtype, self.optimizer, value.requires_grad))
+        if not value.requires_grad:
+            return local * value.dtype.itemsize
+        return float(state_bytes(local, value.dtype, self.optimizer).total)
 
     # -- edges --------------------------------------------------------------------------------
 
@@ -199,7 +205,7 @@ class Pricer:
         """Whether autograd keeps tensor input `slot` of an op until the backward."""
         if node.op != "call_function" or not any(v.requires_grad for v in values_of(node)):
             return False
-        return slot in saved_inputs(local_op(node))
+        return slot in saved(local_op(node)).inputs
 
     def saved_input_bytes(
         self, producer: Node, port: int, source: Sharding, want: Sharding, regather: bool = False

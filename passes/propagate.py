@@ -25,10 +25,12 @@ def propagate(
     rules: Mapping[str, ShardingRule],
     choices: Mapping[str, Mapping[str, Choice]],
     storage: Mapping[str, Sharding],
+    regather: frozenset[str] = frozenset(),
 ) -> Graph:
     """Type every value of the graph with a sharding, and note what each op wants of its inputs.
 
-    `rules` and `choices` are keyed by node name, `storage` by parameter placeholder name. The wanted
+    `rules` and `choices` are keyed by node name, `storage` by parameter placeholder name; those in
+    `regather` are marked for being gathered again in the backward. The wanted
     shardings are left in `meta["wants"]`, one per tensor input. User inputs, buffers and constants
     are replicated, and so is whatever the graph returns. Axes on which a choice is not legal for
     these sizes fall back to replication.
@@ -39,6 +41,7 @@ def propagate(
             for value in values_of(node):
                 sharding = storage.get(node.name, Sharding.replicated(value.rank))
                 node.meta["value"] = value.with_sharding(sharding)
+                node.meta["regather"] = node.name in regather
         elif node.op == "output":
             node.meta["wants"] = tuple(
                 Sharding.replicated(v.rank) for s in tensor_inputs(node) for v in values_of(s)

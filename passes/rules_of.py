@@ -18,14 +18,18 @@ from .programme import is_getitem
 
 def rules_of(graph: Graph) -> dict[str, ShardingRule]:
     """Rule per node name: the registry's, else one discovered by running the op on shards."""
-    from autopar.ir.discover import discover
-
     rules: dict[str, ShardingRule] = {}
     for node in graph.calls():
         if not is_getitem(node):
             found = rule_for(node)
-            rules[node.name] = found if found is not None else discover(node)
+            rules[node.name] = found if found is not None else _discovered(node)
     return rules
+
+
+def _discovered(node: torch.fx.Node) -> ShardingRule:
+    from autopar.ir.discover import discover  # runs ops: kept off the path of known graphs
+
+    return discover(node)
 
 
 def unsharded_ops(

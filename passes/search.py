@@ -11,11 +11,12 @@ import sympy
 import torch.fx
 
 from autopar.cost.cluster import Cluster, make_mesh
-from autopar.errors import UserError
+from autopar.errors import PassError, UserError
 from autopar.ir.graph import Graph, tensor_inputs, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import ShardingRule
 from autopar.ir.sharding import Sharding
+from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
 
 from .blocks import Blocks, find_blocks
@@ -41,6 +42,7 @@ class Candidate:
     pricer: Pricer
     assignment: Assignment | None
     why: str = ""
+    least_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def search(
         progress(f"{family} on {label}: {time.perf_counter() - start:.1f} s")
     chosen = [c for c in tried[: len(wanted)] if c.assignment is not None]
     if not chosen:
-        _raise_nothing_fits(problem, tried[: len(wanted)], strategy, limit)
+        _raise_nothing_fits(tried[: len(wanted)], strategy, limit)
     best = min(chosen, key=lambda c: c.assignment.time_s if c.assignment else 0.0)
     return _to_plan(problem, best, tried, fingerprint, strategy, symbols)
 
@@ -130,18 +132,15 @@ def _try(problem: Problem, family_name: str, sizes: Mapping[str, int], limit: fl
     pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
     options = _options(problem, mesh, pricer, family)
     assignment = solve(problem.graph, problem.blocks, options, pricer, limit)
-    why = ""
     if assignment is None:
-        lean = solve(
-            problem.graph, problem.blocks, options, pricer, limit, minimise_memory=True
-        )
-        if lean is not None:
-            why = f"needs {_gib(lean.memory_bytes)} per device, {_gib(limit)} are there"
-        else:
-            why = "does not apply"
-    elif family_name in ("tensor", "data+tensor") and not _splits_params(assignment):
+        lean = solve(problem.graph, problem.blocks, options, pricer, limit, minimise_memory=True)
+        if lean is None:
+            return Candidate(family_name, mesh, pricer, None, "does not apply")
+        why = f"needs {_gib(lean.memory_bytes)} per device, {_gib(limit)} are there"
+        return Candidate(family_name, mesh, pricer, None, why, lean.memory_bytes)
+    if family_name in ("tensor", "data+tensor") and not _splits_params(assignment):
         return Candidate(family_name, mesh, pricer, None, "no parameter can be split in place")
-    return Candidate(family_name, mesh, pricer, assignment, why)
+    return Candidate(family_name, mesh, pricer, assignment)
 
 
 def _splits_params(assignment: Assignment) -> bool:
@@ -168,7 +167,8 @@ def _options(
             options[node] = [Option((), wants, (), 0.0, 0.0)]
         elif node.op == "call_function" and not is_getitem(node):
             rule = problem.rules[node.name]
-            options[node] = call_options(node, rule, mesh, pricer, family.allows)
+            found = call_options(node, rule, mesh, pricer, family.allows)
+            options[node] = family.keeps(node, found)
     for edge in edges_of(problem.graph):
         if edge.producer.meta.get("role") == "param":
             consumer = stands_for[edge.consumer]
@@ -178,56 +178,26 @@ def _options(
         if stands_for[node] is not node or not values_of(node):
             continue
         if node.meta["role"] == "param":
-            options[node] = param_options(
-                node, wanted[node], mesh, pricer, lambda s, n=node: family.stores(n, s, mesh)
-            )
+            found = param_options(node, wanted[node], mesh, pricer)
+            options[node] = family.keeps_stored(node, mesh, found)
         else:
             whole = Sharding.replicated(values_of(node)[0].rank)
             options[node] = [Option((), (), (whole,), 0.0, 0.0)]
     return options
 
 
-def _raise_nothing_fits(
-    problem: Problem, tried: list[Candidate], strategy: str, limit: float
-) -> None:
-    reasons = {c.why for c in tried}
-    if reasons == {"no parameter can be split in place"} or reasons == {"does not apply"}:
+def _raise_nothing_fits(tried: list[Candidate], strategy: str, limit: float) -> None:
+    needs = [(c.least_bytes, str(c.mesh)) for c in tried if c.least_bytes is not None]
+    if not needs:
         raise UserError(
-            f"the strategy {strategy!r} does not apply to this model: {reasons.pop()}",
-            fix="use strategy='auto', or 'data'",
+            f"the strategy {strategy!r} does not apply to this model: {tried[0].why}",
+            fix="use strategy='auto' or 'data'",
         )
-    needs = []
-    for candidate in tried:
-        options = _options(
-            problem,
-            candidate.mesh,
-            candidate.pricer,
-            Family(
-                candidate.family,
-                dict(
-                    zip(
-                        candidate.mesh.names,
-                        next(
-                            r
-                            for r in FAMILIES[candidate.family]
-                            if len(r) == len(candidate.mesh.names)
-                        ),
-                        strict=True,
-                    )
-                ),
-                problem.batch,
-            ),
-        )
-        lean = solve(
-            problem.graph, problem.blocks, options, candidate.pricer, limit, minimise_memory=True
-        )
-        if lean is not None:
-            needs.append((lean.memory_bytes, str(candidate.mesh)))
-    least, mesh = min(needs, default=(float("inf"), "any mesh"))
+    least, mesh = min(needs)
     raise UserError(
         f"the model fits on no plan: the leanest ({mesh}) needs {_gib(least)} per device, "
         f"the limit is {_gib(limit)}: {_gib(least - limit)} short",
-        fix="use more devices, a smaller batch, or raise memory_limit",
+        fix="use more devices, a smaller batch, or a higher memory_limit",
     )
 
 
@@ -396,3 +366,39 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
     faster = p.time_s < best_s
     why = f"{p.time_s / best_s:.2f}x: " + ("faster; start one process" if faster else "compute")
     return Alternative(name, "single", p.time_s, p.memory_bytes, why)
+
+
+def choose_for(
+    graph: Graph,
+    symbols: Mapping[sympy.Symbol, int],
+    cluster: Cluster,
+    plan: Plan,
+    optimizer: str = "adamw",
+) -> dict[str, dict[str, str]]:
+    """Choices for another capture of the planned module (evaluation, say), parameters where they are.
+
+    Keyed by node name, then axis. The plan's mesh and storage are kept.
+    """
+    concrete = specialise(graph, symbols)
+    rules = rules_of(concrete)
+    mesh = plan.mesh
+    problem = Problem(
+        concrete, rules, find_blocks(concrete), batch_factors(concrete, rules, graph), cluster, optimizer
+    )
+    roles = dict(zip(mesh.names, next(iter(FAMILIES["auto"])) * len(mesh.names), strict=True))
+    pricer = Pricer(cluster, mesh, optimizer)
+    options = _options(problem, mesh, pricer, Family("auto", roles, problem.batch))
+    for node in concrete.placeholders("param"):
+        if node in options:
+            stored = next(plan.params[f] for f in node.meta["fqns"] if f in plan.params)
+            options[node] = [
+                Option((), (), (parse_sharding(stored.sharding),), 0.0, 0.0, stored.regather)
+            ]
+    assignment = solve(concrete, problem.blocks, options, pricer, float("inf"))
+    if assignment is None:
+        raise PassError("choose_for", "solvable", "no choices exist for the plan's storage")
+    return {
+        node.name: {axis: str(choice) for axis, choice in option.choices}
+        for node, option in assignment.option.items()
+        if option.choices
+    }

@@ -21,18 +21,19 @@ import torch
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from autopar.cost.cluster import Cluster, CollectiveCurve, Device, Level
-from autopar.cost.comm import wire_factor
+from autopar.cost.comm import fit_collective
 from autopar.cost.curve import Curve
 from autopar.cost.profile import save_profile
 from autopar.errors import UserError
+from autopar.runtime.calibrate_worker import Sample
 
 # Page faults otherwise dominate: a 64 MB clone takes 60 to 205 ms instead of 14 to 20.
 RANK_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
+WIDE = 128  # the narrowest dim of the products that give the rates
 MEMORY_SHARE = 0.85  # of the machine's memory, for all ranks together
-Sample = tuple[str, float, float]  # key, x (flops or bytes), seconds
 
 
 def calibrate(
@@ -172,25 +173,21 @@ def _narrow_curve(
 ) -> Curve:
     """Smallest dim -> mean fraction (over which dim is narrow) of the rate of as many flops.
 
-    Not above 1, and never falling as the dim grows.
+    Not above 1, never falling as the dim grows, and 1 from `WIDE` on, where the rates are measured.
     """
     points: list[tuple[float, float]] = []
     best = 0.0
     for size, measured in sorted(samples.items()):
         fractions = [rate / matmul(flops) for flops, rate in measured]
         best = min(1.0, max(best, sum(fractions) / len(fractions)))
-        points.append((float(size), best))
-    return Curve.of(points, source) if points else Curve.constant(1.0, source)
+        points.append((float(size), best if size < WIDE else 1.0))
+    return Curve.of([*points, (WIDE, 1.0)], source)
 
 
 def collectives_from_samples(
     samples: Sequence[Sample], source: str
 ) -> dict[str, tuple[CollectiveCurve, ...]]:
-    """Per collective and group size: a latency, and bandwidths that give the measured times.
-
-    Times are first made to rise with size (each is at most the next), which removes spikes. The
-    latency is 0.9 of the smallest time, so that what is left for the bandwidth stays positive.
-    """
+    """Curves per collective, by group size."""
     times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for key, x, seconds in samples:
         if key.startswith("collective:"):
@@ -198,20 +195,5 @@ def collectives_from_samples(
             times[kind, int(members)].append((x, seconds))
     made: dict[str, list[CollectiveCurve]] = defaultdict(list)
     for (kind, group), points in sorted(times.items()):
-        made[kind].append(collective_curve(kind, group, points, source))
+        made[kind].append(fit_collective(kind, group, points, source))
     return {kind: tuple(curves) for kind, curves in made.items()}
-
-
-def collective_curve(
-    kind: str, group: int, points: Sequence[tuple[float, float]], source: str
-) -> CollectiveCurve:
-    """A curve through measured (bytes, seconds)."""
-    rising: list[tuple[float, float]] = []
-    least = float("inf")
-    for x, seconds in sorted(points, reverse=True):
-        least = min(least, seconds)
-        rising.append((x, least))
-    alpha = 0.9 * least
-    factor = wire_factor(kind, group)
-    bandwidth = Curve.of([(x, factor * x / (t - alpha)) for x, t in rising], source)
-    return CollectiveCurve(group, alpha, bandwidth)

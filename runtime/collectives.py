@@ -4,9 +4,9 @@
     outputs         = close(op, specs, group, pending, *edges)
 
 `open_` issues the forward's communication and `close` waits for it; in the backward `close` issues
-and `open_` waits. Autograd runs the nodes that were made last first, so an `open_` that stands early
-in the forward waits late in the backward. The tensors of one call travel together: one flat buffer
-and one message per dtype.
+and `open_` waits. Autograd runs the nodes that were made last first, so an `open_` that stands
+early in the forward waits late in the backward, and a `close` that stands late issues early. The
+tensors of one call travel together: one flat buffer and one message per dtype.
 
 What is in flight passes through the `Pending` object. The edges are empty tensors that only tie
 `close` to `open_` in the autograd graph, one per tensor, so that tensors that need no gradient have
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 
-from .group import Group, InFlight
+from .group import Group
 
 Spec = ShardSpec | SwapSpec | None
 Finish = Callable[[], list[Tensor]]
@@ -58,7 +58,7 @@ class Pending:
 def open_(
     op: Collective | str, specs: Sequence[Spec], group: Group, *tensors: Tensor
 ) -> tuple[Any, ...]:
-    """Issue a collective on `tensors`; return one autograd edge per tensor, then what is pending."""
+    """Issue a collective; return one autograd edge per tensor, then what is pending."""
     name = op if isinstance(op, str) else op.name
     if name not in COLLECTIVES:
         raise ValueError(f"unknown collective {name!r}")
@@ -66,7 +66,9 @@ def open_(
     if torch.is_grad_enabled():
         pending.differentiable = [i for i, x in enumerate(tensors) if x.requires_grad]
     if pending.differentiable:
-        edges = _Open.apply(name, tuple(specs), group, pending, *tensors)
+        edges = _Open.apply(  # type: ignore[no-untyped-call]
+            name, tuple(specs), group, pending, *tensors
+        )
         return (*edges, pending)
     pending.finish = _FORWARD[name](list(tensors), specs, group)
     return (*(x.new_empty(0) for x in tensors), pending)
@@ -78,7 +80,9 @@ def close(
     """Wait for what `open_` issued; return one output per tensor."""
     name = op if isinstance(op, str) else op.name
     if pending.differentiable and torch.is_grad_enabled():
-        outputs: tuple[Tensor, ...] = _Close.apply(name, tuple(specs), group, pending, *edges)
+        outputs: tuple[Tensor, ...] = _Close.apply(  # type: ignore[no-untyped-call]
+            name, tuple(specs), group, pending, *edges
+        )
         return outputs
     return tuple(_finish_forward(name, group, pending))
 
@@ -224,7 +228,7 @@ def _pack(pieces: Sequence[Tensor]) -> Tensor:
     if len(pieces) == 1:
         return pieces[0].reshape(-1)
     flat = pieces[0].new_empty(sum(p.numel() for p in pieces))
-    parts = flat.split([p.numel() for p in pieces])
+    parts = flat.split_with_sizes([p.numel() for p in pieces])
     places = [part.view(p.shape) for part, p in zip(parts, pieces, strict=True)]
     torch._foreach_copy_(places, list(pieces))
     return flat
@@ -233,7 +237,7 @@ def _pack(pieces: Sequence[Tensor]) -> Tensor:
 def _unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """Views of consecutive pieces of `flat`."""
     sizes = [_numel(shape) for shape in shapes]
-    parts = flat.split(sizes)
+    parts = flat.split_with_sizes(sizes)
     return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -252,7 +256,8 @@ def _chunk(full: Tensor, spec: ShardSpec, member: int) -> Tensor:
     start, length = spec.offset(member) * spec.block, spec.lengths[member] * spec.block
     if spec.outer == 1:
         return full.narrow(spec.dim, start, length)
-    strided = full.unflatten(spec.dim, (spec.outer, sum(spec.lengths) * spec.block))
+    dims = (spec.outer, sum(spec.lengths) * spec.block)
+    strided = full.view(*full.shape[: spec.dim], *dims, *full.shape[spec.dim + 1 :])
     return strided.narrow(spec.dim + 1, start, length)
 
 
@@ -340,13 +345,10 @@ def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finis
         if len(shapes) == 1 and _is_prefix(shapes[0], specs[0]):
             shape, spec = shapes[0], specs[0]
             return [flat.view(*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])]
-        rows = flat.split([size for sizes in pieces for size in sizes])
+        rows = flat.split_with_sizes([size for sizes in pieces for size in sizes])
         return [
             _join(
-                [
-                    rows[m * len(shapes) + i].view(_chunk_shape(shape, spec, m))
-                    for m in members
-                ],
+                [rows[m * len(shapes) + i].view(_chunk_shape(shape, spec, m)) for m in members],
                 spec,
             )
             for i, (shape, spec) in enumerate(zip(shapes, specs, strict=True))
@@ -383,9 +385,7 @@ def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     members = range(group.size)
     pairs = list(zip(xs, specs, strict=True))
     chunks = [_chunk(x, spec.target, m) for m in members for x, spec in pairs]
-    in_splits = [
-        sum(c.numel() for c in chunks[m * len(xs) : (m + 1) * len(xs)]) for m in members
-    ]
+    in_splits = [sum(c.numel() for c in chunks[m * len(xs) : (m + 1) * len(xs)]) for m in members]
     # From member m: my part of the target dim, m's part of the source dim.
     mine = [_local_shape(x.shape, spec.target, group.rank) for x, spec in pairs]
     sizes = [
@@ -396,7 +396,7 @@ def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     flight = group.all_to_all(_pack(chunks), out_splits, in_splits)
 
     def finish() -> list[Tensor]:
-        rows = flight.wait().split([size for row in sizes for size in row])
+        rows = flight.wait().split_with_sizes([size for row in sizes for size in row])
         return [
             _join(
                 [

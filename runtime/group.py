@@ -1,17 +1,17 @@
-"""Communication groups: the few collectives that the runtime needs, issued now and waited for later.
+"""Communication groups: the few collectives that the runtime needs, issued now, waited for later.
 
 `ProcessGroupGroup` runs them on `torch.distributed`. Its forms for gloo were measured on 4 ranks of
-one machine (one thread each, milliseconds, medians; `all_gather` is given by the gathered size):
+one machine (one thread each, milliseconds, medians; the machine was not quiet) ::
 
-| size    | all_reduce | gather + sum | all_gather | as all_to_all | as send/recv | reduce_scatter | as all_to_all + sum |
-|---------|-----------|------|------|------|------|------|------|
-| 16 KiB  | 3.2       | 1.0  | 1.5  | 1.4  | 0.9  | 4.1  | 1.0  |
-| 64 KiB  | 4.2       | 1.4  | 2.3  | 1.7  | 1.4  | 5.4  | 1.7  |
-| 256 KiB | 5.4       | 4.1  | 4.1  | 2.8  | 4.1  | 4.5  | 1.3  |
-| 1 MiB   | 5.5       | -    | 6.6  | 4.7  | 2.6  | 5.1  | 3.4  |
-| 4 MiB   | 16        | -    | 9.9  | 7.7  | 6.6  | 16   | 6.1  |
-| 16 MiB  | 134       | -    | 82   | 129  | 20   | 43   | 23   |
-| 64 MiB  | 175       | -    | 560  | 150  | 76   | 208  | 91   |
+           all_reduce           all_gather (gathered size)        reduce_scatter
+    size    native  gather+sum   native  all_to_all  send/recv    native  all_to_all+sum
+    16 KiB     3.2      1.0         1.5       1.4       0.9          4.1       1.0
+    64 KiB     4.2      1.4         2.3       1.7       1.4          5.4       1.7
+    256 KiB    5.4      4.1         4.1       2.8       4.1          4.5       1.3
+    1 MiB      5.5        -         6.6       4.7       2.6          5.1       3.4
+    4 MiB       16        -         9.9       7.7       6.6           16       6.1
+    16 MiB     134        -          82       129        20           43        23
+    64 MiB     175        -         560       150        76          208        91
 
 So a gather is point to point and a reduce-scatter is an all-to-all with a local sum, at every size;
 only an all-reduce has a crossover. `ThreadWorld` simulates the ranks as threads of one process, for
@@ -176,7 +176,7 @@ class ProcessGroupGroup:
         out = self._ops.all_gather_into_tensor(padded, self.size, self._name)
 
         def finish() -> Tensor:
-            rows = self._ops.wait_tensor(out).split(longest)
+            rows = self._ops.wait_tensor(out).split_with_sizes([longest] * self.size)
             cut = [r[:n] for r, n in zip(rows, lengths, strict=True)]
             return _unwire(torch.cat(cut), x)
 
@@ -223,7 +223,7 @@ class ProcessGroupGroup:
     def _gather(self, x: Tensor, lengths: list[int]) -> InFlight:
         """All-gather as sends and receives straight from `x` and into the result."""
         out = x.new_empty((sum(lengths), *x.shape[1:]))
-        pieces = out.split(lengths)
+        pieces = out.split_with_sizes(lengths)
         works: list[Any] = []
         for distance in range(1, self.size):
             source = (self.rank - distance) % self.size
@@ -247,7 +247,7 @@ def _is_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-class Aborted(RuntimeError):
+class AbortedError(RuntimeError):
     """Another simulated rank failed or ended, so this one's communication can never complete."""
 
 
@@ -344,7 +344,7 @@ class ThreadGroup:
         assert x.shape[0] == sum(lengths), (x.shape, lengths)
 
         def reduce(parts: list[Tensor]) -> Tensor:
-            mine = [part.split(lengths)[self.rank] for part in parts]
+            mine = [part.split_with_sizes(lengths)[self.rank] for part in parts]
             total = mine[0].clone(memory_format=torch.contiguous_format)
             for part in mine[1:]:
                 total += part
@@ -363,7 +363,7 @@ class ThreadGroup:
             return torch.cat(mine)
 
         call = ("all_to_all", x.shape[1:], x.dtype)
-        return done(self._exchange(call, x.split(list(in_splits)), pick))
+        return done(self._exchange(call, x.split_with_sizes(list(in_splits)), pick))
 
     def broadcast(self, x: Tensor, source: int = 0) -> InFlight:
         call = ("broadcast", source, x.shape, x.dtype)
@@ -406,7 +406,7 @@ class ThreadGroup:
             in_time = exchange.condition.wait_for(released, timeout=world.timeout_s)
             if exchange.generation == generation:
                 why = "a rank failed or ended" if in_time else f"no answer in {world.timeout_s} s"
-                raise Aborted(f"member {self.rank} of {self._ranks} in {call}: {why}")
+                raise AbortedError(f"member {self.rank} of {self._ranks} in {call}: {why}")
 
 
 def run_threads(world: ThreadWorld, fn: Callable[[int], T]) -> list[T]:
@@ -442,7 +442,7 @@ def run_threads(world: ThreadWorld, fn: Callable[[int], T]) -> list[T]:
     finally:
         torch.set_num_threads(threads_before)
     if errors:
-        causes = [e for e in errors if not isinstance(e[1], Aborted)] or errors
+        causes = [e for e in errors if not isinstance(e[1], AbortedError)] or errors
         rank, error = causes[0]
         error.add_note(f"in simulated rank {rank} of {world.size}")
         raise error

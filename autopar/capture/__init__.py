@@ -7,6 +7,6 @@ more under fake tensors to become ATen operations before dispatch (`trace`, `rep
 roles, values and sources are then attached (`typed`, `simplify`).
 """
 
-from .captured import Capture, CaptureMismatch, capture
+from .captured import Capture, CaptureMismatchError, capture
 
-__all__ = ["Capture", "CaptureMismatch", "capture"]
+__all__ = ["Capture", "CaptureMismatchError", "capture"]

@@ -12,19 +12,23 @@ from torch.utils import _pytree as pytree
 
 from autopar import compat
 
-# Which ops run in the lower precision is the same on every device; what else autocast knows runs in
-# float32, or in the widest dtype of its inputs. Source: aten/src/ATen/autocast_mode.h of torch 2.13.
-_LOWER = frozenset(
-    "conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution "
-    "_convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear bmm addbmm "
-    "baddbmm chain_matmul linalg_multi_dot _addmm_activation scaled_dot_product_attention "
-    "_thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell "
-    "mkldnn_rnn_layer _native_multi_head_attention".split()
+# Which ops run in the lower precision is the same on every device; what else autocast knows runs
+# in float32, or in the widest dtype of its inputs. Source: torch 2.13, ATen/autocast_mode.h
+# fmt: off
+_LOWER = (
+    "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "convolution", "_convolution", "prelu", "addmm", "addmv", "addr", "matmul",
+    "einsum", "mm", "mv", "linalg_vecdot", "linear", "bmm", "addbmm", "baddbmm", "chain_matmul",
+    "linalg_multi_dot", "_addmm_activation", "scaled_dot_product_attention",
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell", "mkldnn_rnn_layer", "_native_multi_head_attention",
 )
-_WIDEST = frozenset(
-    "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot "
-    "vdot stack cat index_copy".split()
+_WIDEST_ON_GPU = (
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "grid_sampler", "index_put",
+    "scatter_add", "tensordot", "vdot", "stack", "cat", "index_copy",
 )
+_WIDEST_ON_CPU = ("stack", "cat", "index_copy")
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +38,16 @@ class Autocast:
     device_type: str
     dtype: torch.dtype | None
 
+    def applies(self, op: Any) -> bool:
+        return self.dtype is not None and compat.has_autocast_kernel(op, self.device_type)
+
     def cast(self, op: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of `op` as autocast would give them to it."""
-        if self.dtype is None or not compat.has_autocast_kernel(op, self.device_type):
-            return args, kwargs
         name = op._schema.name.split("::")[1]
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if self._eligible(x)]
         if name in _LOWER:
             target = self.dtype
-        elif name in _WIDEST and self.device_type != "cpu" or name in ("cat", "stack", "index_copy"):
+        elif name in (_WIDEST_ON_CPU if self.device_type == "cpu" else _WIDEST_ON_GPU):
             wide = any(x.dtype == torch.float32 for x in tensors)
             target = torch.float32 if wide else self.dtype
         else:
@@ -78,7 +83,11 @@ def functional_mode(current: Callable[[], Autocast]) -> Any:
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            args, kwargs = current().cast(func, args, kwargs or {})
+            kwargs = kwargs or {}
+            autocast = current()
+            if autocast.applies(func):
+                with self:  # so that the casts are traced too
+                    args, kwargs = autocast.cast(func, args, kwargs)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     return Mode(pre_dispatch=True, export=True)

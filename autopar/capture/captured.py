@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -12,11 +13,14 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from autopar import compat
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, Size, Value, value_of
 
 from .explain import explain
 from .fingerprint import fingerprint
+from .side_effects import Attribute
+from .stand_ins import StandIns, device_of, need_stand_ins, replaced
 from .structure import Structure, paths, rebuild, take_apart
 from .symbols import guards_of, name_symbols
 from .torch_level import TorchGraph, bind_arguments, capture_torch_graph
@@ -24,7 +28,7 @@ from .trace import trace
 from .typed import Role, typed_graph
 
 
-class CaptureMismatch(ValueError):
+class CaptureMismatchError(ValueError):
     """A call differs in structure or constants from the captured one: capture again."""
 
 
@@ -46,15 +50,16 @@ class Capture:
     signature: inspect.Signature
     arguments: Structure
     result: Structure
+    attributes: tuple[Attribute, ...]
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call of the module, in the order of `graph.placeholders("input")`.
 
-        Raises `CaptureMismatch` where anything but the tensors differs from the captured call.
+        Raises `CaptureMismatchError` where anything but the tensors differs from the captured call.
         """
         tensors, structure = take_apart(bind_arguments(self.signature, tuple(args), dict(kwargs)))
         if structure != self.arguments:
-            raise CaptureMismatch("the arguments differ from the captured ones in more than tensors")
+            raise CaptureMismatchError("the arguments differ from those captured, beyond tensors")
         return tensors
 
     def bind(self, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, int] | None:
@@ -76,6 +81,12 @@ class Capture:
         """What the module returns, from the graph's user outputs."""
         return rebuild(self.result, outputs)
 
+    def assign(self, module: nn.Module, outputs: Sequence[Any]) -> None:
+        """Assign the attributes that forward assigns (`self.aux_loss = ...`), on `module`."""
+        for attribute in self.attributes:
+            owner = module.get_submodule(attribute.path)
+            setattr(owner, attribute.name, rebuild(attribute.value, outputs))
+
 
 def capture(
     module: nn.Module,
@@ -86,9 +97,10 @@ def capture(
 ) -> Capture:
     """Capture `module(*args, **kwargs)` in its present mode; the module is left as it was.
 
-    Parameters and inputs may be on the `meta` device. With `dynamic_batch`, dim 0 of the first
-    tensor argument, and of all others whose dim 0 is as large, becomes a symbol where forward
-    allows it. Raises `UserError` where forward cannot be captured as one graph.
+    Parameters and inputs may be on the `meta` device, parameters may be DTensors. With
+    `dynamic_batch`, dim 0 of the first tensor argument, and of all others whose dim 0 is as large,
+    becomes a symbol where forward allows it. Raises `UserError` where forward cannot be captured
+    as one graph.
     """
     signature = inspect.signature(module.forward)
     try:
@@ -96,49 +108,67 @@ def capture(
     except TypeError as error:
         raise UserError(f"{type(module).__name__}.forward: {error}") from error
     tensors, structure = take_apart(arguments)
-    batched = _batched(tensors) if dynamic_batch else []
-    with _undisturbed(module):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_undisturbed(module))
+        if need_stand_ins(module, tensors):
+            stand_ins = StandIns(device_of(module, tensors))
+            tensors = [stand_ins.of(tensor) for tensor in tensors]
+            arguments = rebuild(structure, tensors)
+            bound = inspect.BoundArguments(signature, collections.OrderedDict(arguments))
+            args, kwargs = bound.args, bound.kwargs
+            stack.enter_context(replaced(module, stand_ins))
+        call = _Call(module, tuple(args), dict(kwargs), signature, tensors, structure)
+        batched = _batched(tensors) if dynamic_batch else []
         if batched:
+            # Whatever goes wrong with a symbolic size may go right with a number.
             with contextlib.suppress(Exception):
-                return _capture(module, args, kwargs, signature, tensors, structure, batched)
+                return _capture(call, batched)
         try:
-            return _capture(module, args, kwargs, signature, tensors, structure, [])
+            return _capture(call, [])
         except Exception as error:
             explained = explain(error)
             raise explained from (None if explained is error else error)
 
 
-def _capture(
-    module: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    signature: inspect.Signature,
-    tensors: Sequence[Tensor],
-    structure: Structure,
-    batched: Sequence[Tensor],
-) -> Capture:
-    captured = capture_torch_graph(module, tuple(args), dict(kwargs), batched)
-    device_type = next((t.device.type for t in (*tensors, *captured.inputs)), "cpu")
-    traced = trace(captured, device_type)
-    names = paths(structure)
-    roles = _roles(module, captured, tensors, names)
-    batch = [i for i, t in enumerate(tensors) if any(t is b for b in batched)]
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The call to capture; `tensors` and `structure` are its arguments, taken apart."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    signature: inspect.Signature
+    tensors: Sequence[Tensor]
+    structure: Structure
+
+
+def _capture(call: _Call, batched: Sequence[Tensor]) -> Capture:
+    module, tensors = call.module, call.tensors
+    captured = capture_torch_graph(module, call.args, call.kwargs, batched)
+    traced = trace(captured, device_of(module, tensors).type)
+    owned = _owned(module, tensors, paths(call.structure))
     positions = {id(t): i for i, t in enumerate(captured.inputs)}
     values = [n.meta["val"] for n in traced.graph.graph.nodes if n.op == "placeholder"]
     fakes = [values[positions[id(t)]] if id(t) in positions else None for t in tensors]
-    symbols = name_symbols(fakes, batch, tensors)
-    unused = _unused(module, captured, tensors, names, batched, symbols.hints)
-    module_names = {id(m): name for name, m in module.named_modules()}
-    graph = typed_graph(traced, roles, unused, symbols.rename, module_names)
+    with_batch = [i for i, t in enumerate(tensors) if any(t is b for b in batched)]
+    symbols = name_symbols(fakes, with_batch, tensors)
+    graph = typed_graph(
+        traced,
+        _roles(captured, owned),
+        _unused(captured, owned, batched, symbols.hints),
+        symbols.rename,
+        {id(m): name for name, m in module.named_modules()},
+    )
     return Capture(
         graph=graph,
         symbols=symbols.hints,
         symbol_of=symbols.places,
         guards=guards_of(traced.shape_env, symbols),
         fingerprint=fingerprint(graph),
-        signature=signature,
-        arguments=structure,
+        signature=call.signature,
+        arguments=call.structure,
         result=captured.result,
+        attributes=captured.attributes,
     )
 
 
@@ -150,16 +180,14 @@ def _batched(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.dim() > 0 and t.shape[0] == size]
 
 
-def _roles(
-    module: nn.Module, captured: TorchGraph, tensors: Sequence[Tensor], names: Mapping[int, str]
-) -> list[Role]:
+def _roles(captured: TorchGraph, owned: Sequence[tuple[Tensor, Role]]) -> list[Role]:
     """What each input of dynamo's graph is."""
-    known = {id(t): role for t, role in _owned(module, tensors, names)}
+    known = {id(tensor): role for tensor, role in owned}
     roles = []
     for position, tensor in enumerate(captured.inputs):
         role = known.get(id(tensor))
         if role is None:
-            if tensor.requires_grad and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and tensor.requires_grad:
                 raise UserError(
                     f"forward uses a tensor of shape {tuple(tensor.shape)} that requires grad and "
                     "is not a parameter of the module",
@@ -171,10 +199,8 @@ def _roles(
 
 
 def _unused(
-    module: nn.Module,
     captured: TorchGraph,
-    tensors: Sequence[Tensor],
-    names: Mapping[int, str],
+    owned: Sequence[tuple[Tensor, Role]],
     batched: Sequence[Tensor],
     symbols: Mapping[sympy.Symbol, int],
 ) -> list[tuple[Role, Value]]:
@@ -182,7 +208,7 @@ def _unused(
     used = {id(tensor) for tensor in captured.inputs}
     with_batch = {id(tensor) for tensor in batched}
     found = []
-    for tensor, role in _owned(module, tensors, names):
+    for tensor, role in owned:
         if id(tensor) not in used:
             shape: tuple[Size, ...] = tuple(tensor.shape)
             if id(tensor) in with_batch and symbols:
@@ -225,8 +251,8 @@ def _fits(tensor: Tensor, value: Value, sizes: Mapping[sympy.Symbol, int]) -> bo
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Restore the random state; hide what would make dynamo trace something else."""
-    with torch.random.fork_rng(devices=_cuda_devices(module)):
+    """Restore the random state, and keep torch from logging what is raised as well."""
+    with torch.random.fork_rng(devices=_cuda_devices(module)), compat.quiet_torch_logs():
         yield
 
 

@@ -15,14 +15,23 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
+# What failed, what to write instead.
+NUMBER_FROM_TENSOR = (
+    "forward turns a tensor into a Python number, which the compiler cannot know",
+    "keep it a tensor (no .item(), float() or int()), or compute it outside forward and pass it in",
+)
+SHAPE_FROM_TENSOR = (
+    "forward makes a tensor whose shape depends on another tensor's values",
+    "keep the shape fixed: torch.where or a mask in place of boolean indexing, nonzero, unique or "
+    "masked_select",
+)
+
 # (what to look for in torch's message, what failed, what to write instead); the first match wins.
 _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         r"Tensor\.item|Tensor\.tolist|\.item\(\)|_local_scalar_dense|tolist\(\)|"
         r"to a Python (?:int|float|bool)|Unsupported Tensor\.(?:item|tolist)",
-        "forward turns a tensor into a Python number, which the compiler cannot know",
-        "keep it a tensor (no .item(), float() or int()), or compute it outside forward and pass "
-        "it in",
+        *NUMBER_FROM_TENSOR,
     ),
     (
         r"[Dd]ata-dependent (?:branching|jump|assertion)|Could not guard on data-dependent",
@@ -33,9 +42,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         r"[Dd]ynamic (?:shape|slicing)|aten\.nonzero|masked_select|aten\.unique|"
         r"[Dd]ata.dependent output",
-        "forward makes a tensor whose shape depends on another tensor's values",
-        "keep the shape fixed: torch.where or a mask in place of boolean indexing, nonzero, unique "
-        "or masked_select",
+        *SHAPE_FROM_TENSOR,
     ),
     (
         r"builtin print|builtins\.print|<built-in function print>|reorderable_logging_functions",

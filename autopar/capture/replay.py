@@ -17,7 +17,7 @@ from autopar.errors import UserError
 from .autocast import Autocast
 from .autograd_function import AutogradFunctionOp, TracedFunctions
 from .explain import source_of
-from .torch_level import NeedsStatic
+from .torch_level import NeedsStaticError
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ class Replay(torch.fx.Interpreter):
     def _autograd_function(self, forward: Any, backward: Any, args: Any, options: Any) -> Any:
         if not all(isinstance(arg, Tensor) for arg in args):
             if any(isinstance(arg, (torch.SymInt, torch.SymFloat)) for arg in args):
-                raise NeedsStatic
+                raise NeedsStaticError
             raise UserError(
                 "an autograd.Function in forward takes something that is neither a tensor nor a "
                 "constant",

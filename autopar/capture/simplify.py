@@ -22,6 +22,7 @@ def simplify(target: Any, args: Any, kwargs: Any, value: Any) -> Node | Call | l
     A list stands for the outputs of an op that becomes one call per output.
     """
     rule = _RULES.get(target)
+    kwargs = {name: arg for name, arg in kwargs.items() if name not in _PLACEMENT}
     call = (target, args, kwargs, value)
     return call if rule is None else rule(call)
 
@@ -29,7 +30,7 @@ def simplify(target: Any, args: Any, kwargs: Any, value: Any) -> Node | Call | l
 def _same_as_input(call: Call) -> Node | Call:
     """Copies, aliases and layouts: nothing in a functional graph."""
     _, args, _, value = call
-    return args[0] if _same(args[0], value) else call  # type: ignore[no-any-return]
+    return args[0] if _same(args[0], value) else call
 
 
 def _detach(call: Call) -> Node | Call:
@@ -39,16 +40,9 @@ def _detach(call: Call) -> Node | Call:
 
 def _to_copy(call: Call) -> Node | Call:
     _, args, kwargs, value = call
-    if not _same(args[0], value) or kwargs.get("device") is not None and _moves(args[0], kwargs):
-        kept = {k: v for k, v in kwargs.items() if k in ("dtype", "device") and v is not None}
-        return aten._to_copy.default, args, kept, value
-    return args[0]  # type: ignore[no-any-return]
-
-
-def _moves(source: Node, kwargs: Any) -> bool:
-    """Whether `source` was made on another device than the one asked for (as in arange on cpu)."""
-    made_on = source.kwargs.get("device")
-    return made_on is not None and made_on != kwargs["device"]
+    if _same(args[0], value):
+        return args[0]  # type: ignore[no-any-return]
+    return aten._to_copy.default, args, {"dtype": kwargs["dtype"]}, value
 
 
 def _view(call: Call) -> Node | Call:
@@ -110,12 +104,32 @@ def _broadcast_tensors(call: Call) -> list[Node | Call]:
     ]  # fmt: skip
 
 
+def _neutral(element: float) -> Callable[[Call], Node | Call]:
+    """Adding 0, multiplying by 1."""
+
+    def rule(call: Call) -> Node | Call:
+        _, args, kwargs, value = call
+        neutral = isinstance(args[1], (int, float)) and args[1] == element
+        if neutral and isinstance(args[0], Node) and not kwargs and _same(args[0], value):
+            return args[0]
+        return call
+
+    return rule
+
+
 def _same(source: Node, value: Value) -> bool:
     came = value_of(source)
     return came.shape == value.shape and came.dtype == value.dtype
 
 
+# Nothing to the values. A rank has one device, which its executor knows.
+_PLACEMENT = ("device", "pin_memory", "layout", "memory_format", "non_blocking")
+
 _RULES: dict[Any, Callable[[Call], Any]] = {
+    aten.add.Tensor: _neutral(0),
+    aten.sub.Tensor: _neutral(0),
+    aten.mul.Tensor: _neutral(1),
+    aten.div.Tensor: _neutral(1),
     aten.clone.default: _same_as_input,
     aten.contiguous.default: _same_as_input,
     aten.alias.default: _same_as_input,

@@ -144,7 +144,8 @@ def _split(value: Any) -> _Parts | None:
     if isinstance(value, Mapping):
         return _split_mapping(value)
     if dataclasses.is_dataclass(value):
-        names = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))
+        fields = (field.name for field in dataclasses.fields(value))
+        names = tuple(name for name in fields if hasattr(value, name))
     elif hasattr(value, "__dict__"):
         names = tuple(vars(value))
     else:
@@ -168,7 +169,7 @@ def _split_mapping(value: Mapping[Any, Any]) -> _Parts:
         if kind in (dict, collections.OrderedDict):
             return kind(items)
         if dataclasses.is_dataclass(kind):  # Hugging Face's ModelOutput: a dict and a dataclass
-            return kind(**items)
+            return kind(**items)  # type: ignore[operator]
         new = copy.copy(value)
         new.update(items)  # type: ignore[attr-defined]
         return new

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import autopar.ops  # noqa: F401 (registers torch.ops.autopar)
 from autopar import compat
 
+from .side_effects import Attribute, attributes_of, observe
 from .structure import Structure, constants, take_apart
 
 
-class NeedsStatic(Exception):
+class NeedsStaticError(Exception):
     """A symbolic batch size cannot be carried through; capture again with plain sizes."""
 
 
@@ -29,13 +30,16 @@ class TorchGraph:
 
     `inputs` are the real tensors behind the placeholders of `module`, in their order. `result` is
     what forward returns: leaf `i` is output `results[i]` of the graph, or an input of it (then
-    `results[i]` is `-1 - position`).
+    `results[i]` is `-1 - position`). `attributes` has further leaves, that forward assigns to
+    attributes; `buffers` says so, per name, of the buffers that it assigns to.
     """
 
     module: torch.fx.GraphModule
     inputs: tuple[Tensor, ...]
     result: Structure
     results: tuple[int, ...]
+    attributes: tuple[Attribute, ...]
+    buffers: Mapping[str, int]
 
 
 def bind_arguments(
@@ -52,26 +56,45 @@ def capture_torch_graph(
 ) -> TorchGraph:
     """Capture `module(*args, **kwargs)`, dim 0 of each of the `dynamic` tensors being symbolic.
 
-    Raises dynamo's exceptions, and `NeedsStatic` where forward returns a symbolic number.
+    Raises dynamo's exceptions, and `NeedsStaticError` where forward returns a symbolic number.
     """
     with _dynamo_settings(), _cumulative_batch_norms(module), _marked(dynamic):
-        captured = compat.dynamo_graph_capture_for_export(module)(*args, **kwargs)
+        captured: Any = compat.dynamo_graph_capture(module, args, kwargs)
     ordered = (*args, *kwargs.values())
     inputs = tuple(captured._dynamo_bytecode_flatten(*ordered))
     outputs = next(n for n in captured.graph.nodes if n.op == "output").args[0]
     markers: list[Any] = [
         torch.empty(0, device="meta") if _is_tensor(node) else _Number() for node in outputs
     ]
-    returned = captured._dynamo_bytecode_unflatten(tuple(markers), ordered)
+    returned, effects = observe(
+        module, captured, lambda: captured._dynamo_bytecode_unflatten(tuple(markers), ordered)
+    )
     tensors, result = take_apart(returned)
-    if any(isinstance(value, (_Number, torch.SymInt, torch.SymFloat)) for value in constants(result)):
-        raise NeedsStatic
+    symbolic = (_Number, torch.SymInt, torch.SymFloat)
+    if any(isinstance(value, symbolic) for value in constants(result)):
+        raise NeedsStaticError
+
+    def number(tensor: Tensor) -> int:
+        known = next((i for i, t in enumerate(tensors) if t is tensor), None)
+        if known is None:
+            tensors.append(tensor)
+        return len(tensors) - 1 if known is None else known
+
+    attributes = attributes_of(effects, number)
+    leaves = [*tensors, *effects.buffers.values()]
     # Returned, but never touched by the graph: an argument, parameter or buffer passed through.
     known = {id(tensor) for tensor in (*inputs, *markers)}
-    inputs += tuple(tensor for tensor in tensors if id(tensor) not in known)
+    inputs += tuple(tensor for tensor in leaves if id(tensor) not in known)
     positions = {id(tensor): -1 - i for i, tensor in enumerate(inputs)}
     positions.update({id(marker): i for i, marker in enumerate(markers)})
-    return TorchGraph(captured, inputs, result, tuple(positions[id(t)] for t in tensors))
+    return TorchGraph(
+        captured,
+        inputs,
+        result,
+        tuple(positions[id(t)] for t in tensors),
+        attributes,
+        {name: positions[id(t)] for name, t in effects.buffers.items()},
+    )
 
 
 class _Number:
@@ -85,6 +108,7 @@ def _is_tensor(node: object) -> bool:
 @contextlib.contextmanager
 def _dynamo_settings() -> Iterator[None]:
     with (
+        compat.any_arguments(),
         compat.dynamo_ignores(_logging_functions()),
         compat.dynamo_config(
             assume_static_by_default=True,
@@ -139,7 +163,7 @@ def _cumulative_batch_norms(module: nn.Module) -> Iterator[None]:
     ]
     try:
         for m in patched:
-            m.forward = _cumulative_forward(m)  # type: ignore[method-assign]
+            m.forward = _cumulative_forward(m)  # type: ignore[method-assign,assignment]
         yield
     finally:
         for m in patched:

@@ -16,7 +16,7 @@ from autopar import compat
 from .autocast import ambient_autocast, functional_mode
 from .autograd_function import TracedFunctions
 from .replay import Replay, State
-from .torch_level import NeedsStatic, TorchGraph
+from .torch_level import NeedsStaticError, TorchGraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +24,19 @@ class Traced:
     """An ATen graph of one call.
 
     Its placeholders are `TorchGraph.inputs`, in order. Its outputs are what forward returns, then
-    the new value of each input in `written` (positions).
+    the new values of the buffers `assigned`, then that of each input in `written` (positions).
     """
 
     graph: torch.fx.GraphModule
     functions: TracedFunctions
     outputs: int
+    assigned: tuple[str, ...]
     written: tuple[int, ...]
     shape_env: Any
 
 
 def trace(captured: TorchGraph, device_type: str) -> Traced:
-    """Trace dynamo's graph, keeping composite ops whole, with fake tensors in place of real ones."""
+    """Trace dynamo's graph on fake tensors, keeping composite ops whole."""
     module = captured.module
     fake_mode = module.meta["fake_mode"]
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -52,7 +53,8 @@ def trace(captured: TorchGraph, device_type: str) -> Traced:
             arguments[i] = compat.to_functional(fake)
         replay = Replay(module, state)
         results = replay.run(*arguments[: len(placeholders)], enable_io_processing=False)
-        chosen = [results[i] if i >= 0 else arguments[-1 - i] for i in captured.results]
+        wanted = (*captured.results, *captured.buffers.values())
+        chosen = [results[i] if i >= 0 else arguments[-1 - i] for i in wanted]
         flat = [compat.from_functional(result) for result in chosen]
         for i, fake in zip(tensors, fakes, strict=True):
             now = compat.from_functional(arguments[i])
@@ -66,9 +68,14 @@ def trace(captured: TorchGraph, device_type: str) -> Traced:
             forward, pre_dispatch=True, record_module_stack=False, _allow_non_fake_inputs=True
         )(*(values[i] for i in tensors))
     if len(tensors) != len(values):
-        raise NeedsStatic
+        raise NeedsStaticError
     return Traced(
-        graph, state.functions, len(captured.results), tuple(written), fake_mode.shape_env
+        graph,
+        state.functions,
+        len(captured.results),
+        tuple(captured.buffers),
+        tuple(written),
+        fake_mode.shape_env,
     )
 
 

@@ -17,9 +17,9 @@ from autopar.errors import UserError
 from autopar.ir.graph import Graph, Size, Value, value_of
 
 from .autograd_function import AutogradFunctionOp
-from .explain import source_of
+from .explain import NUMBER_FROM_TENSOR, SHAPE_FROM_TENSOR, source_of
 from .simplify import simplify
-from .torch_level import NeedsStatic
+from .torch_level import NeedsStaticError
 from .trace import Traced
 
 
@@ -68,6 +68,7 @@ class _Builder:
         self.module_names = module_names
         self.graph = torch.fx.Graph()
         self.env: dict[torch.fx.Node, Any] = {}
+        self.names: dict[str, str] = {}  # placeholder by fully qualified name
 
     def build(self) -> Graph:
         self._placeholders()
@@ -76,11 +77,15 @@ class _Builder:
                 self.env[node] = self._call(node)
         output = next(n for n in self.traced.graph.graph.nodes if n.op == "output")
         results = [self.env[n] for n in output.args[0]]
-        mutated = []
-        for position, i in enumerate(self.traced.written, start=self.traced.outputs):
+        kept = results[: self.traced.outputs]
+        mutated: dict[str, torch.fx.Node] = {}
+        names = [*self.traced.assigned, *(self.roles[i].fqns[0] for i in self.traced.written)]
+        for i in self.traced.written:
             self._check_written(self.roles[i])
-            mutated.append(self._name(self.roles[i]))
-            results[position] = self._detached(results[position])
+        for name, result in zip(names, results[self.traced.outputs :], strict=True):
+            # Assigned ones come first: `self.n += 1` writes a buffer and assigns it.
+            mutated.setdefault(self.names[name], self._detached(result))
+        results = [*kept, *mutated.values()]
         self.graph.output(tuple(results)).meta.update(_EMPTY_META, value=None)
         _remove_dead_code(self.graph)
         return Graph(self.graph, outputs=self.traced.outputs, mutated=tuple(mutated))
@@ -104,9 +109,10 @@ class _Builder:
                         self.env[node] = new
 
     def _placeholder(self, role: Role, value: Value) -> torch.fx.Node:
-        name = self._name(role)
+        name = self._identifier(role.fqns[0])
         new = self.graph.create_node("placeholder", name, name=name)
         new.meta.update(_EMPTY_META, value=value, role=role.role, fqns=role.fqns)
+        self.names.update(dict.fromkeys(role.fqns, new.name))
         if role.tensor is not None:
             new.meta["tensor"] = role.tensor
         return new
@@ -121,8 +127,8 @@ class _Builder:
         return Role("constant", (str(node.target),), order, tensor=tensor), value, node
 
     @staticmethod
-    def _name(role: Role) -> str:
-        name = re.sub(r"\W", "_", role.fqns[0])
+    def _identifier(fqn: str) -> str:
+        name = re.sub(r"\W", "_", fqn)
         return name if name.isidentifier() else f"_{name}"
 
     def _check_written(self, role: Role) -> None:
@@ -142,7 +148,7 @@ class _Builder:
     def _call(self, node: torch.fx.Node) -> Any:
         fake = node.meta.get("val")
         if isinstance(fake, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
-            return self._number(fake)
+            return self._number(fake, node)
         if fake is None or node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None  # checks, profiling, mode switches
         target, args, kwargs = node.target, self._map(node.args), self._map(node.kwargs)
@@ -151,7 +157,10 @@ class _Builder:
             target, args = function, tuple(args[0])
         if target is operator.getitem:
             return self._getitem(node, args)
-        value = self._result_value(target, args, kwargs, fake)
+        try:
+            value = self._result_value(target, args, kwargs, fake)
+        except NeedsStaticError:
+            raise _depends_on_data(node) from None
         made = simplify(target, args, kwargs, value)
         if isinstance(made, torch.fx.Node):
             return made
@@ -167,8 +176,7 @@ class _Builder:
         if isinstance(source, list):
             return source[index]
         values = source.meta["value"]
-        new = self._create(node, operator.getitem, (source, index), {}, values[index])
-        return new
+        return self._create(node, operator.getitem, (source, index), {}, values[index])
 
     def _create(
         self, node: torch.fx.Node, target: Any, args: Any, kwargs: Any, value: Any
@@ -213,12 +221,13 @@ class _Builder:
         # An env entry may be a list (a replaced multi-output op), which only getitem reads.
         return map_aggregate(arguments, one)
 
-    def _number(self, number: Any) -> Any:
+    def _number(self, number: Any, node: torch.fx.Node | None = None) -> Any:
         if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return number
         expr = sympy.sympify(number.node.expr).subs(self.rename)
-        if any(symbol not in self.rename.values() for symbol in expr.free_symbols):
-            raise NeedsStatic
+        unknown = expr.free_symbols - set(self.rename.values())
+        if unknown:
+            raise _depends_on_data(node) if node is not None else NeedsStaticError
         if isinstance(number, torch.SymBool):
             return bool(expr) if expr in (sympy.true, sympy.false) else expr
         if expr.is_Integer and isinstance(number, torch.SymInt):
@@ -284,6 +293,14 @@ def _any_requires_grad(arguments: Any) -> bool:
     return found
 
 
+def _depends_on_data(node: torch.fx.Node) -> UserError:
+    """The error for a size or number that only the values of tensors tell."""
+    where = source_of(node.meta.get("stack_trace") or "") or None
+    if node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
+        return UserError(NUMBER_FROM_TENSOR[0], where, NUMBER_FROM_TENSOR[1])
+    return UserError(SHAPE_FROM_TENSOR[0], where, SHAPE_FROM_TENSOR[1])
+
+
 def _readable(node: torch.fx.Node) -> str:
     return re.sub(r"_default$", "", node.name)
 
@@ -293,5 +310,3 @@ def _remove_dead_code(graph: torch.fx.Graph) -> None:
         constant = node.op == "placeholder" and node.meta["role"] == "constant"
         if (constant or node.op == "call_function") and not node.users:
             graph.erase_node(node)
-
-

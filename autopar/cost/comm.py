@@ -22,13 +22,14 @@ them), so that the slowest level counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from autopar.ir.lowered import Collective
 
 from .cluster import Cluster, CollectiveCurve, Level
-from .curve import Number
+from .curve import Curve, Number
 
 
 def wire_factor(kind: str, group: int) -> float:
@@ -39,6 +40,25 @@ def wire_factor(kind: str, group: int) -> float:
     if kind == "broadcast":
         return 1.0
     return (2.0 if kind == "all_reduce" else 1.0) * (group - 1) / group
+
+
+def fit_collective(
+    kind: str, group: int, times: Iterable[tuple[float, float]], source: str
+) -> CollectiveCurve:
+    """A curve that gives back measured (nbytes, seconds).
+
+    Times are first made to rise with size (each is at most the next), which removes spikes. The
+    latency is 0.9 of the smallest time, so that what is left for the bandwidth stays positive.
+    """
+    rising: list[tuple[float, float]] = []
+    least = math.inf
+    for x, seconds in sorted(times, reverse=True):
+        least = min(least, seconds)
+        rising.append((x, least))
+    alpha = 0.9 * least
+    factor = wire_factor(kind, group)
+    points = [(x, factor * x / (seconds - alpha)) for x, seconds in rising]
+    return CollectiveCurve(group, alpha, Curve.of(points, source))
 
 
 def _curve_time(curve: CollectiveCurve, kind: str, nbytes: Number) -> tuple[float, Number]:

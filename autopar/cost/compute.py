@@ -5,8 +5,9 @@ per candidate) or a sympy expression. Times need numbers: int or arrays. Units: 
 multiply-add as 2, bytes are those read plus those written, times are seconds.
 
 An op is its local call as a `LocalOp`. Matrix work takes
-`max(flops / (rate(flops) * narrow(min(m, n, k))), bytes / bandwidth["matmul"](bytes))`, everything
-else `bytes / bandwidth[family](bytes)`; both plus the device's op overhead. Views are free.
+`max(w / rate(w), bytes / bandwidth["matmul"](bytes))` with `w = flops / narrow(min(m, n, k))`,
+everything else `bytes / bandwidth[family](bytes)`; both plus the device's op overhead. Views are
+free.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def node_info(node: torch.fx.Node) -> dict[str, Any]:
     return info
 
 
-def _is_noop(op: LocalOp) -> bool:
+def is_noop(op: LocalOp) -> bool:
     """Dropout that drops nothing."""
     name = canonical_name(op.name)
     return name in ("dropout", "feature_dropout", "alpha_dropout") and (
@@ -215,7 +216,7 @@ def op_bytes(op: LocalOp) -> Any:
     """Bytes read and written by the forward; 0 for views."""
     family = op_family(op.name)
     outs = _total(op.outputs)
-    if family == "view" or _is_noop(op):
+    if family == "view" or is_noop(op):
         return 0
     if family in ("embedding", "gather"):
         ids = _total([spec for spec in op.inputs if not spec.dtype.is_floating_point])
@@ -243,8 +244,8 @@ _SPLITS = ("split", "split_with_sizes", "tensor_split", "chunk", "unbind")
 def backward_bytes(op: LocalOp) -> Any:
     """Bytes read and written by the backward of an op that is not matrix work."""
     family, name = op_family(op.name), canonical_name(op.name)
-    wanted = [spec for spec, needed in zip(op.inputs, _grads(op), strict=True) if needed]
-    if not wanted or _is_noop(op) or family == "create" or not op.outputs:
+    wanted = [spec for spec, needed in zip(op.inputs, differentiable(op), strict=True) if needed]
+    if not wanted or is_noop(op) or family == "create" or not op.outputs:
         return 0
     out = op.outputs[0].bytes
     if family == "view":
@@ -302,7 +303,7 @@ def _larger(a: Any, b: Any) -> Any:
         return 1
 
 
-def _grads(op: LocalOp) -> tuple[bool, ...]:
+def differentiable(op: LocalOp) -> tuple[bool, ...]:
     """Which inputs want gradients; by default every floating one."""
     if op.grads:
         return tuple(
@@ -340,13 +341,13 @@ def _matrix_time(
     family = op_family(op.name)
     flops = _numbers(op_flops(op)) * factor
     nbytes = _numbers(_total(op.inputs) + _total(op.outputs))
-    rate = device.rate_curve(dtype_name(op.dtype), rates or family)(flops)
-    if family == "matmul":
+    if family == "matmul":  # as much work as a product that is not narrow and takes as long
         _, m, n, k = matmul_dims(op)
         smallest = np.minimum(np.minimum(m, n), k)
-        rate = rate * device.narrow(
+        flops = flops / device.narrow(
             smallest.astype(np.float64) if isinstance(smallest, np.ndarray) else float(smallest)
         )
+    rate = device.rate_curve(dtype_name(op.dtype), rates or family)(flops)
     return np.maximum(flops / rate, nbytes / device.bandwidth_curve("matmul")(nbytes))
 
 
@@ -358,7 +359,7 @@ def _causal_share(op: LocalOp) -> float:
 def forward_time(device: Device, op: LocalOp) -> Number:
     """Seconds of the op's forward on `device`."""
     family = op_family(op.name)
-    if family == "view" or _is_noop(op):
+    if family == "view" or is_noop(op):
         return 0.0
     if family in ("matmul", "conv", "attention"):
         return _matrix_time(device, op, _causal_share(op)) + device.op_overhead_s
@@ -373,8 +374,8 @@ def backward_time(device: Device, op: LocalOp) -> Number:
     arXiv:2307.08691 section 3. The rest: bytes moved.
     """
     family = op_family(op.name)
-    grads = _grads(op)
-    if not any(grads) or _is_noop(op):
+    grads = differentiable(op)
+    if not any(grads) or is_noop(op):
         return 0.0
     overhead = device.op_overhead_s
     if family == "attention":

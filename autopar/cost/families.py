@@ -73,8 +73,13 @@ _FAMILY_NAMES = {
         scalar_tensor new_zeros new_ones new_full eye linspace""",
 }
 FAMILY: dict[str, str] = {
-    name: family for family, names in _FAMILY_NAMES.items() for name in names.split()
+    name: family for family, text in _FAMILY_NAMES.items() for name in text.split()
 }
+
+
+def names(text: str) -> frozenset[str]:
+    """A set of op names written as words."""
+    return frozenset(text.split())
 
 
 def canonical_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -34,12 +34,19 @@ def run_nodes(graph: Graph, tensors: Sequence[Tensor]) -> dict[torch.fx.Node, An
             return env[arg]
         return evaluate(arg, sizes) if isinstance(arg, sympy.Expr) else arg
 
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    with device:  # graphs name no device
+        _run(graph, env, load)
+    return env
+
+
+def _run(graph: Graph, env: dict[torch.fx.Node, Any], load: Callable[[Any], Any]) -> None:
     for node in graph.fx.nodes:
         if node.op == "call_function":
-            env[node] = node.target(*map_aggregate(node.args, load), **map_aggregate(node.kwargs, load))
+            args, kwargs = map_aggregate((node.args, node.kwargs), load)
+            env[node] = node.target(*args, **kwargs)
         elif node.op == "output":
             env[node] = map_aggregate(node.args[0], load)
-    return env
 
 
 def bind_sizes(graph: Graph, tensors: Sequence[Tensor]) -> dict[sympy.Symbol, int]:

@@ -21,7 +21,7 @@ from autopar.errors import PassError
 from .graph import tensor_inputs, values_of
 from .registry import op_name
 from .rules import losses, reductions, views
-from .rules.common import arguments, dim_index, named_inputs
+from .rules.common import arguments, dim_index, named_inputs, schema_of
 
 Shape = tuple[int, ...]
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -64,6 +64,8 @@ def local_call(
         return unchanged
     if not isinstance(node.target, torch._ops.OpOverload):
         return unchanged
+    if local.inputs and all(0 in shape for shape in local.outputs):
+        return _nothing(node, local)
     name = op_name(node)
     handler = LOCALISE.get(name) or LOCALISE.get(name.rpartition(".")[0])
     return unchanged if handler is None else handler(node, local)
@@ -74,24 +76,42 @@ def scaled(factor: float, op: Callable[..., torch.Tensor], *args: Any, **kwargs:
     return op(*args, **kwargs) * factor
 
 
-def nothing(shape: Sequence[int], *tensors: torch.Tensor | None) -> torch.Tensor:
-    """Zeros of a shape, for an op that refuses empty shards.
+def nothing(
+    shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], *tensors: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Zeros of the given shapes: what is left to do on a device whose shards have no elements.
 
     Still a function of `tensors` to autograd (with zero gradients), so that every device runs the
-    same backward.
+    same backward. Many ops refuse empty inputs, or give them another shape.
     """
     present = [t for t in tensors if t is not None]
-    zeros = present[0].new_zeros(tuple(shape))
-    for tensor in present:
-        if tensor.is_floating_point():
-            zeros = zeros + tensor.flatten()[:0].sum()
-    return zeros
+    made: list[torch.Tensor] = []
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        zeros = present[0].new_zeros(tuple(shape), dtype=dtype)
+        for tensor in present:
+            if dtype.is_floating_point and tensor.is_floating_point():
+                zeros = zeros + tensor.flatten()[:0].sum(dtype=dtype)
+        made.append(zeros)
+    return made[0] if len(made) == 1 else tuple(made)
 
 
 def _target(node: torch.fx.Node) -> Callable[..., Any]:
     if not callable(node.target):
         raise PassError("localise", "calls_functions", f"%{node.name} calls {node.target!r}")
     return node.target
+
+
+def _with(node: torch.fx.Node, **changed: Any) -> Call:
+    """The node's own call with other values for some arguments."""
+    args = arguments(node) | changed
+    schema = schema_of(node).arguments
+    positional = tuple(args[a.name] for a in schema if not a.kwarg_only)
+    return _target(node), positional, {a.name: args[a.name] for a in schema if a.kwarg_only}
+
+
+def _nothing(node: torch.fx.Node, local: Local) -> Call:
+    dtypes = [value.dtype for value in values_of(node)]
+    return nothing, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
 
 
 def _reshape(node: torch.fx.Node, local: Local) -> Call:
@@ -126,21 +146,16 @@ def _split(node: torch.fx.Node, local: Local) -> Call:
 
 
 def _narrow(node: torch.fx.Node, local: Local) -> Call:
-    args = arguments(node)
-    at = dim_index(args["dim"], len(local.inputs[0]))
-    return _target(node), (args["self"], at, args["start"], local.outputs[0][at]), {}
+    at = dim_index(arguments(node)["dim"], len(local.inputs[0]))
+    return _with(node, length=local.outputs[0][at])
 
 
 def _fill(node: torch.fx.Node, local: Local) -> Call:
-    size = list(local.outputs[0])
-    kwargs = {k: size if k == "size" else v for k, v in node.kwargs.items()}
-    at = [a.name for a in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
-    args = tuple(size if i == at else a for i, a in enumerate(node.args))
-    return _target(node), args, kwargs
+    return _with(node, size=list(local.outputs[0]))
 
 
 def _one_hot(node: torch.fx.Node, local: Local) -> Call:
-    return _target(node), (node.args[0], local.outputs[0][-1]), {}
+    return _with(node, num_classes=local.outputs[0][-1])
 
 
 def _convolution(node: torch.fx.Node, local: Local) -> Call:
@@ -149,21 +164,32 @@ def _convolution(node: torch.fx.Node, local: Local) -> Call:
     lead = len(local.outputs[0]) - len(taps) + 1
     transposed = args.get("transposed", "transpose" in op_name(node))
     channels = local.outputs[0][lead] if transposed else local.of(node, "input")[lead]
-    if 0 in local.outputs[0] or 0 in taps or not channels:
-        inputs = tensor_inputs(node)
-        if 0 in local.outputs[0] or args["bias"] is None:
-            return nothing, (list(local.outputs[0]), *inputs), {}
-        return _bias_only, (list(local.outputs[0]), lead, args["bias"], *inputs), {}
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return _target(node), tuple((args | {"groups": channels // taps[1]})[n] for n in names), {}
+    if 0 in taps:
+        return _bias_only(node, local, lead)
+    return _with(node, groups=channels // taps[1])
 
 
-def _bias_only(
+def _bilinear(node: torch.fx.Node, local: Local) -> Call:
+    if 0 not in local.of(node, "weight"):
+        return _target(node), node.args, dict(node.kwargs)
+    return _bias_only(node, local, len(local.outputs[0]) - 1)
+
+
+def _bias_only(node: torch.fx.Node, local: Local, channel_dim: int) -> Call:
+    bias = arguments(node)["bias"]
+    if bias is None:
+        return _nothing(node, local)
+    shape = list(local.outputs[0])
+    return biased, (shape, channel_dim, bias, *tensor_inputs(node)), {}
+
+
+def biased(
     shape: Sequence[int], dim: int, bias: torch.Tensor, *tensors: torch.Tensor
 ) -> torch.Tensor:
-    """A convolution over no input channels."""
-    view = [-1 if i == dim else 1 for i in range(len(shape))]
-    return nothing(shape, *tensors) + bias.reshape(view)
+    """A convolution over no input channels: the bias along `dim`, still a function of `tensors`."""
+    zeros = nothing([shape], [bias.dtype], *tensors)
+    assert isinstance(zeros, torch.Tensor)
+    return zeros + bias.reshape([-1 if i == dim else 1 for i in range(len(shape))])
 
 
 def _mean(node: torch.fx.Node, local: Local) -> Call:
@@ -195,9 +221,7 @@ def _loss(node: torch.fx.Node, local: Local) -> Call:
 def _mean_loss(node: torch.fx.Node, count: int, total: int) -> Call:
     if count:
         return _weighted(node, count, total)
-    args = arguments(node) | {"reduction": losses.SUM}
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return _target(node), tuple(args[n] for n in names), {}
+    return _with(node, reduction=losses.SUM)
 
 
 def _cross_entropy(node: torch.fx.Node, local: Local) -> Call:
@@ -235,9 +259,7 @@ def _extreme(node: torch.fx.Node, local: Local) -> Call:
     dtype = values_of(node)[0].dtype
     largest = ".amax" in op_name(node) or ".max" in op_name(node)
     limits: Any = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    lowest, highest = (
-        (-math.inf, math.inf) if dtype.is_floating_point else (limits.min, limits.max)
-    )
+    lowest, highest = (-math.inf, math.inf) if dtype.is_floating_point else (limits.min, limits.max)
     value = lowest if largest else highest
     return aten.new_full.default, (args["self"], list(local.outputs[0]), value), {}
 
@@ -261,6 +283,7 @@ LOCALISE: Mapping[str, Localiser] = MappingProxyType(
             for n in (1, 2, 3)
         },
         "aten.convolution": _convolution,
+        "aten.bilinear": _bilinear,
         "aten.mean": _mean,
         **{f"aten.{name}": _loss for name in losses.ELEMENTWISE},
         "aten.cross_entropy_loss": _cross_entropy,

@@ -159,6 +159,15 @@ class Choice:
     def __str__(self) -> str:
         return self.factor or (f"linear{self.linear}" if self.linear >= 0 else "-")
 
+    @staticmethod
+    def parse(text: str) -> Choice:
+        """The inverse of `str`."""
+        if text == "-":
+            return Choice()
+        if text.startswith("linear") and text[6:].isdigit():
+            return Choice(linear=int(text[6:]))
+        return Choice(factor=text)
+
 
 REPLICATE = Choice()
 

@@ -277,7 +277,8 @@ def _print_output(graph: Graph, node: torch.fx.Node) -> str:
 def _print_rule(node: torch.fx.Node) -> str:
     if node.op != "call_function" or "value" not in node.meta:
         return ""
-    rule = rule_for(node)
+    found = rule_for(node)
+    rule = found if found is not None else node.meta.get("rule")
     return "" if rule is None else str(rule)
 
 

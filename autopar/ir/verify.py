@@ -168,7 +168,8 @@ def axes_exist(graph: Graph, mesh: Mesh | None) -> str | None:
 def resharded(graph: Graph, mesh: Mesh | None) -> str | None:
     """The shardings around every op are some placement of its rule; an op without a rule is whole.
 
-    Sizes must be integers. Lowered ops and `getitem` have no rule (`typed` and `types_follow` check
+    The rule is the registry's, else the discovered one that a pass left in `meta["rule"]`. Sizes
+    must be integers. Lowered ops and `getitem` have no rule (`typed` and `types_follow` check
     them), but a `reshard` must have the sharding that it asks for.
     """
     if mesh is None:
@@ -200,7 +201,7 @@ def _resharded_at(node: torch.fx.Node, mesh: Mesh) -> str | None:
     if isinstance(node.target, LoweredOp) or not values_of(node):
         return None
     actual = [_normal(value, mesh) for value in values]
-    rule = rule_for(node)
+    rule = _rule_of(node)
     if rule is None:
         legal = all(sharding.is_replicated() for sharding in actual)
     else:
@@ -227,7 +228,7 @@ def choices_at(
 
     found: list[Choice] = []
     for choice in choices(rule):
-        placed = place(rule, sizes, mesh, {axis: choice})
+        placed = place(rule, sizes, mesh, {axis: choice}, uneven=True)
         if placed is not None and seen((*placed.inputs, *placed.outputs)) == seen(actual):
             found.append(choice)
     return found
@@ -238,7 +239,7 @@ def _is_placement(
 ) -> bool:
     options = [choices_at(rule, sizes, mesh, actual, axis) for axis in mesh.names]
     for chosen in itertools.product(*options):
-        placed = place(rule, sizes, mesh, dict(zip(mesh.names, chosen, strict=True)))
+        placed = place(rule, sizes, mesh, dict(zip(mesh.names, chosen, strict=True)), uneven=True)
         if placed is not None and [*placed.inputs, *placed.outputs] == actual:
             return True
     return False
@@ -409,8 +410,14 @@ def _communicates(node: torch.fx.Node) -> bool:
     """Whether the op itself may reduce over an axis that splits an input."""
     if isinstance(node.target, LoweredOp):
         return True
-    rule = rule_for(node)
+    rule = _rule_of(node)
     return rule is not None and bool(rule.comm)
+
+
+def _rule_of(node: torch.fx.Node) -> ShardingRule | None:
+    """The registry's rule of a call, else the discovered one that a pass left in `meta["rule"]`."""
+    found = rule_for(node)
+    return found if found is not None else node.meta.get("rule")
 
 
 def _shardings(graph: Graph) -> Iterator[tuple[torch.fx.Node, Value, Sharding]]:

@@ -129,7 +129,7 @@ atoms = st.one_of(
     shardings(2),
 )
 
-TARGETS = (
+TARGETS: tuple[Any, ...] = (
     aten.mm.default,
     aten.add.Tensor,
     aten.sum.dim_IntList,
@@ -230,7 +230,7 @@ def test_torch_sizes_round_trip() -> None:
         (f.FloorDiv(B, 2), "(b//2)"),
         (f.Mod(B, 2), "Mod(b, 2)"),
         (f.PythonMod(U, 2), "PythonMod(u0, 2)"),
-        (f.Max(3, B), "Max(3, b)"),
+        (parse_argument("Max(3, b)", {}), "Max(3, b)"),
         (f.FloorDiv(B, 2) * (U - 1), "(u0 - 1)*((b//2))"),
         (B / 2, "b/2"),
     ]

@@ -8,6 +8,8 @@ import torch.fx
 from autopar.errors import PassError
 from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
+from autopar.ir.registry import rule_for
+from autopar.ir.rule import parse_rule
 from autopar.ir.text import parse_graph
 from autopar.ir.verify import INVARIANTS, verify
 
@@ -208,6 +210,8 @@ def test_topological() -> None:
         "%x: input f32[3, 8] @ [dp, -]\n%y: f32[24] @ [dp*8] = aten.view(%x, [24])",
         "%x: input f32[4, 8] @ [-, -]\n%y: f32[4, 8] @ [dp, -] = reshard(%x, @ [dp, -])",
         "%x: input f32[4, 4] @ [-, -]\n%y: f32[] @ [] = aten.det(%x)",
+        # Fewer units than devices.
+        "%x: input f32[3, 8] @ [dp&tp, -]\n%y: f32[3, 8] @ [dp&tp, -] = aten.relu(%x)",
     ],
 )
 def test_resharded_legal(body: str) -> None:
@@ -253,6 +257,16 @@ def test_resharded_legal(body: str) -> None:
 )
 def test_resharded_illegal(body: str, sentence: str) -> None:
     assert check("resharded", f"{body}\nreturn %y") == sentence
+
+
+def test_resharded_takes_discovered_rules() -> None:
+    text = "%x: input f32[4, 4, 4] @ [dp, -, -]\n%y: f32[4] @ [dp] = aten.det(%x)\nreturn %y"
+    graph = parse_graph(text)
+    node = next(graph.calls())
+    if rule_for(node) is None:
+        assert INVARIANTS["resharded"](graph, MESH) is not None
+    node.meta["rule"] = parse_rule("b[m][n]->b")
+    assert INVARIANTS["resharded"](graph, MESH) is None
 
 
 # types_follow -------------------------------------------------------------------------------------

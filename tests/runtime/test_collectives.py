@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 from autopar.runtime.collectives import apply, close, open_
-from autopar.runtime.group import Aborted, Group, ThreadWorld, run_threads
+from autopar.runtime.group import AbortedError, Group, ThreadWorld, run_threads
 
 Spec = ShardSpec | SwapSpec | None
 
@@ -162,7 +162,7 @@ def test_swap(n: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["pvary", "psum", "keep_first"])
-@pytest.mark.parametrize("n", (1, *WORLDS))
+@pytest.mark.parametrize("n", [1, *WORLDS])
 def test_replicated(name: str, n: int) -> None:
     op = COLLECTIVES[name]
     for shapes in ([(4, 3)], [()], [(2,), (0, 3), (5, 1), ()]):
@@ -301,7 +301,9 @@ def test_shape_errors_come_before_sending() -> None:
     with pytest.raises(ValueError, match="no shard"):
         run_threads(
             world,
-            lambda rank: apply("gather_inv", ShardSpec(0, (1, 2)), world.group(rank), torch.ones(2)),
+            lambda rank: apply(
+                "gather_inv", ShardSpec(0, (1, 2)), world.group(rank), torch.ones(2)
+            ),
         )
     with pytest.raises(ValueError, match="unknown collective"):
         apply("psums", None, world.group(0), torch.ones(1))
@@ -323,7 +325,7 @@ def test_failures_do_not_hang() -> None:
         if rank != 1:
             world.group(rank).all_reduce(torch.ones(1))
 
-    with pytest.raises(Aborted, match="failed or ended"):
+    with pytest.raises(AbortedError, match="failed or ended"):
         run_threads(world, ends_early)
 
     def differs(rank: int) -> None:
@@ -358,4 +360,6 @@ def test_closing_twice_is_an_error() -> None:
 def test_swap_inside_one_dim_is_refused() -> None:
     spec = ShardSpec(0, (1,))
     with pytest.raises(ValueError, match="one dim"):
-        apply("swap", SwapSpec(spec, replace(spec, block=1)), ThreadWorld(1).group(0), torch.ones(1))
+        apply(
+            "swap", SwapSpec(spec, replace(spec, block=1)), ThreadWorld(1).group(0), torch.ones(1)
+        )

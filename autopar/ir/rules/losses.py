@@ -36,10 +36,7 @@ def elementwise(node: torch.fx.Node) -> ShardingRule:
     """`mse_loss` and its kind: pointwise, then none, mean or sum of everything."""
     shape = loss_shape([item.value.shape for item in named_inputs(node)])
     names = take(letters(), len(shape))
-    inputs = {
-        item.name: broadcast(names, shape, item.value.shape)
-        for item in named_inputs(node)
-    }
+    inputs = {item.name: broadcast(names, shape, item.value.shape) for item in named_inputs(node)}
     return rule(node, inputs, names if arguments(node)["reduction"] == NONE else [])
 
 

@@ -17,6 +17,7 @@ from .common import (
     letters,
     named_inputs,
     rule,
+    same,
     take,
 )
 
@@ -64,13 +65,17 @@ def batch_norm(node: torch.fx.Node) -> ShardingRule:
 
 
 def shared_batch_norm(node: torch.fx.Node) -> ShardingRule:
-    """`nchw,c,c,c,c->nchw,c,c; comm(n) comm(h) comm(w)`: statistics over the global batch."""
+    """`nchw,c,c,c,c->nchw,c,c; comm(n) comm(h) comm(w)`: statistics over the global batch.
+
+    Without running statistics the last two outputs have no elements.
+    """
     names = take(letters(), values_of(node)[0].rank)
     found = named_inputs(node)
     channel = names[1:2]
     inputs: dict[str, Spec] = {item.name: channel for item in found}
     inputs[found[0].name] = names
-    outputs = [names, *[channel] * (len(values_of(node)) - 1)]
+    statistics = [["1"] if same(v.shape[0], 0) else channel for v in values_of(node)[1:]]
+    outputs = [names, *statistics]
     clauses = " ".join(f"comm({f})" for f in names if f not in channel)
     return rule(node, inputs, *outputs, clauses=clauses)
 

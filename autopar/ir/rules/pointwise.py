@@ -121,7 +121,7 @@ LINEAR = words("alias clone conj contiguous detach imag lift_fresh_copy neg nega
 RULES: dict[str, Handler] = {
     **{f"aten.{name}": pointwise for name in NONLINEAR},
     **{f"aten.{name}": passing("self") for name in LINEAR},
-    **{f"aten.{name}": convert for name in ("to", "_to_copy", "float", "double", "half")},
+    **{f"aten.{name}": convert for name in ("to", "_to_copy")},
     **{f"aten.{name}": add for name in ("add", "sub", "subtract", "rsub")},
     **{f"aten.{name}": passing("self", "other") for name in ("mul", "multiply")},
     **{f"aten.{name}": divide for name in ("div", "divide", "true_divide")},
@@ -131,6 +131,7 @@ RULES: dict[str, Handler] = {
     "aten.lerp": passing(("self", "end")),
     "aten.addcmul": passing(("self", "tensor1"), ("self", "tensor2")),
     "aten.addcdiv": passing(("self", "tensor1")),
+    "aten.copy": passing("src"),
     "aten.prelu": prelu,
     "aten.dropout": dropout,
 }

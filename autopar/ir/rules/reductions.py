@@ -11,11 +11,13 @@ from .common import (
     Handler,
     Spec,
     arguments,
+    broadcast,
     dim_index,
     dim_indices,
     hold,
     input_value,
     letters,
+    named_inputs,
     output,
     rule,
     take,
@@ -95,6 +97,35 @@ def scan(*linear: str) -> Handler:
     return handler
 
 
+def difference(node: torch.fx.Node) -> ShardingRule:
+    """`diff`: neighbours along a dim, which is whole."""
+    x = input_value(node, "self")
+    at = dim_index(arguments(node)["dim"], x.rank)
+    names = letters()
+    dims = take(names, x.rank)
+
+    def along(name: str) -> Spec:
+        return [f"[{name}]" if i == at else f for i, f in enumerate(dims)]
+
+    ends = {item.name: along(next(names)) for item in named_inputs(node)}
+    return rule(node, ends, along(next(names)), linear=[tuple(ends)])
+
+
+def cosine_similarity(node: torch.fx.Node) -> ShardingRule:
+    """`ab[d],ab[d]->ab`, with broadcasting."""
+    left, right = (item.value for item in named_inputs(node))
+    out = output(node)
+    rank = out.rank + 1
+    at = dim_index(arguments(node)["dim"], rank)
+    names = letters()
+    whole = f"[{next(names)}]"
+    dims = take(names, out.rank)
+    full = [*dims[:at], whole, *dims[at:]]
+    shape = [*out.shape[:at], 0, *out.shape[at:]]
+    inputs = {"x1": broadcast(full, shape, left.shape), "x2": broadcast(full, shape, right.shape)}
+    return rule(node, inputs, dims)
+
+
 WHOLE = words(
     """
 argmax argmin var std var_mean std_mean logsumexp any all prod norm linalg_vector_norm median
@@ -117,4 +148,6 @@ RULES: dict[str, Handler] = {
         )
     },
     "aten.cumsum": scan("self"),
+    "aten.diff": difference,
+    "aten.cosine_similarity": cosine_similarity,
 }

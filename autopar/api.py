@@ -1,0 +1,179 @@
+"""`parallelize`: what a user calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from .controller import Controller
+from .cost.cluster import Cluster, parse_cluster
+from .errors import UserError
+from .passes.families import FAMILIES
+from .plan import Plan, load_plan
+from .session import Options
+
+M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound=type[nn.Module])
+
+BACKENDS = (None, "eager", "inductor")
+
+
+@overload
+def parallelize(
+    module: None = None,
+    *,
+    strategy: str = ...,
+    cluster: str | Cluster | None = ...,
+    plan: str | os.PathLike[str] | Plan | None = ...,
+    memory_limit: float | str | None = ...,
+    optimizer: str | type[torch.optim.Optimizer] | None = ...,
+    backend: str | None = ...,
+) -> Callable[[Any], Any]: ...
+
+
+@overload
+def parallelize(
+    module: M,
+    *,
+    strategy: str = ...,
+    cluster: str | Cluster | None = ...,
+    plan: str | os.PathLike[str] | Plan | None = ...,
+    memory_limit: float | str | None = ...,
+    optimizer: str | type[torch.optim.Optimizer] | None = ...,
+    backend: str | None = ...,
+) -> M: ...
+
+
+def parallelize(
+    module: Any = None,
+    *,
+    strategy: str = "auto",
+    cluster: str | Cluster | None = None,
+    plan: str | os.PathLike[str] | Plan | None = None,
+    memory_limit: float | str | None = None,
+    optimizer: str | type[torch.optim.Optimizer] | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Make a module (or a module class, as a decorator) train on all devices of this run.
+
+    The training loop does not change: every process gives the module the same *global* batch, as on
+    one device, and `loss.backward()`, any `torch.optim` optimizer, `clip_grad_norm_`, schedulers,
+    `state_dict()` (whole tensors) and `load_state_dict()` work as before. Call it before the
+    optimizer is made. In a single process the module just runs.
+
+    Args:
+        module: an `nn.Module`, or a class of modules; None returns a decorator.
+        strategy: "auto" (search), or a family: "data", "zero", "tensor", "data+tensor",
+            "zero+tensor".
+        cluster: what the planner plans for: a `Cluster`, a spec ("cpu:4", "8xH100", "2x8xH100") or
+            the path of a profile; by default the shipped profile of this kind of device.
+        plan: a plan, or the path of a plan file, to use in place of a search.
+        memory_limit: bytes per device, or a text such as "6GiB".
+        optimizer: what the memory and time of the update are priced as (a `torch.optim` class or its
+            name; default AdamW).
+        backend: "eager" (ATen calls) or "inductor"; default eager on CPU, inductor on CUDA.
+
+    Raises:
+        UserError: for anything above that cannot be done, and on the first call for models that
+            cannot be captured or fit on no plan.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}", fix="use 'eager' or 'inductor'")
+    if strategy not in FAMILIES:
+        raise UserError(
+            f"unknown strategy {strategy!r}", fix=f"use one of {', '.join(map(repr, FAMILIES))}"
+        )
+    options = Options(
+        strategy=strategy,
+        cluster=parse_cluster(cluster) if isinstance(cluster, str) else cluster,
+        plan=plan if plan is None or isinstance(plan, Plan) else load_plan(plan),
+        memory_limit=parse_bytes(memory_limit) if memory_limit is not None else None,
+        optimizer=_optimizer_name(optimizer),
+        backend=backend,
+    )
+    if module is None:
+        return lambda target: _decorate(target, options)
+    return _decorate(module, options)
+
+
+def parse_bytes(size: float | str) -> float:
+    """Bytes of a number, or of a text such as "6GiB", "512 MB", "80G".
+
+    Raises UserError for anything else, and for sizes that are not positive.
+    """
+    units = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+    units |= {f"{u}ib": n for u, n in units.items() if u not in ("", "b")}
+    units |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    text = str(size).strip().lower()
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    try:
+        found = float(digits) * units[text[len(digits) :].strip()]
+    except (ValueError, KeyError):
+        raise UserError(
+            f"cannot read the memory limit {size!r}", fix='write bytes, or for example "6GiB"'
+        ) from None
+    if not found > 0:
+        raise UserError(f"the memory limit {size!r} is not positive")
+    return found
+
+
+def _optimizer_name(optimizer: str | type[torch.optim.Optimizer] | None) -> str:
+    if optimizer is None:
+        return "adamw"
+    return (optimizer if isinstance(optimizer, str) else optimizer.__name__).lower()
+
+
+def _decorate(target: Any, options: Options) -> Any:
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return _parallel_class(target, options)
+    if isinstance(target, nn.Module):
+        if isinstance(getattr(target, "autopar", None), Controller):
+            raise UserError("the module is parallelized already")
+        original = type(target)
+        target.__class__ = _with_forward(original)
+        _attach(target, original, options)
+        return target
+    kind = f"the {target.__name__} class" if isinstance(target, type) else type(target).__name__
+    raise UserError(
+        f"autopar.parallelize takes a torch.nn.Module or a class of modules, not {kind}",
+        fix="wrap the function in a module's forward, or decorate the model's class",
+    )
+
+
+def _parallel_class(original: type[nn.Module], options: Options) -> type[nn.Module]:
+    parallel = _with_forward(original)
+
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)
+        if type(self) is parallel:
+            _attach(self, original, options)
+
+    parallel.__init__ = init  # type: ignore[method-assign]
+    return parallel
+
+
+def _with_forward(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the same name whose forward goes through the controller."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        controller = self.__dict__.get("autopar")
+        if controller is None:  # a subclass that was not decorated itself
+            return original.forward(self, *args, **kwargs)
+        return controller.call(args, kwargs)
+
+    forward.__doc__ = original.forward.__doc__
+    names = {
+        "forward": forward,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return type(original.__name__, (original,), names)
+
+
+def _attach(module: nn.Module, original: type[nn.Module], options: Options) -> None:
+    module.__dict__["autopar"] = Controller(module, original, options)

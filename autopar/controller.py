@@ -1,0 +1,113 @@
+"""`model.autopar`: what a parallelized module knows of itself."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cost.cluster import Cluster, parse_cluster
+from .cost.report import print_plan, print_timing
+from .errors import UserError
+from .plan import Plan
+from .runtime import world
+from .runtime.single import SingleProcess
+from .runtime.state import shard_state, whole_state
+from .session import Options, Session
+
+
+class Controller:
+    """Runs a module's calls: over all ranks of the run, or in this one process.
+
+    `plan` is the plan in use (None before the first call, and in a single process).
+    """
+
+    def __init__(self, module: nn.Module, original: type[nn.Module], options: Options) -> None:
+        self._module = weakref.ref(module)
+        self._original = original
+        self.session: Session | None = None
+        self.single: SingleProcess | None = None
+        if world.world_size() == 1:
+            self.single = SingleProcess()
+            return
+        options = copy.copy(options)
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        options.cluster = options.cluster or default_cluster(device, world.world_size())
+        if options.cluster.size != world.world_size():
+            raise UserError(
+                f"the cluster {options.cluster.name} has {options.cluster.size} devices, "
+                f"and {world.world_size()} processes were started",
+                fix=f"start {options.cluster.size} processes, or name a cluster of "
+                f"{world.world_size()} devices",
+            )
+        if options.backend is None:
+            options.backend = "inductor" if device == "cuda" else "eager"
+        self.session = Session(module, original, options)
+        module.register_state_dict_post_hook(_whole)
+        module.register_load_state_dict_pre_hook(_shard)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.session.plan if self.session is not None else None
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the undecorated forward returns."""
+        if self.session is not None:
+            return self.session.call(args, kwargs)
+        assert self.single is not None
+        return self.single.call(self._original.forward, self.module, args, kwargs)
+
+    @property
+    def measured_step_s(self) -> float | None:
+        """Median seconds from one training call to the next; None before the fifth."""
+        times = self.session or self.single
+        return times.measured_step_s() if times is not None else None
+
+    def print_plan(self) -> None:
+        """Print the plan as tables, on rank 0."""
+        if self.session is None:
+            print("autopar: one process, no plan")
+        elif self.session.rank == 0 and self.plan is not None:
+            print_plan(self.plan)
+
+    def print_timing(self) -> None:
+        """Print predicted and measured step time and memory side by side, on rank 0."""
+        if self.session is None or self.session.rank == 0:
+            print_timing(self.plan, self.measured_step_s)
+
+
+def default_cluster(device_type: str, size: int) -> Cluster:
+    """The shipped profile of this kind of device, with `size` of them in this host."""
+    if device_type == "cpu":
+        return parse_cluster(f"cpu:{size}")
+    name = torch.cuda.get_device_name()
+    for known in ("H100", "H200", "B200", "A100", "V100", "MI300X"):
+        if known in name.upper():
+            return parse_cluster(f"{size}x{known}")
+    raise UserError(
+        f"there is no profile of {name!r}",
+        fix="make one with `autopar calibrate`, and pass it as cluster=",
+    )
+
+
+def _whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    del module, prefix, metadata
+    whole_state(state)
+
+
+def _shard(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    del rest
+    shard_state(module, state, prefix)

@@ -1,0 +1,309 @@
+"""One parallel module at run time: capture, plan, load and run, whatever the batch and the mode."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten
+
+from .capture import Capture, CaptureMismatchError, capture
+from .cost.cluster import Cluster
+from .errors import UserError
+from .ir.rule import Choice
+from .ir.sharding import Sharding
+from .ir.text import parse_sharding
+from .passes.pipeline import Stage, lowering, run_passes
+from .passes.prepare import prepare
+from .passes.rules_of import rules_of
+from .passes.search import choose_for, search
+from .plan import Plan, plan_from_json
+from .runtime import agree, world
+from .runtime.group import Group, ProcessGroupGroup
+from .runtime.random import draw_seed
+from .runtime.program import Program, load_program
+from .runtime.state import replicate_parameters, shard_parameters
+
+
+@dataclass
+class Options:
+    """What the user asked of `parallelize`."""
+
+    strategy: str = "auto"
+    cluster: Cluster | None = None
+    plan: Plan | None = None
+    memory_limit: float | None = None
+    optimizer: str = "adamw"
+    backend: str | None = None
+
+
+@dataclass
+class _Captured:
+    """A capture with the choices of its ops under the plan, and its programs by batch sizes."""
+
+    capture: Capture
+    choices: Mapping[str, Mapping[str, Choice]]
+    programs: dict[tuple[int, ...], Program] = field(default_factory=dict)
+
+
+class Session:
+    """Runs one module on all ranks of a `torch.distributed` world.
+
+    Parameters become DTensors at once (whole, rank 0's values), and are sharded as the plan says at
+    the first call. `plan` is None until then.
+    """
+
+    def __init__(self, module: nn.Module, original: type[nn.Module], options: Options) -> None:
+        self.module = module
+        self.original = original
+        self.options = options
+        self.plan: Plan | None = options.plan
+        self.stages: list[Stage] = []
+        self.step_times_s: list[float] = []
+        self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
+        self._groups: dict[tuple[str, ...], Group] = {}
+        self._last_start: float | None = None
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        self.device_type = device
+        world.start_world(device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if self.plan is not None and self.plan.world_size != self.world_size:
+            raise UserError(
+                f"the plan is for {self.plan.world_size} devices ({self.plan.mesh}), "
+                f"and {self.world_size} processes were started",
+                fix=f"start {self.plan.world_size} processes, or plan for {self.world_size}",
+            )
+        self._live = world.flat_mesh(self.world_size, device)
+        self._check = agree.StepCheck(ProcessGroupGroup())
+        replicate_parameters(module, self._live)
+
+    # -- a call ---------------------------------------------------------------------------------
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the undecorated module's forward would return on the global batch."""
+        self._clock()
+        tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
+        generator = torch.get_rng_state()
+        seed = draw_seed()
+        seed = self._check.run(self._shapes(tensors), agree.batch_digest(tensors), seed)
+        captured, inputs, sizes = self._find(args, kwargs)
+        program = self._program(captured, sizes)
+        if not program.is_random:  # one device would not have drawn a seed
+            torch.set_rng_state(generator)
+        outputs = program.run(*self._arguments(program, inputs, seed))
+        self._write_buffers(program, outputs[program.outputs :])
+        return captured.capture.unflatten(outputs[: program.outputs])
+
+    def _shapes(self, tensors: Sequence[Tensor]) -> str:
+        mode = "train" if self.module.training else "eval"
+        shapes = ", ".join(f"{list(t.shape)} {str(t.dtype)[6:]}" for t in tensors)
+        return f"{shapes} ({mode}{'' if torch.is_grad_enabled() else ', no grad'})"
+
+    def _clock(self) -> None:
+        """Note the time between two training calls: the measured step time."""
+        now = time.perf_counter()
+        if self.module.training and torch.is_grad_enabled():
+            if self._last_start is not None:
+                self.step_times_s.append(now - self._last_start)
+            self._last_start = now
+        else:
+            self._last_start = None
+
+    def measured_step_s(self) -> float | None:
+        """Median time from one training call to the next, the first three left out; None so early."""
+        settled = self.step_times_s[3:]
+        return statistics.median(settled) if settled else None
+
+    def _arguments(self, program: Program, inputs: Sequence[Tensor], seed: int) -> list[Any]:
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        queue = iter(inputs)
+        found: list[Any] = []
+        for role, names in program.placeholders:
+            if role == "param":
+                parameter = parameters[names[0]]
+                found.append(
+                    parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                )
+            elif role == "buffer":
+                found.append(buffers[names[0]])
+            elif role == "constant":
+                found.append(program.constants[names[0]])
+            elif role == "seed":
+                found.append(seed)
+            else:
+                found.append(next(queue))
+        return found
+
+    def _write_buffers(self, program: Program, values: Sequence[Tensor]) -> None:
+        if not values:
+            return
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        with torch.no_grad():
+            for name, value in zip(program.mutated, values, strict=True):
+                buffers[name].copy_(value)
+
+    # -- captures and programs --------------------------------------------------------------------
+
+    def _mode(self) -> tuple[Any, ...]:
+        """Captures are valid for one mode: train or eval per submodule, gradients, autocast."""
+        autocast = (
+            torch.is_autocast_enabled(self.device_type),
+            str(torch.get_autocast_dtype(self.device_type)),
+        )
+        training = tuple(m.training for m in self.module.modules())
+        requires = tuple(p.requires_grad for p in self.module.parameters())
+        return training, requires, torch.is_grad_enabled(), autocast
+
+    def _find(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[_Captured, list[Tensor], dict[Any, int]]:
+        known = self._captured.setdefault(self._mode(), [])
+        for captured in known:
+            try:
+                inputs = captured.capture.flatten(args, kwargs)
+            except CaptureMismatchError:
+                continue
+            sizes = captured.capture.bind(inputs)
+            if sizes is not None:
+                return captured, inputs, sizes
+        fresh = self._capture(args, kwargs, self.module.training, torch.is_grad_enabled())
+        if self.plan is None or not self._groups_ready:
+            self._make_plan(fresh, args, kwargs)
+        assert self.plan is not None
+        known.append(_Captured(fresh, self._choices_for(fresh)))
+        inputs = fresh.flatten(args, kwargs)
+        sizes = fresh.bind(inputs)
+        assert sizes is not None
+        return known[-1], inputs, sizes
+
+    def _capture(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, grad: bool
+    ) -> Capture:
+        """Capture a plain twin of the module: whole parameters that are never touched."""
+        twin = self._twin()
+        if training != self.module.training:
+            twin.train(training)
+        with torch.set_grad_enabled(grad):
+            made = capture(twin, args, dict(kwargs))
+        return replace(made, graph=prepare(made.graph))
+
+    def _twin(self) -> nn.Module:
+        memo: dict[int, Any] = {id(self): None}
+        for parameter in self.module.parameters():
+            # Never written, so that the operating system never gives it memory.
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        kept = self.module.__class__
+        self.module.__class__ = self.original
+        try:
+            return copy.deepcopy(self.module, memo)
+        finally:
+            self.module.__class__ = kept
+
+    _groups_ready = False
+
+    def _make_plan(
+        self, fresh: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Plan on rank 0 for training, agree on it, and shard the parameters."""
+        trained = fresh
+        if not (self.module.training and torch.is_grad_enabled()):
+            trained = self._capture(args, kwargs, True, True)
+        agree.check_same(
+            "the captured model",
+            trained.fingerprint,
+            "run the same script with the same model on every rank",
+        )
+        if self.plan is None:
+            self.plan = plan_from_json(self._on_rank_zero(lambda: self._search(trained).to_json()))
+        self.plan.check(trained.fingerprint, self.world_size)
+        storage = {name: parse_sharding(s.sharding) for name, s in self.plan.params.items()}
+        self._live = world.device_mesh(self.plan.mesh, self.device_type)
+        shard_parameters(self.module, storage, self.plan.mesh, self._live)
+        self._groups_ready = True
+
+    def _on_rank_zero(self, make: Any) -> str:
+        """`make()` of rank 0 on all ranks; its UserError is raised on all of them."""
+        text = None
+        if self.rank == 0:
+            try:
+                text = json.dumps({"ok": make()})
+            except UserError as error:
+                text = json.dumps({"error": [error.what, error.where, error.fix]})
+        answer = json.loads(agree.from_rank_zero(text))
+        if "error" in answer:
+            what, where, fix = answer["error"]
+            raise UserError(what, where=where, fix=fix)
+        return str(answer["ok"])
+
+    def _search(self, captured: Capture) -> Plan:
+        options = self.options
+        assert options.cluster is not None
+        return search(
+            captured.graph,
+            captured.fingerprint,
+            captured.symbols,
+            options.cluster,
+            strategy=options.strategy,
+            memory_limit=options.memory_limit,
+            optimizer=options.optimizer,
+        )
+
+    def _choices_for(self, captured: Capture) -> Mapping[str, Mapping[str, Choice]]:
+        """Choices of a capture's ops: the plan's own, or new ones with the plan's storage."""
+        assert self.plan is not None and self.options.cluster is not None
+        plan, cluster = self.plan, self.options.cluster
+        if captured.fingerprint == plan.fingerprint:
+            texts = {n: dict(c) for n, c in plan.choices.items()}
+        else:
+            made = self._on_rank_zero(
+                lambda: json.dumps(
+                    choose_for(captured.graph, captured.symbols, cluster, plan, self.options.optimizer)
+                )
+            )
+            texts = json.loads(made)
+        return {
+            node: {axis: Choice.parse(text) for axis, text in chosen.items()}
+            for node, chosen in texts.items()
+        }
+
+    def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
+        key = tuple(sizes[symbol] for symbol in captured.capture.symbols)
+        if key not in captured.programs:
+            captured.programs[key] = self._load(captured, sizes)
+        return captured.programs[key]
+
+    def _load(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
+        assert self.plan is not None
+        graph, plan = captured.capture.graph, self.plan
+        storage: dict[str, Sharding] = {}
+        regather: set[str] = set()
+        for node in graph.placeholders("param"):
+            stored = next((plan.params[f] for f in node.meta["fqns"] if f in plan.params), None)
+            if stored is not None:
+                storage[node.name] = parse_sharding(stored.sharding)
+                if stored.regather:
+                    regather.add(node.name)
+        passes = lowering(
+            plan.mesh, self.rank, sizes, rules_of, captured.choices, storage, frozenset(regather)
+        )
+        self.stages = run_passes(graph, passes, plan.mesh)
+        lowered = self.stages[-1].graph
+        world.groups_of([lowered], self._live, self._groups)
+        program = load_program(lowered, self._groups, self.options.backend)
+        agree.check_same(
+            "the program's schedule of collectives",
+            program.schedule,
+            "this is a bug in autopar: please report it with the model",
+        )
+        return program

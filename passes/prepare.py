@@ -1,0 +1,12 @@
+"""Passes on a captured graph before it is planned: what they make is planned and lowered."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Graph
+
+from .decompose_random_attention import decompose_random_attention
+
+
+def prepare(graph: Graph) -> Graph:
+    """The graph that the planner sees."""
+    return decompose_random_attention(graph)

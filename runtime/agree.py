@@ -1,0 +1,90 @@
+"""Agreement among ranks: one plan, one schedule of collectives, one batch, one seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.errors import UserError
+
+from .group import Group
+
+_SAMPLES = 1024
+
+
+def from_rank_zero(text: str | None) -> str:
+    """The text that rank 0 gives, on every rank; collective. Rank 0's UserError is everyone's."""
+    box: list[Any] = [text]
+    dist.broadcast_object_list(box, src=0)
+    assert isinstance(box[0], str)
+    return box[0]
+
+
+def check_same(what: str, mine: str, fix: str) -> None:
+    """Raise UserError on every rank unless all ranks give the same text; collective."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    for rank, other in enumerate(gathered):
+        if other != gathered[0]:
+            raise UserError(
+                f"{what} on rank {rank} differs from rank 0's: {_short(other)} against "
+                f"{_short(gathered[0])}",
+                fix=fix,
+            )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def number(text: str) -> int:
+    """A 62-bit digest of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2
+
+
+def batch_digest(tensors: Sequence[Tensor]) -> int:
+    """A number that differs, very likely, where a sample of the batch's elements differs."""
+    total = 0
+    for i, tensor in enumerate(tensors):
+        flat = tensor.detach().reshape(-1)
+        if not flat.numel():
+            continue
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].cpu()
+        if sample.dtype == torch.bool or not sample.is_floating_point():
+            part = int(sample.long().sum()) + 31 * int(sample[0])
+        else:
+            part = hash(float(sample.double().sum()))
+        total = (total * 1_000_003 + part + i) % (1 << 61)
+    return total
+
+
+class StepCheck:
+    """One small message per step: do all ranks run the same program on the same batch and seed?"""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def run(self, shapes: str, digest: int, seed: int) -> int:
+        """Rank 0's seed; raises UserError on every rank where shapes or contents differ."""
+        mine = torch.tensor([number(shapes), digest, seed], dtype=torch.int64)
+        rows = self.group.wait(self.group.all_gather(mine)).view(self.group.size, 3)
+        if bool((rows[:, 0] != rows[0, 0]).any()):
+            every: list[Any] = [None] * self.group.size
+            dist.all_gather_object(every, shapes)
+            told = "; ".join(f"rank {r}: {s}" for r, s in enumerate(every))
+            raise UserError(
+                f"the ranks were given batches of different shapes or kinds ({told})",
+                fix="give every rank the same global batch; autopar splits it",
+            )
+        if bool((rows[:, 1] != rows[0, 1]).any()):
+            raise UserError(
+                "the ranks were given different batches of the same shape",
+                fix="give every rank the same global batch (no DistributedSampler, the same seed "
+                "for shuffling); autopar splits it",
+            )
+        return int(rows[0, 2])

@@ -1,0 +1,54 @@
+"""Implementations of the lowered language's ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from autopar.ir.lowered import (
+    BATCH_NORM,
+    CLOSE,
+    CROSS_ENTROPY,
+    DROPOUT,
+    EXCHANGE,
+    MASKED_EMBEDDING,
+    OPEN,
+    Collective,
+    LoweredOp,
+)
+
+from . import sharded_ops
+from .collectives import Spec, close, open_
+from .group import Group
+
+
+def exchange(
+    op: Collective, specs: Sequence[Spec], group: Group, *tensors: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    """A collective that waits at once; a bucket (several tensors) returns a tuple."""
+    *edges, pending = open_(op, specs, group, *tensors)
+    return _one(close(op, specs, group, pending, *edges))
+
+
+def close_one(
+    op: Collective, specs: Sequence[Spec], group: Group, pending: Any, *edges: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    """The second phase of a collective; a bucket returns a tuple."""
+    return _one(close(op, specs, group, pending, *edges))
+
+
+def _one(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
+    EXCHANGE: exchange,
+    OPEN: open_,
+    CLOSE: close_one,
+    DROPOUT: sharded_ops.dropout,
+    MASKED_EMBEDDING: sharded_ops.masked_embedding,
+    CROSS_ENTROPY: sharded_ops.cross_entropy,
+    BATCH_NORM: sharded_ops.batch_norm,
+}

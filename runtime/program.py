@@ -1,0 +1,151 @@
+"""One rank's program, loaded: the lowered graph as a function over live groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from autopar.ir.graph import Graph, values_of
+from autopar.ir.lowered import (
+    CLOSE,
+    EXCHANGE,
+    GATHER_VARY,
+    Collective,
+    GroupRef,
+    LoweredOp,
+)
+
+from .bindings import BINDINGS, close_one, exchange
+from .codegen import compile_graph
+from .group import Group
+from .regather import Regather
+
+
+@dataclass(frozen=True)
+class Program:
+    """A loaded program. `placeholders` are (role, names) in the order of `run`'s arguments.
+
+    `run(*tensors)` returns the user's outputs, then new buffer values. `source` is its Python text,
+    `schedule` a digest of its collectives in order: equal on all ranks or they would deadlock.
+    """
+
+    run: Callable[..., tuple[Any, ...]]
+    placeholders: tuple[tuple[str, tuple[str, ...]], ...]
+    constants: Mapping[str, Tensor]
+    outputs: int
+    mutated: tuple[str, ...]
+    source: str
+    schedule: str
+    is_random: bool
+
+
+def load_program(
+    graph: Graph,
+    groups: Mapping[tuple[str, ...], Group],
+    backend: str | None = None,
+) -> Program:
+    """Bind a lowered graph to live groups.
+
+    Gathered copies of parameters marked `regather` are dropped after the forward. `backend` is a `torch.compile` backend for the whole program ("inductor"), or
+    None or "eager" for one ATen call per op.
+    """
+    dropped = {node.name for node in graph.placeholders("param") if node.meta["regather"]}
+    keeper = Regather() if dropped else None
+    bindings = dict(BINDINGS)
+    if keeper is not None:
+        graph = _mark_regathered(graph, dropped)
+        bindings.update(_regathering(keeper))
+    compiled = compile_graph(graph, bindings.__getitem__, groups)
+    run = compiled.run
+    if backend not in (None, "eager"):
+        run = torch.compile(run, backend=backend, dynamic=False)
+    if keeper is not None:
+        run = _saving(run, keeper)
+    by_name = {n.name: n for n in graph.placeholders("buffer")}
+    return Program(
+        run=run,
+        placeholders=tuple((n.meta["role"], n.meta["fqns"]) for n in graph.placeholders()),
+        constants={n.meta["fqns"][0]: n.meta["tensor"] for n in graph.placeholders("constant")},
+        outputs=graph.outputs,
+        mutated=tuple(by_name[name].meta["fqns"][0] for name in graph.mutated),
+        source=compiled.source,
+        schedule=schedule_of(graph),
+        is_random=any(n.meta["role"] == "seed" for n in graph.placeholders()),
+    )
+
+
+def schedule_of(graph: Graph) -> str:
+    """Digest of the collectives that a program issues, in order: op, group axes and dtypes."""
+    digest = hashlib.sha256()
+    for node in graph.calls():
+        if isinstance(node.target, LoweredOp):
+            parts = [str(a) for a in node.args if isinstance(a, (Collective, GroupRef))]
+            dtypes = [str(v.dtype) for v in values_of(node)]
+            digest.update(f"{node.target.name} {parts} {dtypes}\n".encode())
+    return digest.hexdigest()
+
+
+_REGATHERED_EXCHANGE = LoweredOp("regathered_exchange")
+_REGATHERED_CLOSE = LoweredOp("regathered_close")
+
+
+def _mark_regathered(graph: Graph, dropped: set[str]) -> Graph:
+    """Give the gathers of `dropped` parameters targets of their own."""
+    new = graph.copy()
+    for node in list(new.fx.nodes):
+        if node.args[:1] != (GATHER_VARY,) or node.target not in (EXCHANGE, CLOSE):
+            continue
+        if node.target is EXCHANGE:
+            shards = list(node.args[3:])
+        else:
+            edge = node.args[4]
+            assert isinstance(edge, torch.fx.Node) and isinstance(edge.args[0], torch.fx.Node)
+            shards = list(edge.args[0].args[3:])
+        if not all(_is_dropped(s, dropped) for s in shards):
+            continue
+        if node.target is EXCHANGE:
+            node.target = _REGATHERED_EXCHANGE
+        else:
+            node.target = _REGATHERED_CLOSE
+            node.args = (*node.args[:3], tuple(shards), *node.args[3:])
+    return new
+
+
+def _is_dropped(node: Any, dropped: set[str]) -> bool:
+    """Whether a value is a dropped parameter, as stored."""
+    return isinstance(node, torch.fx.Node) and node.op == "placeholder" and node.name in dropped
+
+
+def _regathering(keeper: Regather) -> dict[LoweredOp, Callable[..., Any]]:
+    def exchanged(op: Collective, specs: Any, group: Group, *tensors: Tensor) -> Any:
+        out = exchange(op, specs, group, *tensors)
+        keeper.register(op, specs, group, tensors, _many(out))
+        return out
+
+    def closed(
+        op: Collective, specs: Any, group: Group, shards: Any, pending: Any, *edges: Tensor
+    ) -> Any:
+        out = close_one(op, specs, group, pending, *edges)
+        keeper.register(op, specs, group, shards, _many(out))
+        return out
+
+    return {_REGATHERED_EXCHANGE: exchanged, _REGATHERED_CLOSE: closed}
+
+
+def _many(out: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _saving(run: Callable[..., tuple[Any, ...]], keeper: Regather) -> Callable[..., Any]:
+    def wrapped(*tensors: Any) -> tuple[Any, ...]:
+        with keeper.saving() if torch.is_grad_enabled() else nullcontext():
+            return run(*tensors)
+
+    return wrapped

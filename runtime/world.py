@@ -1,0 +1,72 @@
+"""The processes of one run: starting `torch.distributed`, and the groups of a mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar.ir.graph import Graph
+from autopar.ir.lowered import GroupRef
+from autopar.ir.mesh import Mesh
+
+from .group import Group, ProcessGroupGroup
+
+
+def world_size() -> int:
+    """Processes of this run: those of torchrun's environment, or of an initialised process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_world(device_type: str) -> None:
+    """Initialise the default process group from torchrun's environment unless it is already."""
+    if not dist.is_initialized():
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("cpu:gloo,cuda:nccl")
+        else:
+            dist.init_process_group("gloo")
+
+
+def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
+    """The live `DeviceMesh` of a plan's mesh."""
+    sizes = tuple(axis.size for axis in mesh)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=mesh.names)
+
+
+def groups_of(
+    graphs: Iterable[Graph], mesh: DeviceMesh, known: dict[tuple[str, ...], Group]
+) -> dict[tuple[str, ...], Group]:
+    """Live groups for every `GroupRef` of some graphs; `known` is extended and returned.
+
+    Groups are created collectively: every rank must call this with the same programs.
+    """
+    wanted = {
+        arg.axes
+        for graph in graphs
+        for node in graph.calls()
+        for arg in (*node.args, *node.kwargs.values())
+        if isinstance(arg, GroupRef)
+    }
+    for axes in sorted(wanted - set(known)):
+        known[axes] = ProcessGroupGroup(_process_group(mesh, axes))
+    return known
+
+
+def _process_group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup:
+    if len(axes) == 1:
+        return mesh.get_group(axes[0])
+    if mesh.mesh_dim_names == axes:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    return mesh[axes]._flatten().get_group()
+
+
+def flat_mesh(size: int, device_type: str) -> DeviceMesh:
+    """All ranks along one axis: where parameters live before there is a plan."""
+    return init_device_mesh(device_type, (size,), mesh_dim_names=("world",))

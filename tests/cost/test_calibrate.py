@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autopar.cost.cluster import COLLECTIVE_KINDS, Cluster, Level
+from autopar.cost.comm import collective_time
+from autopar.cost.compute import LocalOp, TensorSpec, forward_time
+from autopar.cost.profile import load_profile
+from autopar.errors import UserError
+from autopar.runtime.calibrate import calibrate, collectives_from_samples, device_from_samples
+from autopar.runtime.calibrate_worker import compute_work, group_sizes
+
+
+def test_curves_give_back_the_timings() -> None:
+    samples = [
+        ("overhead", 1.0, 1e-6),
+        ("matmul:float32", 2.0 * 512**3, 0.01 + 1e-6),
+        ("narrow:8", 2.0 * 8 * 512 * 512, 1e-3 + 1e-6),
+        ("bandwidth:matmul", 1e6, 1e-4),
+        ("bandwidth:pointwise", 12e6, 2e-3 + 1e-6),
+    ]
+    device = device_from_samples("cpu", samples, 1e9, "test")
+    square = LocalOp("mm", (TensorSpec((512, 512)),) * 2, (TensorSpec((512, 512)),))
+    assert forward_time(device, square) == pytest.approx(0.01 + 1e-6)
+    wide = TensorSpec((1000, 1000))
+    add = LocalOp("add", (wide, wide), (wide,))
+    assert forward_time(device, add) == pytest.approx(2e-3 + 1e-6)
+    skinny = LocalOp("mm", (TensorSpec((8, 512)), TensorSpec((512, 512))), (TensorSpec((8, 512)),))
+    assert forward_time(device, skinny) == pytest.approx(1e-3 + 1e-6)
+
+
+def test_collective_curves_give_back_the_timings() -> None:
+    samples = [
+        (f"collective:{kind}:{members}", nbytes, 1e-3 + nbytes / 1e9)
+        for kind in COLLECTIVE_KINDS
+        for members in (2, 4)
+        for nbytes in (1e3, 1e6, 1e8)
+    ]
+    curves = collectives_from_samples(samples, "test")
+    device = device_from_samples(
+        "cpu",
+        [("overhead", 1, 1e-6), ("matmul:float32", 1, 1), ("bandwidth:pointwise", 1, 1)],
+        1,
+        "",
+    )
+    cluster = Cluster("test", device, (Level("host", 4, curves),))
+    for kind in COLLECTIVE_KINDS:
+        for members in (2, 4):
+            assert collective_time(cluster, kind, 1e6, (members,)) == pytest.approx(2e-3)
+
+
+def test_group_sizes() -> None:
+    assert [group_sizes(n) for n in (2, 4, 6, 8)] == [[2], [2, 4], [2, 4, 6], [2, 4, 8]]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"nproc": 1}, "cannot calibrate 1 rank"),
+        ({"nproc": 4, "device": "tpu"}, "cannot calibrate the device 'tpu'"),
+        ({"nproc": 4, "out": Path("/no/such/folder/p.json")}, "its folder does not exist"),
+    ],
+)
+def test_what_cannot_be_calibrated(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        calibrate(**kwargs)  # type: ignore[arg-type]
+
+
+def test_every_workload_runs() -> None:
+    for work in compute_work(quick=True):
+        if work.x < 1e7:
+            work.fn()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_quick_calibration_of_two_ranks(tmp_path: Path) -> None:
+    cluster = calibrate(2, out=tmp_path / "here.json", quick=True)
+    assert load_profile(tmp_path / "here.json") == cluster
+    assert cluster.size == 2 and cluster.single is not None
+    assert {"matmul", "conv", "attention", "conv_backward"} <= set(cluster.device.rates)
+    assert [f.name for f in tmp_path.iterdir()] == ["here.json"]
