@@ -17,9 +17,10 @@ from .plan import Plan, load_plan
 from .session import Options
 
 M = TypeVar("M", bound=nn.Module)
-C = TypeVar("C", bound=type[nn.Module])
+T = TypeVar("T")
 
 BACKENDS = (None, "eager", "inductor")
+_ORIGINAL = "_autopar_original"  # of a parallel class: the class as its user wrote it
 
 
 @overload
@@ -100,6 +101,23 @@ def parallelize(
     return _decorate(module, options)
 
 
+def undecorated(target: T) -> T:
+    """The class, or the module itself with all its submodules, as before `parallelize`.
+
+    A module stops being parallel by this; for modules of a single process only.
+    """
+    if isinstance(target, type):
+        original: T = target.__dict__.get(_ORIGINAL, target)
+        return original
+    if isinstance(target, nn.Module):
+        for module in target.modules():
+            plain = type(module).__dict__.get(_ORIGINAL)
+            if plain is not None:
+                module.__class__ = plain
+                module.__dict__.pop("autopar", None)
+    return target
+
+
 def parse_bytes(size: float | str) -> float:
     """Bytes of a number, or of a text such as "6GiB", "512 MB", "80G".
 
@@ -171,6 +189,7 @@ def _with_forward(original: type[nn.Module]) -> type[nn.Module]:
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        _ORIGINAL: original,
     }
     return type(original.__name__, (original,), names)
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .cost.cluster import Cluster, parse_cluster
-from .cost.report import print_plan, print_timing
 from .errors import UserError
 from .plan import Plan
+from .report import print_plan, print_timing
 from .runtime import world
 from .runtime.single import SingleProcess
 from .runtime.state import shard_state, whole_state
@@ -70,6 +70,15 @@ class Controller:
         assert self.single is not None
         return self.single.call(self._original.forward, self.module, args, kwargs)
 
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Capture and plan for a batch and shard the parameters, without running the module.
+
+        The first call does the same; this only makes the plan known before it. All ranks must
+        call it, with the same batch.
+        """
+        if self.session is not None:
+            self.session.prepare(args, kwargs)
+
     @property
     def measured_step_s(self) -> float | None:
         """Median seconds from one training call to the next; None before the fifth."""
@@ -86,7 +95,9 @@ class Controller:
     def print_timing(self) -> None:
         """Print predicted and measured step time and memory side by side, on rank 0."""
         if self.session is None or self.session.rank == 0:
-            print_timing(self.plan, self.measured_step_s)
+            on_cuda = self.session is not None and self.session.device_type == "cuda"
+            peak = float(torch.cuda.max_memory_allocated()) if on_cuda else None
+            print_timing(self.plan, self.measured_step_s, peak)
 
 
 def default_cluster(device_type: str, size: int) -> Cluster:

@@ -10,13 +10,19 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 from .ir.mesh import Axis, Mesh
+from .ir.text import parse_sharding
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 VERSION = 1
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,49 @@ class Storage:
     """How a parameter is stored between steps.
 
     `sharding` is the text of a `Sharding`; `regather` says that a gathered copy is dropped after
-    the forward and gathered again in the backward (ZeRO-3), not kept (ZeRO-2).
+    the forward and gathered again in the backward (ZeRO-3), not kept (ZeRO-2). `type` (`f32[8, 4]`)
+    is the whole parameter's, `local_bytes` what the device with the largest piece stores; both are
+    for people.
     """
 
     sharding: str
     regather: bool = False
+    type: str = ""
+    local_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How an op runs and what it gives, for people: one line per op of a repeated block.
+
+    `module` has the indices of repeated layers collapsed (`layers.{0..5}.attn`), `splits` is what
+    the mesh axes split (`dp:0 tp:sum`: dp dim 0 of the output, tp a dim that is summed over) and
+    `rule` the op's rule; `type` and `sharding` are the output's.
+    """
+
+    op: str
+    module: str
+    source: str
+    count: int
+    rule: str
+    splits: str
+    type: str
+    sharding: str
+    local_bytes: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind on one mesh axis for one purpose, for people.
+
+    `count` of them per step (before bucketing), in which one device sends `sent_bytes`.
+    """
+
+    collective: str
+    axis: str
+    purpose: str
+    count: int
+    sent_bytes: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +109,9 @@ class Plan:
 
     `choices[node][axis]` is what an op does on a mesh axis (the text of a `Choice`; absent: it
     runs replicated). `params[name]` is keyed by the parameter's first fully qualified name.
-    `hints` are the sizes of the captured symbols for which the plan was made.
+    `hints` are the sizes of the captured symbols for which the plan was made, `gap` is how far the
+    solver was from proving it the best of its kind (0.01: one percent). `activations` and `traffic`
+    describe the plan for people; nothing is read back from them.
     """
 
     fingerprint: str
@@ -79,6 +125,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     hints: Mapping[str, int] = field(default_factory=dict)
     gap: float = 0.0
+    activations: tuple[Activation, ...] = ()
+    traffic: tuple[Traffic, ...] = ()
     version: int = VERSION
 
     @property
@@ -86,15 +134,22 @@ class Plan:
         return self.mesh.size
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        return json.dumps(asdict(self), indent=1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, whole or not at all; raises UserError if it cannot be written."""
         target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-        with os.fdopen(handle, "w") as file:
-            file.write(self.to_json() + "\n")
-        os.replace(name, target)
+        try:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(self.to_json() + "\n")
+                os.replace(name, target)
+            except BaseException:
+                os.unlink(name)
+                raise
+        except OSError as error:
+            raise UserError(f"cannot write the plan: {error.strerror}", where=str(path)) from None
 
     def check(self, fingerprint: str, world_size: int | None = None) -> None:
         """Raise UserError if the plan is for another model or another number of devices."""
@@ -135,7 +190,7 @@ def plan_from_json(text: str, where: str = "plan") -> Plan:
         return _build(raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"the plan file lacks or misspells a field ({type(error).__name__}: {error})",
+            f"the plan file lacks or misspells something ({type(error).__name__}: {error})",
             where=where,
             fix=fix,
         ) from None
@@ -157,15 +212,59 @@ def _build(raw: dict[str, Any]) -> Plan:
             Axis(str(a["name"]), _positive(a["size"]), int(a["level"])) for a in raw["mesh"]["axes"]
         )
     )
-    fields["params"] = {name: Storage(**storage) for name, storage in raw["params"].items()}
+    fields["params"] = {
+        str(name): _checked(Storage(**storage)) for name, storage in raw["params"].items()
+    }
     fields["choices"] = {
         str(node): {str(axis): str(choice) for axis, choice in chosen.items()}
         for node, chosen in raw["choices"].items()
     }
-    fields["predicted"] = Prediction(**raw["predicted"])
-    fields["alternatives"] = tuple(Alternative(**a) for a in raw["alternatives"])
-    fields["notes"] = tuple(raw["notes"])
-    return Plan(**fields)
+    fields["predicted"] = _checked(Prediction(**raw["predicted"]))
+    fields["alternatives"] = tuple(_checked(Alternative(**a)) for a in raw["alternatives"])
+    fields["notes"] = tuple(map(str, raw["notes"]))
+    fields["activations"] = tuple(_checked(Activation(**a)) for a in raw["activations"])
+    fields["traffic"] = tuple(_checked(Traffic(**t)) for t in raw["traffic"])
+    for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
+        raise KeyError(name)
+    plan = _checked(Plan(**fields))
+    _check_names(plan)
+    return plan
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (int, float),
+    "int | None": (int, type(None)),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _checked(record: T) -> T:
+    """The same record; raises TypeError where a plain field has a value of another type."""
+    for field_ in fields_of(record):
+        kind, value = _TYPES.get(str(field_.type)), getattr(record, field_.name)
+        if kind is not None and not isinstance(value, kind):
+            raise TypeError(f"{field_.name} is {value!r}, not {field_.type}")
+    return record
+
+
+def _check_names(plan: Plan) -> None:
+    """Raise ValueError where a sharding cannot be read or an axis is not one of the mesh."""
+    axes = set(plan.mesh.names)
+    if len(axes) != len(plan.mesh.axes):
+        raise ValueError(f"two mesh axes have one name: {', '.join(plan.mesh.names)}")
+    for name, stored in plan.params.items():
+        sharding = parse_sharding(stored.sharding)
+        _check_axes(name, {*sharding.used_axes(), *sharding.varying}, axes)
+    for node, chosen in plan.choices.items():
+        _check_axes(node, set(chosen), axes)
+
+
+def _check_axes(of: str, used: set[str], axes: set[str]) -> None:
+    if used - axes:
+        raise ValueError(f"{of} names the axis {min(used - axes)!r}, which the mesh lacks")
 
 
 def _positive(value: Any) -> int:

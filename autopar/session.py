@@ -6,6 +6,7 @@ import copy
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from .capture import Capture, CaptureMismatchError, capture
 from .cost.cluster import Cluster
-from .errors import UserError
+from .errors import ShardingWarning, UserError
 from .ir.rule import Choice
 from .ir.sharding import Sharding
 from .ir.text import parse_sharding
@@ -102,6 +103,13 @@ class Session:
         outputs = program.run(*self._arguments(program, inputs, seed))
         self._write_buffers(program, outputs[program.outputs :])
         return captured.capture.unflatten(outputs[: program.outputs])
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """All that a call does before it runs: capture, plan, shard, load the program."""
+        tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
+        self._check.run(self._shapes(tensors), agree.batch_digest(tensors), 0)
+        captured, _, sizes = self._find(args, kwargs)
+        self._program(captured, sizes)
 
     def _shapes(self, tensors: Sequence[Tensor]) -> str:
         mode = "train" if self.module.training else "eval"
@@ -227,6 +235,9 @@ class Session:
         if self.plan is None:
             self.plan = plan_from_json(self._on_rank_zero(lambda: self._search(trained).to_json()))
         self.plan.check(trained.fingerprint, self.world_size)
+        if self.rank == 0:
+            for note in self.plan.notes:
+                warnings.warn(note, ShardingWarning, stacklevel=2)
         storage = {name: parse_sharding(s.sharding) for name, s in self.plan.params.items()}
         self._live = world.device_mesh(self.plan.mesh, self.device_type)
         shard_parameters(self.module, storage, self.plan.mesh, self._live)

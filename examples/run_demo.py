@@ -1,6 +1,6 @@
 """Train the GPT of train_gpt.py on four ranks, then on one device, and compare the losses.
 
-    python examples/run_demo.py [--steps 60] [--reference-steps 20] [--nproc 4]
+    python examples/run_demo.py [--steps 40] [--reference-steps 12] [--nproc 4]
 
 Both runs start from the same seed, see the same batches and draw the same dropout masks, so that
 their losses differ only by fp32 rounding: sums over ranks are in another order. The differences
@@ -47,8 +47,8 @@ def first_excess(parallel: list[float], single: list[float]) -> int | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Parallel and single-device losses, compared.")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--reference-steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--reference-steps", type=int, default=12)
     parser.add_argument("--nproc", type=int, default=4)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

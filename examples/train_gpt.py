@@ -84,13 +84,6 @@ def get_batch(corpus: Tensor, size: int, length: int, g: torch.Generator) -> tup
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def report(model: nn.Module, moment: str) -> None:
-    """Print the plan, or predicted and measured step time, when autopar made one."""
-    print_it = getattr(getattr(model, "autopar", None), f"print_{moment}", None)
-    if print_it is not None:
-        print_it()
-
-
 def train(arguments: argparse.Namespace) -> None:
     is_first = int(os.environ.get("RANK", "0")) == 0
     torch.manual_seed(arguments.seed)
@@ -101,6 +94,12 @@ def train(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     losses: list[float] = []
     times: list[float] = []
+    # Optional: the first call of the model would plan as well; here the plan is seen before it.
+    example = get_batch(
+        corpus, arguments.batch, arguments.seq, torch.Generator().manual_seed(arguments.seed)
+    )
+    model.autopar.prepare(*example)
+    model.autopar.print_plan()
     progress = Progress(
         TextColumn("training"),
         BarColumn(),
@@ -122,11 +121,9 @@ def train(arguments: argparse.Namespace) -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
             times.append(time.perf_counter() - start)
-            if is_first and step == 0:
-                report(model, "plan")
             progress.update(bar, advance=1, loss=losses[-1])
     if is_first:
-        report(model, "timing")
+        model.autopar.print_timing()
         print(f"median step {statistics.median(times):.3f} s, last loss {losses[-1]:.4f}")
         if arguments.losses_out:
             record = {"losses": losses, "step_s": times}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from autopar.cost.families import op_family, op_name
 from autopar.ir.graph import tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Choice, Placed, ShardingRule, choices, factor_sizes, place
@@ -70,8 +71,14 @@ def call_options(
     node: Node, rule: ShardingRule, mesh: Mesh, pricer: Pricer, allowed: Allowed
 ) -> list[Option]:
     """All legal options of an op, the cheaper of any two that want and give the same."""
+    # A product of a partial operand costs every device the whole product: reduce before it.
+    heavy = op_family(op_name(node.target)) in ("matmul", "conv", "attention")
     per_axis = [
-        [(axis, c) for c in choices(rule) if c.is_replicate or allowed(node, axis, c)]
+        [
+            (axis, c)
+            for c in choices(rule)
+            if c.is_replicate or (allowed(node, axis, c) and not (c.linear >= 0 and heavy))
+        ]
         for axis in mesh.names
     ]
     best: dict[tuple[object, object], Option] = {}

@@ -7,7 +7,9 @@ shards, all memory is bytes on it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch.fx
 
@@ -23,15 +25,35 @@ from autopar.cost.compute import (
 )
 from autopar.cost.memory import saved, state_bytes
 from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
-from autopar.ir.lowered import GATHER_INV, GATHER_VARY, PVARY
+from autopar.ir.lowered import (
+    GATHER_INV,
+    GATHER_VARY,
+    PVARY,
+    SCATTER_SUM,
+    SLICE_INV,
+    SLICE_VARY,
+    Collective,
+)
 from autopar.ir.mesh import Mesh
-from autopar.ir.reshard import Step, reshard_steps
+from autopar.ir.reshard import reshard_steps
 from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
 
 from .bucket_collectives import BUCKET_BYTES
 
 Node = torch.fx.Node
+
+
+_SHRINKING = (SCATTER_SUM, SLICE_INV, SLICE_VARY)
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """A step of a reshard: `parts` is by how much other axes divide what its group sees."""
+
+    op: Collective
+    axis: str
+    parts: int
 
 
 class Pricer:
@@ -53,6 +75,10 @@ class Pricer:
         self._origin = dict.fromkeys(mesh.names, 0)
         self._span = {name: group_span(cluster, mesh, (name,)) for name in mesh.names}
         self._steps = lru_cache(maxsize=None)(self._find_steps)
+        self._step_time_s = lru_cache(maxsize=None)(self._find_step_time_s)
+        self._edge_times: dict[tuple[Any, ...], float] = {}
+        self._saved: dict[Node, frozenset[int]] = {}
+        self._value_bytes: dict[int, tuple[float, Value]] = {}
 
     # -- ops ----------------------------------------------------------------------------------
 
@@ -135,60 +161,64 @@ class Pricer:
 
     # -- edges --------------------------------------------------------------------------------
 
-    def possible(self, source: Sharding, want: Sharding, producer: Node) -> bool:
-        """Whether a value may be resharded so."""
+    def shrinks(self, source: Sharding, want: Sharding) -> bool:
+        """Whether every step of a reshard leaves less of the value on each device."""
         steps = self._steps(source, want)
-        if steps is None:
-            return False
-        if producer.meta.get("role") == "param":
-            return not any(
-                s.axis in self.never_gather and s.op in (GATHER_VARY, GATHER_INV) for s in steps
-            )
-        return True
+        return steps is not None and all(s.op in _SHRINKING for s in steps)
 
     def edge_time_s(
         self, producer: Node, port: int, source: Sharding, want: Sharding, regather: bool = False
     ) -> float:
-        """Resharding of a value for its readers, and of its gradient on the way back."""
+        """Resharding of a value for its readers, and of its gradient on the way back.
+
+        Infinite where there is no way, or none that the family of plans allows.
+        """
+        if source == want:
+            return 0.0
         value = values_of(producer)[port]
+        role = producer.meta.get("role") if producer.op == "placeholder" else None
+        key = (source, want, self._bytes(value), value.requires_grad, role, regather)
+        found = self._edge_times.get(key)
+        if found is None:
+            found = self._edge_times[key] = self._find_edge_time_s(*key)
+        return found
+
+    def _find_edge_time_s(
+        self,
+        source: Sharding,
+        want: Sharding,
+        nbytes: float,
+        grad: bool,
+        role: str | None,
+        regather: bool,
+    ) -> float:
         steps = self._steps(source, want)
-        assert steps is not None
-        bucketed = producer.op == "placeholder"
-        total, current = 0.0, source
+        if steps is None:
+            return float("inf")
+        total = 0.0
         for step in steps:
-            forward, backward = self.step_time_s(value, current, step, bucketed)
+            if (
+                role == "param"
+                and step.axis in self.never_gather
+                and step.op in (GATHER_VARY, GATHER_INV)
+            ):
+                return float("inf")
+            whole = nbytes / step.parts
+            forward, backward = self._step_time_s(step.op, step.axis, whole, role is not None)
             total += forward
-            if value.requires_grad:
+            if grad:
                 total += backward
                 if regather and step.op is GATHER_VARY:
                     total += forward
-            current = step.after
         return total
-
-    def step_time_s(
-        self, value: Value, before: Sharding, step: Step, bucketed: bool
-    ) -> tuple[float, float]:
-        """(forward, backward) seconds of one collective.
-
-        Collectives of parameters travel in buckets: a small one pays its share of a full bucket.
-        """
-        nbytes = self._whole_bytes(value, before, step)
-        span = self._span[step.axis]
-        if bucketed and step.op in (PVARY, GATHER_VARY) and nbytes < BUCKET_BYTES:
-            full = reshard_time(self.cluster, step.op, float(BUCKET_BYTES), span)
-            share = nbytes / BUCKET_BYTES
-            return float(full[0]) * share, float(full[1]) * share
-        forward, backward = reshard_time(self.cluster, step.op, nbytes, span)
-        return float(forward), float(backward)
 
     def edge_bytes(
         self, value: Value, source: Sharding, want: Sharding, regather: bool = False
     ) -> dict[str, float]:
         """Bytes that one device sends per step for an edge, per collective."""
         found: dict[str, float] = {}
-        current = source
         for step in self._steps(source, want) or ():
-            nbytes = self._whole_bytes(value, current, step)
+            nbytes = self._bytes(value) / step.parts
             kinds = [step.op.forward]
             if value.requires_grad:
                 kinds.append(step.op.backward)
@@ -198,14 +228,16 @@ class Pricer:
                 if kind is not None:
                     sent = float(wire_bytes(kind, nbytes, self.mesh[step.axis].size))
                     found[kind] = found.get(kind, 0.0) + sent
-            current = step.after
         return found
 
     def saves_input(self, node: Node, slot: int) -> bool:
         """Whether autograd keeps tensor input `slot` of an op until the backward."""
-        if node.op != "call_function" or not any(v.requires_grad for v in values_of(node)):
+        if node.op != "call_function":
             return False
-        return slot in saved(local_op(node)).inputs
+        if node not in self._saved:
+            needed = any(v.requires_grad for v in values_of(node))
+            self._saved[node] = frozenset(saved(local_op(node)).inputs if needed else ())
+        return slot in self._saved[node]
 
     def saved_input_bytes(
         self, producer: Node, port: int, source: Sharding, want: Sharding, regather: bool = False
@@ -214,13 +246,12 @@ class Pricer:
 
         A parameter as stored, and a gathered copy that is dropped and gathered again, cost nothing.
         """
-        value = values_of(producer)[port]
-        local = want.without_varying()
-        if producer.op == "placeholder" and (regather or local == source):
-            return 0.0
-        if producer.op == "placeholder" and producer.meta.get("role") != "param":
-            return 0.0
-        return self.local_bytes(value, local)
+        if producer.op == "placeholder":
+            if producer.meta.get("role") != "param" or regather:
+                return 0.0
+            if want.without_varying() == source:
+                return 0.0
+        return self._bytes(values_of(producer)[port]) / want.parts(self.mesh)
 
     # -- helpers ------------------------------------------------------------------------------
 
@@ -233,13 +264,41 @@ class Pricer:
     def _local(self, value: Value, sharding: Sharding) -> tuple[int, ...]:
         return sharding.local_shape(value.int_shape(), self.mesh, self._origin)
 
-    def _whole_bytes(self, value: Value, before: Sharding, step: Step) -> float:
-        """Bytes of the value as the step's group sees it whole."""
-        split = before if step.op.before == "S" else step.after
-        return self.local_bytes(value, split.without_axis(step.axis))
+    def _bytes(self, value: Value) -> float:
+        """Bytes of a whole value."""
+        found = self._value_bytes.get(id(value))
+        if found is None:
+            n = value.dtype.itemsize
+            for size in value.int_shape():
+                n *= size
+            # The value is kept with its size, so that its id stays its own.
+            found = self._value_bytes[id(value)] = (float(n), value)
+        return found[0]
 
-    def _find_steps(self, source: Sharding, want: Sharding) -> tuple[Step, ...] | None:
+    def _find_step_time_s(
+        self, op: Collective, axis: str, nbytes: float, bucketed: bool
+    ) -> tuple[float, float]:
+        """(forward, backward) seconds of one collective on a tensor that its group sees whole.
+
+        Collectives of parameters travel in buckets: a small one pays its share of a full bucket.
+        """
+        span = self._span[axis]
+        if bucketed and op in (PVARY, GATHER_VARY) and nbytes < BUCKET_BYTES:
+            full = reshard_time(self.cluster, op, float(BUCKET_BYTES), span)
+            share = nbytes / BUCKET_BYTES
+            return float(full[0]) * share, float(full[1]) * share
+        forward, backward = reshard_time(self.cluster, op, nbytes, span)
+        return float(forward), float(backward)
+
+    def _find_steps(self, source: Sharding, want: Sharding) -> tuple[_Priced, ...] | None:
         try:
-            return tuple(reshard_steps(source, want, self.mesh))
+            steps = reshard_steps(source, want, self.mesh)
         except ValueError:
             return None
+        priced, before = [], source
+        for step in steps:
+            split = before if step.op.before == "S" else step.after
+            parts = split.without_axis(step.axis).parts(self.mesh)
+            priced.append(_Priced(step.op, step.axis, parts))
+            before = step.after
+        return tuple(priced)

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 import highspy
 import numpy as np
 import torch.fx
+from numpy.typing import NDArray
 
 from autopar.errors import PassError
-from autopar.ir.graph import Graph, Value, tensor_inputs
+from autopar.ir.graph import Graph, Value, tensor_inputs, value_of
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
@@ -33,6 +34,7 @@ from .options import Option
 from .price import Pricer
 
 Node = torch.fx.Node
+Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,14 @@ def solve(
     memory_limit: float,
     time_limit_s: float = 60.0,
     minimise_memory: bool = False,
+    better_than_s: float = float("inf"),
 ) -> Assignment | None:
     """Best assignment within the memory limit (bytes), or None if there is none.
 
     `options` maps every representative node (placeholders, calls, the output) to its options.
-    `minimise_memory` asks for the leanest assignment whatever the limit and the time.
+    `minimise_memory` asks for the leanest assignment whatever the limit and the time. Options and
+    flows that cannot be part of an assignment that takes less than `better_than_s` are left out; None
+    then also says that there is nothing better.
     """
     if any(not found for found in options.values()):
         return None
@@ -118,6 +123,9 @@ def solve(
     for node in graph.fx.nodes:
         if stands_for[node] in options:
             count[stands_for[node]] += 1
+    options, slack = _within_reach(options, count, better_than_s)
+    if slack < 0:
+        return None
 
     columns = _Columns()
     x = {
@@ -146,12 +154,20 @@ def solve(
                 memory_index.append(column)
                 memory_value.append(count[node] * option.memory_bytes)
 
+    times_read: dict[Edge, int] = defaultdict(int)
+    shared_value: set[Edge] = set()
+    for pattern, times in patterns.items():
+        for edge in pattern:
+            times_read[edge] += times
+            if len(pattern) > 1:
+                shared_value.add(edge)
     flows: dict[Edge, dict[tuple[Sharding, Sharding, bool], int]] = {}
     for pattern, times in sorted(patterns.items(), key=lambda p: sorted(map(_edge_key, p[0]))):
         ordered = sorted(pattern, key=_edge_key)
         for edge in ordered:
             if edge not in flows:
-                made = _add_flow(columns, edge, options, x, pricer)
+                waits = edge not in shared_value and _may_wait(edge)
+                made = _add_flow(columns, edge, options, x, pricer, slack / times_read[edge], waits)
                 if made is None:
                     return None
                 flows[edge] = made
@@ -188,7 +204,7 @@ def solve(
     scale = 1.0 / max(memory_limit, 1.0)
     columns.row(-highspy.kHighsInf, 1.0, memory_index, [v * scale for v in memory_value])
 
-    solved = _run(columns, x, time_limit_s)
+    solved = _run(columns, x, time_limit_s, float("inf") if minimise_memory else better_than_s)
     if solved is None:
         return None
     chosen, objective, gap, status = solved
@@ -209,6 +225,35 @@ def solve(
     return Assignment(everywhere, time_s, memory, gap, status)
 
 
+def _within_reach(
+    options: Mapping[Node, Sequence[Option]], count: Mapping[Node, int], better_than_s: float
+) -> tuple[dict[Node, list[Option]], float]:
+    """Options that an assignment faster than the bound can contain, and what it may lose on edges.
+
+    Every node takes at least as long as its fastest option: what is left of the bound is the slack.
+    """
+    least = {node: min(o.time_s for o in found) for node, found in options.items()}
+    slack = better_than_s - sum(count[node] * least[node] for node in options)
+    kept = {
+        node: [o for o in found if count[node] * (o.time_s - least[node]) <= slack]
+        for node, found in options.items()
+    }
+    return kept, slack
+
+
+def _may_wait(edge: Edge) -> bool:
+    """Whether the consumer turns its only input into as many bytes of one output."""
+    node = edge.consumer
+    value = node.meta.get("value")
+    if node.op != "call_function" or not isinstance(value, Value):
+        return False
+    inputs = tensor_inputs(node)
+    if len(inputs) != 1:
+        return False
+    given = value_of(inputs[0])
+    return given.dtype == value.dtype and given.numel() == value.numel()
+
+
 def _edge_key(edge: Edge) -> tuple[str, int, str, int]:
     return (edge.producer.name, edge.port, edge.consumer.name, edge.slot)
 
@@ -219,8 +264,14 @@ def _add_flow(
     options: Mapping[Node, Sequence[Option]],
     x: Mapping[Node, list[int]],
     pricer: Pricer,
+    slack: float,
+    waits: bool,
 ) -> dict[tuple[Sharding, Sharding, bool], int] | None:
-    """Flow columns of one edge between what its producer gives and what its consumer wants."""
+    """Flow columns of one edge between what its producer gives and what its consumer wants.
+
+    Reshards that take longer than `slack` seconds are left out; `waits` says that a reshard which
+    does not shrink the value can as well be done after the consumer, and is left to its edges.
+    """
     gives: dict[tuple[Sharding, bool], list[int]] = defaultdict(list)
     for column, option in zip(x[edge.producer], options[edge.producer], strict=True):
         gives[option.gives[edge.port], option.regather].append(column)
@@ -232,7 +283,10 @@ def _add_flow(
     for (source, regather), producers in gives.items():
         out = []
         for want in wants:
-            if not pricer.possible(source, want, edge.producer):
+            if waits and source != want and source in wants and not pricer.shrinks(source, want):
+                continue
+            time_s = pricer.edge_time_s(edge.producer, edge.port, source, want, regather)
+            if time_s > slack or time_s == float("inf"):
                 continue
             flow[source, want, regather] = column = columns.column(0.0)
             out.append(column)
@@ -245,9 +299,54 @@ def _add_flow(
 
 
 def _run(
-    columns: _Columns, x: Mapping[Node, list[int]], time_limit_s: float
+    columns: _Columns,
+    x: Mapping[Node, list[int]],
+    time_limit_s: float,
+    better_than: float = float("inf"),
 ) -> tuple[dict[Node, int], float, float, str] | None:
-    """Hand the programme to HiGHS: the index of every node's option, the objective, gap, status."""
+    """Solve the programme: the index of every node's option, the objective, gap and status.
+
+    The linear relaxation comes first. It is usually integral; where it is not, the nodes that it
+    decides are fixed and the rest is solved exactly, with the relaxation as the bound of the gap.
+    None if nothing is feasible, or if the relaxation shows that nothing is below `better_than`.
+    """
+    lp = _model(columns)
+    relaxed = _highs(lp, time_limit_s)
+    if relaxed is None:
+        return None
+    bound = float(relaxed @ np.array(columns.cost))
+    if bound >= better_than:
+        return None
+    values, status = relaxed, "integral relaxation"
+    open_nodes = [n for n, index in x.items() if relaxed[index].max() < 1 - 1e-6]
+    if open_nodes:
+        status = f"{len(open_nodes)} nodes solved exactly"
+        lower, upper = np.zeros(len(relaxed)), np.ones(len(relaxed))
+        for node, index in x.items():
+            if node not in open_nodes:
+                upper[index] = 0.0
+                best = index[int(np.argmax(relaxed[index]))]
+                lower[best] = upper[best] = 1.0
+        exact = _highs(_model(columns, lower, upper, integral=True), time_limit_s)
+        if exact is None:
+            status = "solved exactly"
+            exact = _highs(_model(columns, integral=True), time_limit_s)
+        if exact is None:
+            return None
+        values = exact
+    objective = float(values @ np.array(columns.cost))
+    chosen = {node: int(np.argmax(values[index])) for node, index in x.items()}
+    gap = (objective - bound) / objective if objective > 0 else 0.0
+    return chosen, objective, max(gap, 0.0), status
+
+
+def _model(
+    columns: _Columns,
+    lower: Vector | None = None,
+    upper: Vector | None = None,
+    integral: bool = False,
+) -> highspy.HighsLp:
+    """The programme as HiGHS takes it."""
     n = len(columns.cost)
     cost = np.array(columns.cost)
     # HiGHS's tolerances are absolute: bring the objective to order one thousand.
@@ -255,8 +354,8 @@ def _run(
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = n, len(columns.rows)
     lp.col_cost_ = cost * scale
-    lp.col_lower_ = np.zeros(n)
-    lp.col_upper_ = np.ones(n)
+    lp.col_lower_ = np.zeros(n) if lower is None else lower
+    lp.col_upper_ = np.ones(n) if upper is None else upper
     lp.row_lower_ = np.array([row[0] for row in columns.rows])
     lp.row_upper_ = np.array([row[1] for row in columns.rows])
     starts = np.cumsum([0] + [len(row[2]) for row in columns.rows])
@@ -264,8 +363,14 @@ def _run(
     lp.a_matrix_.start_ = starts.astype(np.int32)
     lp.a_matrix_.index_ = np.concatenate([np.array(r[2], dtype=np.int32) for r in columns.rows])
     lp.a_matrix_.value_ = np.concatenate([np.array(r[3], dtype=np.float64) for r in columns.rows])
-    kind = highspy.HighsVarType
-    lp.integrality_ = [kind.kInteger if i else kind.kContinuous for i in columns.integer]
+    if integral:
+        kind = highspy.HighsVarType
+        lp.integrality_ = [kind.kInteger if i else kind.kContinuous for i in columns.integer]
+    return lp
+
+
+def _highs(lp: highspy.HighsLp, time_limit_s: float) -> Vector | None:
+    """Solve one model with HiGHS; the columns' values, or None if there is no solution."""
     solver = highspy.Highs()
     for option, value in (
         ("output_flag", False),
@@ -276,15 +381,10 @@ def _run(
         solver.setOptionValue(option, value)
     solver.passModel(lp)
     solver.run()
-    status = solver.modelStatusToString(solver.getModelStatus())
-    info = solver.getInfo()
     feasible = int(highspy.SolutionStatus.kSolutionStatusFeasible)
-    if int(info.primal_solution_status) != feasible:
+    if int(solver.getInfo().primal_solution_status) != feasible:
         return None
-    values = np.array(solver.getSolution().col_value)
-    chosen = {node: int(np.argmax(values[index])) for node, index in x.items()}
-    gap = float(info.mip_gap) if np.isfinite(info.mip_gap) else 0.0
-    return chosen, float(values @ cost), max(gap, 0.0), status
+    return np.array(solver.getSolution().col_value)
 
 
 def evaluate(

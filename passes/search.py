@@ -12,7 +12,7 @@ import torch.fx
 
 from autopar.cost.cluster import Cluster, make_mesh
 from autopar.errors import PassError, UserError
-from autopar.ir.graph import Graph, tensor_inputs, values_of
+from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import ShardingRule
 from autopar.ir.sharding import Sharding
@@ -20,6 +20,7 @@ from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
 
 from .blocks import Blocks, find_blocks
+from .describe import describe_activations, describe_traffic, renamed, type_of
 from .families import FAMILIES, Family, batch_factors
 from .options import Option, call_options, param_options, place_call
 from .price import Pricer
@@ -90,10 +91,14 @@ def search(
     )
     wanted = list(_candidates(strategy, cluster))
     others = [] if strategy != "auto" else ["data", "zero", "tensor"]
-    tried = []
-    for family, sizes in wanted + [(f, s) for f in others for f, s in _candidates(f, cluster)]:
+    tried: list[Candidate] = []
+    bound = float("inf")
+    for family, sizes in wanted + [c for other in others for c in _candidates(other, cluster)]:
         start = time.perf_counter()
-        tried.append(_try(problem, family, sizes, limit))
+        searched = family == strategy
+        tried.append(_try(problem, family, sizes, limit, bound if searched else float("inf")))
+        if searched and (found := tried[-1].assignment) is not None:
+            bound = min(bound, found.time_s)
         label = " x ".join(map(str, sizes.values()))
         progress(f"{family} on {label}: {time.perf_counter() - start:.1f} s")
     chosen = [c for c in tried[: len(wanted)] if c.assignment is not None]
@@ -115,23 +120,31 @@ def _candidates(strategy: str, cluster: Cluster) -> list[tuple[str, dict[str, in
         for outer in range(2, n // 2 + 1):
             if n % outer == 0:
                 found.append((strategy, {"dp": outer, "tp": n // outer}))
-    if strategy == "auto" and len(found) > 8:
+    if strategy == "auto" and len(cluster.levels) > 1:
         found = [c for c in found if len(c[1]) == 1 or _fits_hosts(c[1]["tp"], cluster)]
     return found
 
 
 def _fits_hosts(inner: int, cluster: Cluster) -> bool:
-    """Whether the inner axis fills whole hosts or a part of one."""
-    return cluster.host_size % inner == 0 or inner % cluster.host_size == 0
+    """Whether the inner axis stays inside a host."""
+    return cluster.host_size % inner == 0
 
 
-def _try(problem: Problem, family_name: str, sizes: Mapping[str, int], limit: float) -> Candidate:
+def _try(
+    problem: Problem, family_name: str, sizes: Mapping[str, int], limit: float, bound_s: float
+) -> Candidate:
+    """Solve one candidate; nothing slower than `bound_s` is of interest."""
     mesh = make_mesh(problem.cluster, dict(sizes))
     roles = next(r for r in FAMILIES[family_name] if len(r) == len(sizes))
     family = Family(family_name, dict(zip(sizes, roles, strict=True)), problem.batch)
     pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
     options = _options(problem, mesh, pricer, family)
-    assignment = solve(problem.graph, problem.blocks, options, pricer, limit)
+    assignment = solve(
+        problem.graph, problem.blocks, options, pricer, limit, better_than_s=bound_s
+    )
+    if assignment is None and bound_s < float("inf"):
+        why = f"nothing faster than {bound_s * 1e3:.4g} ms within {_gib(limit)} per device"
+        return Candidate(family_name, mesh, pricer, None, why)
     if assignment is None:
         lean = solve(problem.graph, problem.blocks, options, pricer, limit, minimise_memory=True)
         if lean is None:
@@ -223,7 +236,12 @@ def _to_plan(
         if o.choices
     }
     params = {
-        node.meta["fqns"][0]: Storage(str(_renamed(o.gives[0], rename)), o.regather)
+        node.meta["fqns"][0]: Storage(
+            str(renamed(o.gives[0], rename)),
+            o.regather,
+            type_of(value_of(node)),
+            int(best.pricer.local_bytes(value_of(node), o.gives[0])),
+        )
         for node, o in option.items()
         if node.meta.get("role") == "param"
     }
@@ -239,6 +257,10 @@ def _to_plan(
         notes=tuple(unsharded_ops(problem.graph, problem.rules, best.pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=best.assignment.gap,
+        activations=describe_activations(
+            problem.graph, problem.rules, option, best.pricer, rename
+        ),
+        traffic=describe_traffic(problem.graph, option, best.pricer, rename),
     )
 
 
@@ -254,14 +276,6 @@ def _axis_names(best: Candidate, batch: Mapping[Node, frozenset[str]]) -> dict[s
         if choice.factor
     )
     return {names[0]: "dp" if on_batch else "tp"}
-
-
-def _renamed(sharding: Sharding, rename: Mapping[str, str]) -> Sharding:
-    return replace(
-        sharding,
-        splits=tuple(replace(s, axes=tuple(rename[a] for a in s.axes)) for s in sharding.splits),
-        partial=tuple((rename[a], kind) for a, kind in sharding.partial),
-    )
 
 
 def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Prediction:

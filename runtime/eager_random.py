@@ -50,7 +50,7 @@ def sdpa_with_dropout(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query * scale) @ key.transpose(-2, -1)
+    scores = (query @ key.transpose(-2, -1)) * scale
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attention: is_causal and attn_mask exclude each other")

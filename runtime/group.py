@@ -1,17 +1,19 @@
 """Communication groups: the few collectives that the runtime needs, issued now, waited for later.
 
 `ProcessGroupGroup` runs them on `torch.distributed`. Its forms for gloo were measured on 4 ranks of
-one machine (one thread each, milliseconds, medians; the machine was not quiet) ::
+one machine (one thread each, milliseconds; the best times for all_reduce, medians for the others;
+the machine was busy, so compare only within an operation) ::
 
-           all_reduce           all_gather (gathered size)        reduce_scatter
-    size    native  gather+sum   native  all_to_all  send/recv    native  all_to_all+sum
-    16 KiB     3.2      1.0         1.5       1.4       0.9          4.1       1.0
-    64 KiB     4.2      1.4         2.3       1.7       1.4          5.4       1.7
-    256 KiB    5.4      4.1         4.1       2.8       4.1          4.5       1.3
-    1 MiB      5.5        -         6.6       4.7       2.6          5.1       3.4
-    4 MiB       16        -         9.9       7.7       6.6           16       6.1
-    16 MiB     134        -          82       129        20           43        23
-    64 MiB     175        -         560       150        76          208        91
+           all_reduce                 all_gather (gathered size)        reduce_scatter
+    size    native  gather+sum  rs+ag   native  all_to_all  send/recv   native  all_to_all+sum
+    16 KiB     1.9      0.8      1.9       1.5      1.4        0.9         4.1      1.0
+    64 KiB     2.5      1.1      2.3       2.3      1.7        1.4         5.4      1.7
+    256 KiB    2.3      1.3      3.0       4.1      2.8        4.1         4.5      1.3
+    512 KiB    2.7      2.8      2.6
+    1 MiB      3.3      3.4      4.8       6.6      4.7        2.6         5.1      3.4
+    4 MiB      9.9        -       12       9.9      7.7        6.6          16      6.1
+    16 MiB      29        -       32        82      129         20          43       23
+    64 MiB     158        -      244       560      150         76         208       91
 
 So a gather is point to point and a reduce-scatter is an all-to-all with a local sum, at every size;
 only an all-reduce has a crossover. `ThreadWorld` simulates the ranks as threads of one process, for
@@ -32,9 +34,9 @@ from autopar.compat import c10d_functional
 
 T = TypeVar("T")
 
-# On CPU, all-reduces of at most this many bytes per rank and member are an all-gather and a local
-# reduction: one round instead of two, at the price of more traffic (see the table above).
-SMALL_ALL_REDUCE_BYTES = 64 * 1024
+# On CPU, all-reduces of which all members' tensors together have at most this many bytes are an
+# all-gather and a local reduction: one round instead of two, at the price of more traffic.
+SMALL_ALL_REDUCE_BYTES = 1 << 20
 
 # Tag of our point-to-point messages, which arrive in the order of sending per pair, group and tag.
 # Pipelines send with other tags.
@@ -144,7 +146,7 @@ class ProcessGroupGroup:
         wire = _wire(x)
         if wire.dtype == torch.bool:
             wire = wire.to(torch.uint8)
-        if _is_cpu(x) and wire.nbytes <= SMALL_ALL_REDUCE_BYTES:
+        if _is_cpu(x) and wire.nbytes * self.size <= SMALL_ALL_REDUCE_BYTES:
             shape, reduce = wire.shape, _REDUCE[op]
             parts = self._gather(wire.reshape(1, -1), [1] * self.size)
 

@@ -68,8 +68,8 @@ def masked_embedding(weight: Tensor, ids: Tensor, start: int, padding_idx: int =
     """Rows `[start, start + len(weight))` of an embedding table; zeros for all other ids.
 
     The result is partial: its sum over the group is the whole table's embedding. `padding_idx` is
-    an id of the whole table whose row gets no gradient, or negative. Negative ids raise IndexError on
-    CPU; too large ones cannot be told from other ranks' and give zeros.
+    an id of the whole table whose row gets no gradient, or negative. Negative ids raise IndexError
+    on CPU; too large ones cannot be told from other ranks' and give zeros.
     """
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         lowest = int(ids.min())
@@ -124,10 +124,10 @@ def cross_entropy(
     """`F.cross_entropy` where tokens and classes may be divided among ranks.
 
     `logits` are (C), (N, C) or (N, C, d1, ...). The classes here are those from `vocab_start` on,
-    of `vocab_size` in all, if `vocab_group` is given. `weight` holds all classes, `target` the local
-    tokens. With a `token_group`, 'mean' and 'sum' give this rank's part of the loss: their sum over
-    the group is the loss, since 'mean' divides by the count (or weight) of the tokens of the whole
-    group. Class probabilities as targets work while the classes are not divided.
+    of `vocab_size` in all, if `vocab_group` is given. `weight` holds all classes, `target` the
+    local tokens. With a `token_group`, 'mean' and 'sum' give this rank's part of the loss: their
+    sum over the group is the loss, since 'mean' divides by the count (or weight) of the tokens of
+    the whole group. Class probabilities as targets work while the classes are not divided.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: reduction {reduction!r} is not mean, sum or none")
@@ -216,8 +216,8 @@ class _DividedCrossEntropy(torch.autograd.Function):
     """Cross-entropy over divided classes: one small message forward, none backward.
 
     With m, s the local maximum and the local sum of exp(l - m), all ranks' (m, s) give the
-    log-sum-exp L. The exponentials are kept, and become the gradient in one pass:
-    softmax = exp(l - m) * exp(m - L).
+    log-sum-exp L. The softmax p over the local classes is kept, and becomes the gradient in one
+    pass: the softmax over all classes is p * s * exp(m - L).
 
     For token i of class y and smoothing e, with W = sum_c w_c: loss_i = (1 - e) w_y (L - l_y) +
     e/C (W L - sum_c w_c l_c), as in torch's `cross_entropy_loss_label_smoothing`.
@@ -243,11 +243,11 @@ class _DividedCrossEntropy(torch.autograd.Function):
         # Rows: maximum, sum of exponentials, target's logit, smoothing's sum of logits.
         message = logits.new_zeros((4 if smoothing else 3, tokens), dtype=dtype)
         message[0].fill_(-math.inf)
-        exponentials = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        probabilities = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if classes:
             picked = logits.gather(1, local[:, None]).view(-1).to(dtype)
             message[2] = picked.where(here, 0.0)
-            _exponentials(logits, exponentials, message, mine)
+            _local_softmax(logits, probabilities, message, mine)
         gathered = message[None]
         if group.size > 1:
             gathered = group.all_gather(gathered).wait()
@@ -264,22 +264,22 @@ class _DividedCrossEntropy(torch.autograd.Function):
             losses = losses + rest * (smoothing / vocab_size)
         losses = losses.masked_fill(~kept, 0.0)
         shift = message[0].where(message[0] > -math.inf, 0.0)
-        # Factor of exp(l - m) that makes the gradient of a loss with respect to logits, but for the
+        # Factor of p that makes the gradient of a loss with respect to logits, but for the
         # target's own -1 and the smoothing's constant.
         factor = token_weight * (1.0 - smoothing)
         if smoothing:
             factor = factor + whole_weight * (smoothing / vocab_size)
-        factor = (factor * (shift - log_sum).exp()).masked_fill(~kept, 0.0)
-        ctx.save_for_backward(exponentials, factor, token_weight, here, local, kept, mine)
+        factor = (factor * message[1] * (shift - log_sum).exp()).masked_fill(~kept, 0.0)
+        ctx.save_for_backward(probabilities, factor, token_weight, here, local, kept, mine)
         ctx.smoothing, ctx.vocab_size = smoothing, vocab_size
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        exponentials, factor, token_weight, here, local, kept, mine = ctx.saved_tensors
-        # A new tensor: the exponentials may be needed by another backward.
-        out = exponentials * (factor * grad)[:, None].to(exponentials.dtype)
+        probabilities, factor, token_weight, here, local, kept, mine = ctx.saved_tensors
+        # A new tensor: the probabilities may be needed by another backward.
+        out = probabilities * (factor * grad)[:, None].to(probabilities.dtype)
         if ctx.smoothing:
             constant = (grad * kept * (ctx.smoothing / ctx.vocab_size))[:, None]
             out -= (constant if mine is None else constant * mine).to(out.dtype)
@@ -293,31 +293,35 @@ def _weights(weight: Tensor, ids: Tensor, kept: Tensor, dtype: torch.dtype) -> T
     return weight[ids.where(kept, 0)].to(dtype) * kept
 
 
-def _exponentials(
-    logits: Tensor, exponentials: Tensor, message: Tensor, weight: Tensor | None
+def _local_softmax(
+    logits: Tensor, probabilities: Tensor, message: Tensor, weight: Tensor | None
 ) -> None:
-    """Fill `exponentials` and the rows of `message` that need all logits, block by block."""
+    """Fill `probabilities` and the rows of `message` that need all logits, block by block.
+
+    Softmax of the local classes is one fused kernel, and its maximum is exp(0) / sum.
+    """
     tokens, classes = logits.shape
     block = max(1, CROSS_ENTROPY_BLOCK // classes)
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
         block = max(1, tokens)
     for begin in range(0, tokens, block):
-        part = logits[begin : begin + block]
+        part = logits[begin : begin + block].to(message.dtype)
         end = begin + part.shape[0]
-        top = part.amax(1)
-        message[0, begin:end] = top
-        shift = top.where(top > -math.inf, 0.0)
-        if part.dtype == message.dtype:
-            place = exponentials[begin:end]
-            torch.sub(part, shift[:, None], out=place).exp_()
-            torch.sum(place, 1, out=message[1, begin:end])
+        here = probabilities[begin:end]
+        if here.dtype == part.dtype:
+            torch.softmax(part, 1, out=here)
         else:
-            wide = (part.to(message.dtype) - shift[:, None]).exp_()
-            torch.sum(wide, 1, out=message[1, begin:end])
-            exponentials[begin:end] = wide
+            wide = part.softmax(1)
+            here.copy_(wide)
+            here = wide
+        torch.amax(part, 1, out=message[0, begin:end])
+        torch.reciprocal(here.amax(1), out=message[1, begin:end])
         if message.shape[0] > 3:
-            wide = part.to(message.dtype)
-            message[3, begin:end] = wide.sum(1) if weight is None else wide @ weight
+            message[3, begin:end] = part.sum(1) if weight is None else part @ weight
+    masked = message[0] == -math.inf  # no class of theirs is here: softmax is 0 / 0
+    if logits.device.type != "cpu" or masked.any():
+        message[1].masked_fill_(masked, 0.0)
+        probabilities.masked_fill_(masked[:, None], 0.0)
 
 
 # --- Batch normalisation ----------------------------------------------------------------------

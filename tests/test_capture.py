@@ -13,9 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from autopar.capture import Capture, CaptureMismatchError, capture
+from autopar.compat import fake_process_group
 from autopar.errors import UserError
 from autopar.ir.graph import value_of
 from autopar.ir.interpret import run_graph
@@ -400,6 +404,29 @@ def test_constants_are_placeholders() -> None:
     captured = capture(module, (rand(6, 8),), {})
     assert len(captured.graph.placeholders("constant")) == 3
     assert_equals_eager(captured, module, (rand(4, 8),))
+
+
+def test_parametrizations_and_hooks() -> None:
+    parametrized = nn.Sequential(
+        weight_norm(nn.Linear(8, 8).double()), spectral_norm(nn.Linear(8, 8).double())
+    )
+    parametrized.register_forward_hook(lambda module, args, output: output * 2)
+    captured = capture(parametrized, (rand(4, 8),), {})
+    assert len(captured.graph.mutated) == 2
+    assert_equals_eager(captured, parametrized, (rand(4, 8),))
+
+
+def test_sharded_parameters_are_captured_whole() -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    x = torch.randn(4, 8)
+    whole = capture(module, (x,), {}).fingerprint
+    with fake_process_group(4):
+        mesh = DeviceMesh("cpu", list(range(4)))
+        for layer in (module[0], module[2]):
+            sharded = distribute_tensor(layer.weight.detach(), mesh, [Shard(0)])  # type: ignore[arg-type]
+            layer.weight = nn.Parameter(sharded)
+        assert capture(module, (x,), {}).fingerprint == whole
+        assert isinstance(module[0].weight, DTensor)
 
 
 def test_recurrent_and_attention_modules() -> None:

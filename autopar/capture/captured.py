@@ -244,7 +244,7 @@ def _fits(tensor: Tensor, value: Value, sizes: Mapping[sympy.Symbol, int]) -> bo
     if torch.is_grad_enabled() and tensor.requires_grad != value.requires_grad:
         return False
     return all(
-        actual == (size if isinstance(size, int) else size.subs(sizes))
+        actual == (size.subs(sizes) if isinstance(size, sympy.Expr) else size)
         for actual, size in zip(tensor.shape, value.shape, strict=True)
     )
 
@@ -257,5 +257,4 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    return sorted(device.index for device in devices if device.index is not None)
+    return sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})

@@ -62,7 +62,10 @@ class Replay(torch.fx.Interpreter):
         if n.op in ("call_function", "call_method") and _is_in_place(n):
             # Nothing detaches what is written later, when the written tensor is used.
             detach = torch.ops.aten.detach.default
-            args = (*args[:1], *pytree.tree_map_only(Tensor, detach, args[1:]))
+            if "out" in kwargs:
+                args = pytree.tree_map_only(Tensor, detach, args)
+            else:
+                args = (*args[:1], *pytree.tree_map_only(Tensor, detach, args[1:]))
         return args, kwargs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -153,6 +156,8 @@ class Replay(torch.fx.Interpreter):
 
 
 def _is_in_place(n: torch.fx.Node) -> bool:
+    if n.kwargs.get("out") is not None:
+        return True
     name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("setitem", *_IN_PLACE)
@@ -160,7 +165,7 @@ def _is_in_place(n: torch.fx.Node) -> bool:
 
 def _writes_into_grad(n: torch.fx.Node) -> bool:
     """Whether `n` writes into a tensor that requires grad."""
-    first = n.args[0] if n.args else None
+    first = n.kwargs.get("out") or (n.args[0] if n.args else None)
     value = first.meta.get("example_value") if isinstance(first, torch.fx.Node) else None
     return _is_in_place(n) and isinstance(value, Tensor) and value.requires_grad
 

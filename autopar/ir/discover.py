@@ -7,7 +7,9 @@ the whole op's, and so do the gradients: concatenated for split inputs, summed f
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,16 +66,15 @@ def discover(node: torch.fx.Node, run: Callable[..., Any] | None = None) -> Shar
     specs = [(values_of(source)[0].shape, values_of(source)[0].dtype) for source in position]
     arguments = torch.fx.node.map_arg((node.args, node.kwargs), position.__getitem__)
     text = f"{arguments} {specs} {[v.rank for v in values_of(node)]}"
-    return _discover(Signature(target, text, node))
+    return _discover(Signature(target, text, _callable_node(node, target)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _discover(signature: Signature) -> ShardingRule:
     node = signature.node
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        call = _callable_node(node, signature.run)
-        trials = _trials(call)
-        if trials is None or _is_random(call, trials[0].tensors):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), _one_thread():
+        trials = _trials(node)
+        if trials is None or _is_random(node, trials[0].tensors):
             return whole_rule(node)
         found: list[Hypothesis] = []
         for slots in _hypotheses([tuple(x.shape) for x in trials[0].tensors]):
@@ -85,6 +86,17 @@ def _discover(signature: Signature) -> ShardingRule:
             ):
                 found.append(hypothesis)
         return _rule(trials[0], found)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny ops: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def whole_rule(node: torch.fx.Node) -> ShardingRule:
@@ -188,7 +200,7 @@ def _is_random(node: torch.fx.Node, tensors: Sequence[Tensor]) -> bool:
 
 
 def _hypotheses(shapes: Sequence[tuple[int, ...]]) -> Iterator[frozenset[Slot]]:
-    """Sets of dims to split together: all of one size first, then by position, then alone."""
+    """Sets of dims to split together: all of one size, at one position, in pairs, alone."""
     by_size: dict[int, list[Slot]] = {}
     for i, shape in enumerate(shapes):
         for dim, size in enumerate(shape):
@@ -196,11 +208,16 @@ def _hypotheses(shapes: Sequence[tuple[int, ...]]) -> Iterator[frozenset[Slot]]:
                 by_size.setdefault(size, []).append((i, dim))
     seen: dict[frozenset[Slot], None] = dict.fromkeys(map(frozenset, by_size.values()))
     for slots in by_size.values():
-        for key in (lambda s: s[1], lambda s: s[1] - len(shapes[s[0]]), lambda s: s):
-            groups: dict[Any, list[Slot]] = {}
-            for slot in slots:
-                groups.setdefault(key(slot), []).append(slot)
+        from_front = [slot[1] for slot in slots]
+        from_back = [slot[1] - len(shapes[slot[0]]) for slot in slots]
+        for keys in (from_front, from_back):
+            groups: dict[int, list[Slot]] = {}
+            for slot, key in zip(slots, keys, strict=True):
+                groups.setdefault(key, []).append(slot)
             seen.update(dict.fromkeys(map(frozenset, groups.values())))
+        pairs = (pair for pair in itertools.combinations(slots, 2) if pair[0][0] != pair[1][0])
+        seen.update(dict.fromkeys(map(frozenset, pairs)))
+        seen.update(dict.fromkeys(frozenset([slot]) for slot in slots))
     yield from list(seen)[:MAX_HYPOTHESES]
 
 

@@ -71,9 +71,16 @@ def local_call(
     return unchanged if handler is None else handler(node, local)
 
 
-def scaled(factor: float, op: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-    """`factor * op(...)`: a mean over part of the elements, weighted by its share of them."""
-    return op(*args, **kwargs) * factor
+def scaled(factor: float, op: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`factor` times the op's result: a mean over some of the elements, weighted by their share.
+
+    `op` is an overload's name, `"aten.mean.dim"`: text, so that the call prints and parses back.
+    """
+    target: Any = torch.ops
+    for name in op.split("."):
+        target = getattr(target, name)
+    result: torch.Tensor = target(*args, **kwargs)
+    return result * factor
 
 
 def nothing(
@@ -207,7 +214,7 @@ def _weighted(node: torch.fx.Node, count: int, total: int) -> Call:
     """The node's own call times `count / total`."""
     if count == total:
         return _target(node), node.args, dict(node.kwargs)
-    return scaled, (count / total, _target(node), *node.args), dict(node.kwargs)
+    return scaled, (count / total, op_name(node), *node.args), dict(node.kwargs)
 
 
 def _loss(node: torch.fx.Node, local: Local) -> Call:

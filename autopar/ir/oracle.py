@@ -40,8 +40,9 @@ def unchanged(
 class Oracle:
     """A call on concrete tensors, its outputs, and its gradients for random output gradients.
 
-    `tensors` are in `tensor_inputs` order. `leaf` says which of them are
-    differentiated. `gradients` has one entry per input, None where no gradient flows; it is empty if the call is not differentiable.
+    `tensors` are in `tensor_inputs` order; `leaf` says which of them are differentiated.
+    `gradients` has one entry per input, None where no gradient flows; it is empty if the call is
+    not differentiable.
     """
 
     node: torch.fx.Node

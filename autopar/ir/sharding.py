@@ -91,6 +91,13 @@ class Sharding:
     partial: tuple[tuple[str, str], ...] = field(default=())
     varying: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        # The planner looks shardings up by the hundred thousand.
+        object.__setattr__(self, "_hash", hash((self.splits, self.partial, self.varying)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
     @staticmethod
     def replicated(rank: int) -> Sharding:
         return Sharding((WHOLE,) * rank)

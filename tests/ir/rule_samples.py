@@ -63,12 +63,49 @@ def sample(op: str) -> Callable[[Builder], Builder]:
 
 # -- pointwise -----------------------------------------------------------------------------------
 
-TWO_SIDED = """
-atan2 bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor copysign eq
-floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot isclose le less less_equal
-logaddexp logaddexp2 logical_and logical_or logical_xor lt maximum minimum ne not_equal polar pow
-remainder xlogy arctan2 complex __and__ __or__ __xor__
-""".split()
+TWO_SIDED = [
+    "atan2",
+    "bitwise_and",
+    "bitwise_left_shift",
+    "bitwise_or",
+    "bitwise_right_shift",
+    "bitwise_xor",
+    "copysign",
+    "eq",
+    "floor_divide",
+    "fmax",
+    "fmin",
+    "fmod",
+    "ge",
+    "greater",
+    "greater_equal",
+    "gt",
+    "heaviside",
+    "hypot",
+    "isclose",
+    "le",
+    "less",
+    "less_equal",
+    "logaddexp",
+    "logaddexp2",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "lt",
+    "maximum",
+    "minimum",
+    "ne",
+    "not_equal",
+    "polar",
+    "pow",
+    "remainder",
+    "xlogy",
+    "arctan2",
+    "complex",
+    "__and__",
+    "__or__",
+    "__xor__",
+]
 INTEGER = {"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "bitwise_left_shift"}
 INTEGER |= {"bitwise_right_shift", "__and__", "__or__", "__xor__"}
 SPECIAL = {"clamp": (0.2, 0.7), "clamp_max": (0.5,), "clamp_min": (0.5,), "clip": (0.2, 0.7)}
@@ -695,6 +732,11 @@ def _(d: Draw) -> Any:
     return call(d.x(*d(3)), *d.random.choice([([1],), ([0, -1], True), ([],)]))
 
 
+@sample("amax.default max.default amin.default")
+def _(d: Draw) -> Any:
+    return call(d.x(*d(3)).requires_grad_())
+
+
 @sample("amax.default")
 def _(d: Draw) -> Any:
     return call(d.ids(9, *d(2)), [0])
@@ -1018,7 +1060,7 @@ for _name in convolution.UPSAMPLES:
         args: Args = (d.x(*d(2), *[3] * n), [5] * n)
         if "nearest" not in name:
             args += (False,)
-        return call(*args, None) if "nearest" in name or True else call(*args)
+        return call(*args, None)
 
     SAMPLES.append((f"aten.{_name}.vec", _upsample))
 
@@ -1128,7 +1170,7 @@ def _(d: Draw) -> Any:
 
 @sample("index_put.default")
 def _(d: Draw) -> Any:
-    a, b, c, n = d(4)
+    a, b, c = d(3)
     index = torch.randperm(b, generator=d.torch)
     return call(d.x(a, b, c), [None, index], d.random.choice([d.x(a, b, c), d.x(c), d.x()]))
 

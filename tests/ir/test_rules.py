@@ -7,16 +7,17 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.fx
 from torch import Tensor
 
 from autopar.errors import PassError
-from autopar.ir.graph import Value, tensor_inputs, values_of
+from autopar.ir.graph import Value, tensor_inputs
 from autopar.ir.mesh import Mesh
 from autopar.ir.oracle import Oracle, flat
 from autopar.ir.registry import RULES, describe, mean_like, reduction_scale, rule_for
@@ -29,10 +30,30 @@ BY_RUNTIME = {"aten.embedding.default", "aten.cross_entropy_loss.default"}
 
 
 # Ops that refuse to differentiate some of their inputs: only the first one's gradient is compared.
-FIRST_ONLY = (
-    "aten.batch_norm autopar.batch_norm aten.instance_norm aten.nll_loss aten.nll_loss_nd "
-    "aten.cross_entropy_loss aten.nll_loss2d aten.soft_margin_loss aten.hinge_embedding_loss"
-).split()
+FIRST_ONLY = [
+    "aten.batch_norm",
+    "autopar.batch_norm",
+    "aten.instance_norm",
+    "aten.nll_loss",
+    "aten.nll_loss_nd",
+    "aten.cross_entropy_loss",
+    "aten.nll_loss2d",
+    "aten.soft_margin_loss",
+    "aten.hinge_embedding_loss",
+    "aten.rrelu_with_noise",
+]
+# Ops with no gradient here, and those whose rule says that the gradient needs more.
+NO_GRADIENT = [
+    "aten.floor_divide",
+    "aten.heaviside",
+    "aten.copy",
+    "aten.randint_like",
+    "aten.scatter",
+    "aten.max",
+    "aten.min",
+    "aten.amax",
+    "aten.amin",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,6 +103,14 @@ def node_of(
     return node, tensors
 
 
+def leaves(op: str, tensors: Iterable[Tensor]) -> list[int] | None:
+    """Inputs whose gradients are compared; None means all."""
+    name = op.rpartition(".")[0]
+    if name in NO_GRADIENT and not any(x.requires_grad for x in tensors):
+        return []
+    return [0] if name in FIRST_ONLY else None
+
+
 def numbered() -> list[Any]:
     counts: Counter[str] = Counter()
     found = []
@@ -118,11 +147,7 @@ def test_shards_recombine(op: str, builder: Any, number: int) -> None:
                     assert math.prod(sizes[f] for f in dim) == size, str(rule)
         if is_unfilled(op):
             continue
-        oracle = Oracle.of(
-            node,
-            list(tensors.values()),
-            leaves=[0] if op.rpartition(".")[0] in FIRST_ONLY else None,
-        )
+        oracle = Oracle.of(node, list(tensors.values()), leaves=leaves(op, tensors.values()))
         possible = [c for c in choices(rule) if c.factor not in rule.comm]
         meshes: list[tuple[Mesh, list[dict[str, Choice]]]] = [
             (Mesh.of(x=2), [{"x": c} for c in possible]),
@@ -150,3 +175,66 @@ def test_shards_recombine(op: str, builder: Any, number: int) -> None:
 def test_every_rule_has_a_sample() -> None:
     names = {op for op, _ in SAMPLES} | {op.rpartition(".")[0] for op, _ in SAMPLES}
     assert sorted(set(RULES) - names) == []
+
+
+def only(op: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
+    target = resolve(op)
+    return node_of(target, args, kwargs, target(*args, **kwargs))[0]
+
+
+def described(op: str, *args: Any, **kwargs: Any) -> str:
+    return describe(only(op, *args, **kwargs))
+
+
+def test_rules_read_as_in_the_documentation() -> None:
+    x = torch.randn
+    assert described("aten.linear.default", x(2, 3, 4), x(5, 4), x(5)) == (
+        "bca,da,d->bcd; linear(0) linear(1) once(2)"
+    )
+    assert described("aten.layer_norm.default", x(2, 3, 4), [4], x(4)) == "ab[c],[c]->ab[c]"
+    assert described("aten.split.Tensor", x(2, 12), 4, -1) == "a([c]b)->ab,ab,ab; linear(0)"
+    ids = torch.zeros(6, dtype=torch.long)
+    assert described("aten.cross_entropy_loss.default", x(6, 9), ids) == "ba,b->.; comm(a)"
+    assert described("aten.embedding.default", x(9, 4), ids) == "ab,c->cb"
+    q, k = x(2, 4, 5, 6), x(2, 2, 5, 6)
+    attend = "aten.scaled_dot_product_attention.default"
+    assert described(attend, q, k, k, None, 0.0, True, enable_gqa=True) == (
+        "e(fg)[a][c],ef[b][c],ef[b][d]->e(fg)[a][d]"
+    )
+
+
+def test_views_of_symbolic_sizes_split_into_factors() -> None:
+    s = sympy.Symbol("s0", positive=True, integer=True)
+
+    def view(before: Any, after: Any) -> str:
+        node = only("aten.view.default", torch.zeros(1), [1])
+        node.args[0].meta["value"] = Value(before, torch.float32)
+        node.meta["value"] = Value(after, torch.float32)
+        return describe(node).partition(";")[0]
+
+    assert view((128 * s, 768), (s, 128, 768)) == "(ab)c->abc"
+    assert view((s, 128, 768), (128 * s, 768)) == "abc->(ab)c"
+    assert view((s, 128, 768), (s, 128, 12, 64)) == "ab(cd)->abcd"
+    assert view((s, 6, 4), (8 * s, 3)) == "a[b][c]->(a[d])[e]"
+    assert view((s, s), (s**2,)) == "ab->(ab)"
+
+
+def test_gradients_of_maxima_keep_dims_whole() -> None:
+    x = torch.randn(3, 4)
+    assert described("aten.amax.default", x, [1]) == "ab->a; max(b)"
+    assert described("aten.amax.default", x.clone().requires_grad_(), [1]) == "a[b]->a"
+
+
+def test_reduction_scale_names_means() -> None:
+    x = torch.randn(3, 4)
+    assert mean_like(only("aten.mean.dim", x, [1]))
+    assert mean_like(only("aten.mse_loss.default", x, x))
+    assert reduction_scale(only("aten.mse_loss.default", x, x, reduction=2)) == "sum"
+    assert reduction_scale(only("aten.sum.default", x)) == "sum"
+    assert reduction_scale(only("aten.relu.default", x)) is None
+
+
+def test_ops_without_a_rule_say_so() -> None:
+    node = only("aten.fft_fft.default", torch.randn(4))
+    assert rule_for(node) is None
+    assert describe(node) == "no rule for aten.fft_fft.default"

@@ -8,6 +8,7 @@ import socket
 import traceback
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -63,7 +64,7 @@ def check_primitives(group: ProcessGroupGroup, n: int, rank: int) -> None:
 
 
 def check_all_reduce_sizes(group: ProcessGroupGroup, n: int, rank: int) -> None:
-    limit = SMALL_ALL_REDUCE_BYTES // 4
+    limit = SMALL_ALL_REDUCE_BYTES // (4 * n)
     for numel in (0, 1, limit, limit + 1, 300_000):
         for in_place in (False, True):
             x = torch.full((numel,), float(rank))
@@ -126,6 +127,7 @@ def worker(rank: int, port: int, answers: Any) -> None:
         answers.put((rank, traceback.format_exc()))
 
 
+@pytest.mark.multiprocess
 def test_four_processes() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

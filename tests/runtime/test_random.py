@@ -199,6 +199,7 @@ def run_block(block: nn.Module, x: Tensor, checkpoint: str, seed: int = 5) -> li
     return [y.detach(), x.grad, *(p.grad.clone() for p in block.parameters())]
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("checkpoint", ["reentrant", "other"])
 def test_mode_under_checkpointing(checkpoint: str) -> None:
     torch.manual_seed(0)

@@ -212,7 +212,11 @@ def index_put(node: torch.fx.Node) -> ShardingRule:
                 sizes[f] = size
     full = [sizes[f] for f in target]
     source = broadcast(target, full, values.shape)
-    where = {"self": before, "indices": indices, "values": source}
+    where: dict[str, Spec | list[Spec]] = {
+        "self": before,
+        "indices": indices,
+        "values": source,
+    }
     if not arguments(node)["accumulate"]:
         return rule(node, where, before)
     return rule(node, where, before, linear=[("self", "values")], once=["self"])

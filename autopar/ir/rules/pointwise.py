@@ -111,8 +111,8 @@ greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh heaviside hyp
 isinf isnan isneginf isposinf le leaky_relu less less_equal lgamma log log10 log1p log2 log_sigmoid
 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum mish
 nan_to_num ne not_equal polar pow reciprocal relu relu6 remainder round rrelu_with_noise rsqrt selu
-sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_erf special_expm1 sqrt square
-tan tanh threshold trunc xlogy __and__ __or__ __xor__ complex angle
+sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_erf special_expm1 sqrt
+square tan tanh threshold trunc xlogy __and__ __or__ __xor__ complex angle
 """
 )
 

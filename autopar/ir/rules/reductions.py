@@ -23,6 +23,7 @@ from .common import (
     take,
     words,
 )
+from .pointwise import pointwise
 
 
 def reduced_dims(node: torch.fx.Node) -> list[int]:
@@ -46,37 +47,27 @@ def add_up(node: torch.fx.Node) -> ShardingRule:
     return rule(node, {"self": names}, reduced(node, names), linear=["self"])
 
 
-def extreme(kind: str) -> Handler:
-    """Handler of `amax` or `amin` over dims.
+def extreme(node: torch.fx.Node, kind: str) -> ShardingRule:
+    """`ab->a; max(b)`.
 
     Where a gradient flows the dims are whole: the gradient of a partial maximum belongs to the
     device that holds the maximum, which a plain all-reduce does not know.
     """
-
-    def handler(node: torch.fx.Node) -> ShardingRule:
-        names = take(letters(), input_value(node, "self").rank)
-        dims = reduced_dims(node)
-        if input_value(node, "self").requires_grad or output(node).dtype == torch.bool:
-            names = hold(names, dims)
-            return rule(node, {"self": names}, reduced(node, names))
-        clauses = " ".join(f"{kind}({names[d]})" for d in dims)
-        return rule(node, {"self": names}, reduced(node, names), clauses=clauses)
-
-    return handler
+    names = take(letters(), input_value(node, "self").rank)
+    dims = reduced_dims(node)
+    if input_value(node, "self").requires_grad or output(node).dtype == torch.bool:
+        names = hold(names, dims)
+        return rule(node, {"self": names}, reduced(node, names))
+    clauses = " ".join(f"{kind}({names[d]})" for d in dims)
+    return rule(node, {"self": names}, reduced(node, names), clauses=clauses)
 
 
-def selecting(kind: str) -> Handler:
-    """Handler of `max` or `min`: over everything, along a dim with indices, or of two tensors."""
-
-    def handler(node: torch.fx.Node) -> ShardingRule:
-        args = arguments(node)
-        if "other" in args:
-            from .pointwise import pointwise
-
-            return pointwise(node)
-        return whole_dims(node) if "dim" in args else extreme(kind)(node)
-
-    return handler
+def selecting(node: torch.fx.Node, kind: str) -> ShardingRule:
+    """`max` or `min` over everything, along a dim with indices, or of two tensors."""
+    args = arguments(node)
+    if "other" in args:
+        return pointwise(node)
+    return whole_dims(node) if "dim" in args else extreme(node, kind)
 
 
 def whole_dims(node: torch.fx.Node) -> ShardingRule:
@@ -136,10 +127,10 @@ nanmedian mode kthvalue aminmax nansum nanmean count_nonzero
 RULES: dict[str, Handler] = {
     "aten.sum": add_up,
     "aten.mean": add_up,
-    "aten.amax": extreme("max"),
-    "aten.amin": extreme("min"),
-    "aten.max": selecting("max"),
-    "aten.min": selecting("min"),
+    "aten.amax": lambda node: extreme(node, "max"),
+    "aten.amin": lambda node: extreme(node, "min"),
+    "aten.max": lambda node: selecting(node, "max"),
+    "aten.min": lambda node: selecting(node, "min"),
     **{f"aten.{name}": whole_dims for name in WHOLE},
     **{
         f"aten.{name}": scan()

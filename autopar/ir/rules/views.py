@@ -322,7 +322,7 @@ def pad(node: torch.fx.Node) -> ShardingRule:
     """Padded dims are whole; padding with zeros is linear."""
     x = input_value(node, "self")
     args = arguments(node)
-    padding = args.get("pad", args.get("padding"))
+    padding: list[int] = args["pad" if "pad" in args else "padding"]
     padded = {x.rank - 1 - i // 2 for i, amount in enumerate(padding) if amount != 0}
     if args.get("mode", "constant") != "constant" or "padding" in args:
         padded = set(range(x.rank - len(padding) // 2, x.rank))

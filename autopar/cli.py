@@ -1,0 +1,114 @@
+"""The command `autopar`: plan a model in a file, run a script on several ranks, calibrate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar import __version__
+from autopar.errors import UserError
+
+app = typer.Typer(
+    name="autopar",
+    help="An auto-parallelizing compiler for single-device PyTorch code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line (`sys.argv` by default) and exit: with code 2 for the user's errors."""
+    try:
+        app(args=arguments)
+    except UserError as error:
+        print(f"autopar: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"autopar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:NAME",
+            help="A function that returns (module, args) or (module, args, kwargs), or a module "
+            "class with one --input per argument of forward.",
+        ),
+    ],
+    cluster: Annotated[
+        str, typer.Option(help="cpu:4, 8xH100, 2x8xH100 (hosts x devices) or a profile's path.")
+    ] = "cpu:4",
+    batch: Annotated[
+        int | None, typer.Option(help="Global batch size, in place of the inputs' own.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="An argument of forward, such as 'int64[8,1024]'; repeat."),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="auto, data, zero, tensor, data+tensor or zero+tensor.")
+    ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="Limit per device, such as 80GiB; default the device's.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    json: Annotated[
+        Path | None, typer.Option("--json", "--save", help="Write the plan to this file.")
+    ] = None,
+) -> None:
+    """Plan a model without running it: no GPU, no processes, no memory for the parameters."""
+    from autopar.cli_plan import plan_target
+
+    plan_target(target, cluster, batch, inputs or [], strategy, memory, optimizer, json)
+
+
+@app.command()
+def run(
+    script: Annotated[Path, typer.Argument(help="The Python script to run on every rank.")],
+    nproc: Annotated[int, typer.Option("--nproc", "-n", help="Processes on this machine.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="The script's own arguments.")
+    ] = None,
+) -> None:
+    """Run a script on several ranks of this machine."""
+    from autopar.cli_run import run_script
+
+    raise typer.Exit(run_script(script, nproc, arguments or []))
+
+
+@app.command()
+def calibrate(
+    nproc: Annotated[int, typer.Option("--nproc", "-n", help="Ranks to measure at once.")] = 4,
+    out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("cluster.json"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Half a minute in place of three.")
+    ] = False,
+) -> None:
+    """Measure this machine and write its profile, for --cluster and cluster=."""
+    from autopar.runtime.calibrate import calibrate as measure
+
+    measure(nproc, out=out, quick=quick)
+    print(f"wrote {out}; use it with `--cluster {out}` or cluster={str(out)!r}")
+
+
+if __name__ == "__main__":
+    main()

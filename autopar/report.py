@@ -1,0 +1,280 @@
+"""Plans and timings as tables for people; 100 columns wide where the output is not a terminal."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cost.families import FAMILY, op_family
+from .passes.describe import collapse, pattern
+from .plan import Activation, Plan, Storage
+
+WIDTH = 100
+MOST_ROWS = 60  # of a table; the JSON has all of them
+_OWN_LINE = frozenset(
+    name
+    for name, family in FAMILY.items()
+    if family in ("matmul", "conv", "attention", "embedding", "softmax", "norm", "batch_norm")
+) | {"cross_entropy_loss", "conv2d", "conv1d", "conv3d"}
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print a plan: cost, parameters, activations, collectives, alternatives and notes."""
+    console = console or make_console()
+    console.print()
+    _header(plan, console)
+    for table in (_parameters(plan), _activations(plan), _traffic(plan), _alternatives(plan)):
+        if table is not None:
+            console.print()
+            console.print(table)
+    if plan.notes:
+        console.print()
+        for note in plan.notes:
+            console.print(Text.assemble(("warning ", "bold yellow"), note))
+    console.print()
+
+
+def print_timing(
+    plan: Plan | None,
+    measured_s: float | None,
+    measured_bytes: float | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print predicted and measured step time (and memory) side by side; None where unknown."""
+    console = console or make_console()
+    table = _table("one training step", "", ">predicted", ">measured", ">measured / predicted")
+    rows: list[tuple[str, float | None, float | None, Callable[[float], str]]]
+    rows = [("time", plan.predicted.time_s if plan else None, measured_s, seconds_text)]
+    if plan is not None or measured_bytes is not None:
+        predicted = float(plan.predicted.memory_bytes) if plan else None
+        rows.append(("memory per device", predicted, measured_bytes, bytes_text))
+    for name, predicted, measured, text in rows:
+        ratio = f"{measured / predicted:.2f}" if predicted and measured else "-"
+        cells = ("-" if value is None else text(value) for value in (predicted, measured))
+        table.add_row(name, *cells, ratio)
+    console.print(table)
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal, `WIDTH` where there is none."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not console.is_terminal or console.width > WIDTH:
+        console.width = WIDTH
+    return console
+
+
+def seconds_text(seconds: float) -> str:
+    """`1.20 s`, `345 ms`, `6.78 us`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if abs(seconds) * scale >= 1 or unit == "us":
+            return f"{_digits(seconds * scale)} {unit}"
+    raise AssertionError
+
+
+def bytes_text(nbytes: float) -> str:
+    """`512 B`, `1.5 MiB`."""
+    power = 0 if abs(nbytes) < 1 else min(4, int(math.log(abs(nbytes), 1024)))
+    return f"{_digits(nbytes / 1024**power)} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent and without idle zeros."""
+    text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A plain table; a column's name may begin with `>` (right) or `*` (is cut if need be)."""
+    table = Table(
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+        padding=(0, 2, 0, 0),
+    )
+    for column in columns:
+        table.add_column(
+            column.lstrip(">*"),
+            justify="right" if column.startswith(">") else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            ratio=1 if column.startswith("*") else None,
+        )
+    return table
+
+
+def _header(plan: Plan, console: Console) -> None:
+    p = plan.predicted
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    devices = f"{plan.world_size} device" + ("s" if plan.world_size > 1 else "")
+    sizes = ", ".join(f"{name}={size}" for name, size in plan.hints.items())
+    gap = "0 (proven the best of the candidates)" if plan.gap < 1e-4 else f"{plan.gap:.1%}"
+    rows = [
+        ("plan", Text.assemble((f"{plan.mesh}", "bold green"), f"  ({devices} of {plan.cluster})")),
+        ("strategy", Text(plan.strategy + (f", for {sizes}" if sizes else ""))),
+        (
+            "step",
+            Text.assemble(
+                (seconds_text(p.time_s), "bold"),
+                f" = compute {seconds_text(p.compute_s)} + communication {seconds_text(p.comm_s)}"
+                f" + optimizer {seconds_text(p.optimizer_s)}",
+            ),
+        ),
+        (
+            "memory",
+            Text.assemble(
+                (bytes_text(p.memory_bytes), "bold"),
+                " per device = "
+                + " + ".join(f"{name} {bytes_text(n)}" for name, n in _by_size(p.memory_parts)),
+            ),
+        ),
+        (
+            "sends",
+            Text(
+                ", ".join(f"{kind} {bytes_text(n)}" for kind, n in _by_size(p.comm_bytes))
+                or "nothing",
+            ),
+        ),
+        ("optimality gap", Text(gap)),
+    ]
+    for name, text in rows:
+        grid.add_row(name, text)
+    console.print(grid)
+
+
+def _by_size(parts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(((k, n) for k, n in parts.items() if n), key=lambda part: -part[1])
+
+
+def _parameters(plan: Plan) -> Table | None:
+    groups: dict[tuple[str, Storage], list[str]] = {}
+    for name, stored in plan.params.items():
+        groups.setdefault((pattern(name), stored), []).append(name)
+    if not groups:
+        return None
+    table = _table("parameters", "*name", ">×", "type", "sharding", ">stored per device")
+    rows: list[tuple[str, ...]] = []
+    for (_, stored), names in groups.items():
+        sharding = stored.sharding + (" gathered twice" if stored.regather else "")
+        size = bytes_text(stored.local_bytes * len(names))
+        rows.append((collapse(names), str(len(names)), stored.type, sharding, size))
+    return _filled(table, rows)
+
+
+def _activations(plan: Plan) -> Table | None:
+    """Ops by repeated block: neighbours that split alike on one line, views left out."""
+    shown = [a for a in plan.activations if op_family(a.op) != "view"]
+    if not shown:
+        return None
+    files = Counter(a.source.rpartition(":")[0] for a in shown if a.source)
+    main = files.most_common(1)[0][0] if files else ""
+    where = f" (lines without a file are of {main})" if main else ""
+    table = _table(
+        f"activations{where}",
+        *("*op", "line", ">×", "splits", "output", ">bytes"),
+    )
+    rows: list[tuple[str, ...]] = []
+    block = ""
+    for _, run in itertools.groupby(_alike(shown), key=lambda pair: pair[0]):
+        ops = [a for _, a in run]
+        first, last = ops[0], ops[-1]
+        inside, brace, module = first.module.rpartition("}")
+        if inside + brace != block:
+            block = inside + brace
+            if block:
+                rows.append((f"{block}:", *[""] * 5))
+        names = ", ".join(_short(a.op) for a in ops)
+        name = f"{module.lstrip('.')} {names}".strip()
+        rows.append(
+            (
+                f"  {name}" if block else name,
+                _tail(first.source.removeprefix(main), 16),
+                str(last.count),
+                last.splits or "-",
+                _placed(last.type, last.sharding),
+                bytes_text(sum(a.local_bytes for a in ops)),
+            )
+        )
+    return _filled(table, rows)
+
+
+def _alike(shown: Sequence[Activation]) -> list[tuple[int, Activation]]:
+    """The ops with a number that neighbours on one line of the table share."""
+    found: list[tuple[int, Activation]] = []
+    for a in shown:
+        number, before = found[-1] if found else (0, None)
+        joins = (
+            before is not None
+            and not {a.op, before.op} & _OWN_LINE
+            and (a.module, a.splits, a.count) == (before.module, before.splits, before.count)
+        )
+        found.append((number if joins else number + 1, a))
+    return found
+
+
+def _placed(type_: str, sharding: str) -> str:
+    """`f32[8/dp,32] +tp`: a type with the axes that split each dim, and what is partial."""
+    dtype, _, sizes = type_.rstrip("]").partition("[")
+    splits, _, partial = sharding[1:].partition("]")
+    dims = zip(sizes.split(", "), splits.split(", "), strict=True)
+    return f"{dtype}[{','.join(s if a in '-' else f'{s}/{a}' for s, a in dims)}]{partial}"
+
+
+def _tail(text: str, length: int) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+def _short(op: str) -> str:
+    return {"scaled_dot_product_attention": "sdpa", "_to_copy": "to"}.get(op, op)
+
+
+def _traffic(plan: Plan) -> Table | None:
+    if not plan.traffic:
+        return None
+    table = _table(
+        "collectives per step", "collective", "axis", "*what for", ">×", ">sent per device"
+    )
+    rows: list[tuple[str, ...]] = [
+        (t.collective, t.axis, t.purpose, str(t.count), bytes_text(t.sent_bytes))
+        for t in plan.traffic
+    ]
+    return _filled(table, rows)
+
+
+def _alternatives(plan: Plan) -> Table | None:
+    if not plan.alternatives:
+        return None
+    table = _table("alternatives", "strategy", "mesh", ">step", ">memory", "*why not")
+    ranked = sorted(plan.alternatives, key=lambda a: math.inf if a.time_s is None else a.time_s)
+    rows: list[tuple[str, ...]] = []
+    for a in ranked:
+        time = "-" if a.time_s is None else seconds_text(a.time_s)
+        memory = "-" if a.memory_bytes is None else bytes_text(a.memory_bytes)
+        rows.append((a.name, a.mesh, time, memory, a.why))
+    return _filled(table, rows)
+
+
+def _filled(table: Table, rows: list[tuple[str, ...]]) -> Table:
+    """The table with its rows, its first column cut where the whole would be wider than `WIDTH`."""
+    columns = [[str(c.header) for c in table.columns], *rows[:MOST_ROWS]]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    elastic = next((i for i, c in enumerate(table.columns) if c.ratio), 0)
+    spare = WIDTH - sum(widths) - 2 * (len(widths) - 1)
+    table.columns[elastic].ratio = None
+    table.columns[elastic].max_width = max(20, widths[elastic] + spare)
+    for row in rows[:MOST_ROWS]:
+        table.add_row(*(Text(cell) for cell in row))
+    if len(rows) > MOST_ROWS:
+        table.caption = f"and {len(rows) - MOST_ROWS} more; --json FILE has all of them"
+        table.caption_justify = "left"
+    return table

@@ -1,0 +1,139 @@
+"""Plan files: what is written is read back, and nothing else is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autopar.errors import UserError
+from autopar.ir.mesh import Axis, Mesh
+from autopar.plan import (
+    Activation,
+    Alternative,
+    Plan,
+    Prediction,
+    Storage,
+    Traffic,
+    load_plan,
+    plan_from_json,
+)
+
+texts = st.text(max_size=12)
+sizes = st.integers(0, 2**50)
+times = st.floats(0, 1e6, allow_nan=False)
+shardings = st.sampled_from(["[-, -]", "[dp, -]", "[-, 3:tp]", "[dp&tp] +tp", "[] max(dp) ~tp"])
+counts = st.dictionaries(texts, sizes, max_size=3)
+MESH = Mesh((Axis("dp", 2, 1), Axis("tp", 4)))
+
+plans = st.builds(
+    Plan,
+    fingerprint=texts,
+    mesh=st.just(MESH),
+    cluster=texts,
+    strategy=texts,
+    choices=st.dictionaries(
+        texts, st.dictionaries(st.sampled_from(["dp", "tp"]), texts, max_size=2), max_size=4
+    ),
+    params=st.dictionaries(
+        texts, st.builds(Storage, shardings, st.booleans(), texts, sizes), max_size=4
+    ),
+    predicted=st.builds(Prediction, times, times, times, times, sizes, counts, counts),
+    alternatives=st.lists(
+        st.builds(Alternative, texts, texts, st.none() | times, st.none() | sizes, texts),
+        max_size=3,
+    ).map(tuple),
+    notes=st.lists(texts, max_size=3).map(tuple),
+    hints=counts,
+    gap=times,
+    activations=st.lists(
+        st.builds(Activation, *[texts] * 3, sizes, *[texts] * 4, sizes), max_size=3
+    ).map(tuple),
+    traffic=st.lists(st.builds(Traffic, texts, texts, texts, sizes, sizes), max_size=3).map(tuple),
+)
+
+PLAN = Plan(
+    fingerprint="f" * 64,
+    mesh=MESH,
+    cluster="2x4xH100",
+    strategy="auto",
+    choices={"linear": {"dp": "b"}},
+    params={"weight": Storage("[-, tp]", False, "f32[8, 8]", 64)},
+    predicted=Prediction(0.1, 0.06, 0.03, 0.01, 1000),
+)
+
+
+@given(plans)
+def test_json_round_trip(plan: Plan) -> None:
+    assert plan_from_json(plan.to_json()) == plan
+
+
+def test_a_saved_plan_is_loaded_and_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    PLAN.save(path)
+    assert load_plan(path) == PLAN
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write the plan"):
+        PLAN.save(tmp_path / "none" / "plan.json")
+
+
+def test_check_names_model_and_world() -> None:
+    PLAN.check("f" * 64, 8)
+    with pytest.raises(UserError, match="made for another model"):
+        PLAN.check("e" * 64)
+    with pytest.raises(UserError, match="for 8 devices .*, and 4 processes were started"):
+        PLAN.check("f" * 64, 4)
+
+
+def changed(**fields: Any) -> str:
+    return json.dumps(json.loads(PLAN.to_json()) | fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PLAN.to_json()[:200], "not complete JSON"),
+        ("", "not complete JSON"),
+        ("[]", "not an autopar plan"),
+        ("{}", "not an autopar plan"),
+        (changed(version=99), "has version 99, this autopar reads version 1"),
+        (changed(colour="red"), "colour"),
+        (changed(gap="wide"), "gap is 'wide', not float"),
+        (changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}), "mesh axis of size 0"),
+        (changed(params={"w": {"sharding": "[x]"}}), "w names the axis 'x'"),
+        (changed(params={"w": {"sharding": "dp"}}), "dp"),
+        (changed(params={"w": {"sharding": 3}}), "sharding is 3, not str"),
+        (changed(choices={"n": {"pp": "b"}}), "n names the axis 'pp', which the mesh lacks"),
+        (changed(choices=None), "NoneType"),
+        (changed(predicted={}), "missing"),
+    ],
+)
+def test_a_file_that_is_not_a_plan(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        plan_from_json(text, where="plan.json")
+    assert caught.value.where == "plan.json"
+
+
+def test_a_missing_field_is_named() -> None:
+    raw = json.loads(PLAN.to_json())
+    for name in raw:
+        if name == "version":
+            continue
+        kept = {key: value for key, value in raw.items() if key != name}
+        with pytest.raises(UserError, match=name):
+            plan_from_json(json.dumps(kept))
+
+
+def test_an_edit_by_hand_is_read() -> None:
+    edited = PLAN.to_json().replace('"[-, tp]"', '"[dp, tp]"')
+    stored = replace(PLAN.params["weight"], sharding="[dp, tp]")
+    assert plan_from_json(edited) == replace(PLAN, params={"weight": stored})
