@@ -11,6 +11,7 @@ from torch import nn
 
 from .controller import Controller
 from .cost.cluster import Cluster, parse_cluster
+from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
 from .passes.families import FAMILIES
 from .plan import Plan, load_plan
@@ -74,8 +75,8 @@ def parallelize(
             the path of a profile; by default the shipped profile of this kind of device.
         plan: a plan, or the path of a plan file, to use in place of a search.
         memory_limit: bytes per device, or a text such as "6GiB".
-        optimizer: what the memory and time of the update are priced as (a `torch.optim` class or its
-            name; default AdamW).
+        optimizer: what the memory and time of the update are priced as (a `torch.optim` class or
+            its name; default AdamW).
         backend: "eager" (ATen calls) or "inductor"; default eager on CPU, inductor on CUDA.
 
     Raises:
@@ -93,7 +94,7 @@ def parallelize(
         cluster=parse_cluster(cluster) if isinstance(cluster, str) else cluster,
         plan=plan if plan is None or isinstance(plan, Plan) else load_plan(plan),
         memory_limit=parse_bytes(memory_limit) if memory_limit is not None else None,
-        optimizer=_optimizer_name(optimizer),
+        optimizer=optimizer_name(optimizer),
         backend=backend,
     )
     if module is None:
@@ -139,10 +140,18 @@ def parse_bytes(size: float | str) -> float:
     return found
 
 
-def _optimizer_name(optimizer: str | type[torch.optim.Optimizer] | None) -> str:
+def optimizer_name(optimizer: str | type[torch.optim.Optimizer] | None) -> str:
+    """The name under which an optimizer is priced; raises UserError for an unknown name."""
     if optimizer is None:
         return "adamw"
-    return (optimizer if isinstance(optimizer, str) else optimizer.__name__).lower()
+    if not isinstance(optimizer, str):  # one that is not known is priced as adamw
+        return optimizer.__name__.lower()
+    if optimizer.lower() not in OPTIMIZER_STATES:
+        raise UserError(
+            f"unknown optimizer {optimizer!r}",
+            fix=f"use a class, or one of {', '.join(map(repr, OPTIMIZER_STATES))}",
+        )
+    return optimizer.lower()
 
 
 def _decorate(target: Any, options: Options) -> Any:

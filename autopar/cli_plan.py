@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .api import parse_bytes, undecorated
+from .api import optimizer_name, parse_bytes, undecorated
 from .cost.cluster import parse_cluster
 from .errors import UserError
 from .passes.families import FAMILIES
@@ -48,6 +48,7 @@ def plan_target(
         raise UserError(
             f"unknown strategy {strategy!r}", fix=f"use one of {', '.join(map(repr, FAMILIES))}"
         )
+    kind = optimizer_name(optimizer)
     if batch is not None and batch < 1:
         raise UserError(f"the batch size {batch} is not positive", fix="use --batch 1 or more")
     if out is not None and not out.absolute().parent.is_dir():
@@ -64,7 +65,7 @@ def plan_target(
             where,
             strategy=strategy,
             memory_limit=limit,
-            optimizer=optimizer,
+            optimizer=kind,
             progress=lambda text: status.update(f"planning: {text}"),
         )
     if out is not None:
@@ -83,14 +84,14 @@ def load_call(target: str, inputs: Sequence[str]) -> Call:
         )
     made = _named(_load(Path(file)), name, file)
     if isinstance(made, type) and issubclass(made, nn.Module):
-        args, kwargs = parse_inputs(inputs)
+        made, (args, kwargs) = undecorated(made), parse_inputs(inputs)
         if not inputs:
+            wanted = ", ".join(list(inspect.signature(made.forward).parameters)[1:])
             raise UserError(
                 f"{name} is a module class, and no --input is given",
-                fix=f"give one --input per argument of forward{inspect.signature(made.forward)}; "
-                + _EXAMPLE,
+                fix=f"give one --input per argument of forward({wanted}); {_EXAMPLE}",
             )
-        return _built(undecorated(made), name, file), args, kwargs
+        return _built(made, name, file), args, kwargs
     if isinstance(made, type) or not callable(made):
         raise UserError(
             f"{name} in {file} is {_kind(made)}, not a function or a class of modules",
@@ -253,4 +254,6 @@ def _line_of(made: Any, file: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    name = value.__name__ if isinstance(value, type) else type(value).__name__
+    article = "the class" if isinstance(value, type) else "an" if name[0] in "aeiouAEIOU" else "a"
+    return f"{article} {name}"

@@ -47,8 +47,8 @@ class Controller:
         if options.backend is None:
             options.backend = "inductor" if device == "cuda" else "eager"
         self.session = Session(module, original, options)
-        module.register_state_dict_post_hook(_whole)
-        module.register_load_state_dict_pre_hook(_shard)
+        module.register_state_dict_post_hook(_whole)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None

@@ -1,4 +1,4 @@
-"""One rank of `autopar run`: `python -m autopar.launch SCRIPT ARGS...` runs the script as `python` does.
+"""One rank of `autopar run`: `python -m autopar.launch SCRIPT ARGS...` runs it as `python` does.
 
 What the script raises is left in the folder `$AUTOPAR_FAILURES` for the launcher, which shows one
 rank's failure, not all of them.

@@ -14,6 +14,7 @@ from rich.text import Text
 from .cost.families import FAMILY, op_family
 from .passes.describe import collapse, pattern
 from .plan import Activation, Plan, Storage
+from .units import bytes_text, seconds_text
 
 WIDTH = 100
 MOST_ROWS = 60  # of a table; the JSON has all of them
@@ -48,12 +49,17 @@ def print_timing(
 ) -> None:
     """Print predicted and measured step time (and memory) side by side; None where unknown."""
     console = console or make_console()
+    if plan is None:
+        known = "not measured yet" if measured_s is None else seconds_text(measured_s)
+        console.print(f"one training step: {known}")
+        return
     table = _table("one training step", "", ">predicted", ">measured", ">measured / predicted")
     rows: list[tuple[str, float | None, float | None, Callable[[float], str]]]
-    rows = [("time", plan.predicted.time_s if plan else None, measured_s, seconds_text)]
-    if plan is not None or measured_bytes is not None:
-        predicted = float(plan.predicted.memory_bytes) if plan else None
-        rows.append(("memory per device", predicted, measured_bytes, bytes_text))
+    memory = float(plan.predicted.memory_bytes)
+    rows = [
+        ("time", plan.predicted.time_s, measured_s, seconds_text),
+        ("memory per device", memory, measured_bytes, bytes_text),
+    ]
     for name, predicted, measured, text in rows:
         ratio = f"{measured / predicted:.2f}" if predicted and measured else "-"
         cells = ("-" if value is None else text(value) for value in (predicted, measured))
@@ -67,26 +73,6 @@ def make_console(stderr: bool = False) -> Console:
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     return console
-
-
-def seconds_text(seconds: float) -> str:
-    """`1.20 s`, `345 ms`, `6.78 us`."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if abs(seconds) * scale >= 1 or unit == "us":
-            return f"{_digits(seconds * scale)} {unit}"
-    raise AssertionError
-
-
-def bytes_text(nbytes: float) -> str:
-    """`512 B`, `1.5 MiB`."""
-    power = 0 if abs(nbytes) < 1 else min(4, int(math.log(abs(nbytes), 1024)))
-    return f"{_digits(nbytes / 1024**power)} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def _digits(value: float) -> str:
-    """Three significant digits, without an exponent and without idle zeros."""
-    text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -110,7 +110,7 @@ def train(arguments: argparse.Namespace) -> None:
     )
     with progress:
         bar = progress.add_task("", total=arguments.steps, loss=float("nan"))
-        for step in range(arguments.steps):
+        for _ in range(arguments.steps):
             start = time.perf_counter()
             ids, targets = get_batch(corpus, arguments.batch, arguments.seq, generator)
             loss = model(ids, targets)

@@ -1,4 +1,4 @@
-"""Describe a chosen assignment for people: its activations and its collectives, like ones together."""
+"""Describe a chosen assignment for people: its activations and collectives, like ones together."""
 
 from __future__ import annotations
 

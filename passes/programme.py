@@ -146,13 +146,11 @@ def solve(
             )
         ] += 1
 
-    memory_index: list[int] = []
-    memory_value: list[float] = []
+    memory: dict[int, float] = defaultdict(float)
     for node, found in options.items():
         for column, option in zip(x[node], found, strict=True):
             if option.memory_bytes:
-                memory_index.append(column)
-                memory_value.append(count[node] * option.memory_bytes)
+                memory[column] += count[node] * option.memory_bytes
 
     times_read: dict[Edge, int] = defaultdict(int)
     shared_value: set[Edge] = set()
@@ -183,8 +181,7 @@ def solve(
             if len(members) == 1:
                 columns.cost[members[0][1]] += price
                 if saves and saved:
-                    memory_index.append(saves[0])
-                    memory_value.append(saved)
+                    memory[saves[0]] += saved
                 continue
             if price:
                 w = columns.column(price)
@@ -194,15 +191,14 @@ def solve(
                 kept = columns.column(0.0)
                 for column in saves:
                     columns.row(0, highspy.kHighsInf, [kept, column], [1.0, -1.0])
-                memory_index.append(kept)
-                memory_value.append(saved)
+                memory[kept] += saved
     if minimise_memory:
-        columns.cost = [0.0] * len(columns.cost)
-        for column, value in zip(memory_index, memory_value, strict=True):
-            columns.cost[column] += value
-        memory_index, memory_value = [], []
-    scale = 1.0 / max(memory_limit, 1.0)
-    columns.row(-highspy.kHighsInf, 1.0, memory_index, [v * scale for v in memory_value])
+        columns.cost = [memory.get(column, 0.0) for column in range(len(columns.cost))]
+    else:
+        scale = 1.0 / max(memory_limit, 1.0)
+        columns.row(
+            -highspy.kHighsInf, 1.0, list(memory), [scale * n for n in memory.values()]
+        )
 
     solved = _run(columns, x, time_limit_s, float("inf") if minimise_memory else better_than_s)
     if solved is None:
@@ -214,15 +210,15 @@ def solve(
         for node in graph.fx.nodes
         if stands_for[node] in representative
     }
-    time_s, memory = evaluate(graph, everywhere, pricer)
-    recomputed = memory if minimise_memory else time_s
+    time_s, memory_bytes = evaluate(graph, everywhere, pricer)
+    recomputed = memory_bytes if minimise_memory else time_s
     if abs(recomputed - objective) > 1e-6 * max(abs(objective), 1e-12):
         raise PassError(
             "solve",
             "objective_is_cost",
             f"the programme says {objective:.9g}, its plan costs {recomputed:.9g}",
         )
-    return Assignment(everywhere, time_s, memory, gap, status)
+    return Assignment(everywhere, time_s, memory_bytes, gap, status)
 
 
 def _within_reach(
@@ -379,7 +375,8 @@ def _highs(lp: highspy.HighsLp, time_limit_s: float) -> Vector | None:
         ("threads", 1),
     ):
         solver.setOptionValue(option, value)
-    solver.passModel(lp)
+    if solver.passModel(lp) != highspy.HighsStatus.kOk:
+        raise PassError("solve", "programme_is_legal", "HiGHS does not take the programme")
     solver.run()
     feasible = int(highspy.SolutionStatus.kSolutionStatusFeasible)
     if int(solver.getInfo().primal_solution_status) != feasible:

@@ -18,6 +18,7 @@ from autopar.ir.rule import ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
+from autopar.units import bytes_text
 
 from .blocks import Blocks, find_blocks
 from .describe import describe_activations, describe_traffic, renamed, type_of
@@ -143,13 +144,13 @@ def _try(
         problem.graph, problem.blocks, options, pricer, limit, better_than_s=bound_s
     )
     if assignment is None and bound_s < float("inf"):
-        why = f"nothing faster than {bound_s * 1e3:.4g} ms within {_gib(limit)} per device"
+        why = f"nothing faster than {bound_s * 1e3:.4g} ms within {bytes_text(limit)} per device"
         return Candidate(family_name, mesh, pricer, None, why)
     if assignment is None:
         lean = solve(problem.graph, problem.blocks, options, pricer, limit, minimise_memory=True)
         if lean is None:
             return Candidate(family_name, mesh, pricer, None, "does not apply")
-        why = f"needs {_gib(lean.memory_bytes)} per device, {_gib(limit)} are there"
+        why = f"needs {bytes_text(lean.memory_bytes)} per device, {bytes_text(limit)} are there"
         return Candidate(family_name, mesh, pricer, None, why, lean.memory_bytes)
     if family_name in ("tensor", "data+tensor") and not _splits_params(assignment):
         return Candidate(family_name, mesh, pricer, None, "no parameter can be split in place")
@@ -208,14 +209,10 @@ def _raise_nothing_fits(tried: list[Candidate], strategy: str, limit: float) -> 
         )
     least, mesh = min(needs)
     raise UserError(
-        f"the model fits on no plan: the leanest ({mesh}) needs {_gib(least)} per device, "
-        f"the limit is {_gib(limit)}: {_gib(least - limit)} short",
+        f"the model fits on no plan: the leanest ({mesh}) needs {bytes_text(least)} per device, "
+        f"the limit is {bytes_text(limit)}: {bytes_text(least - limit)} short",
         fix="use more devices, a smaller batch, or a higher memory_limit",
     )
-
-
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.3g} GiB"
 
 
 def _to_plan(

@@ -90,7 +90,7 @@ def test_check_names_model_and_world() -> None:
     PLAN.check("f" * 64, 8)
     with pytest.raises(UserError, match="made for another model"):
         PLAN.check("e" * 64)
-    with pytest.raises(UserError, match="for 8 devices .*, and 4 processes were started"):
+    with pytest.raises(UserError, match=r"for 8 devices .*, and 4 processes were started"):
         PLAN.check("f" * 64, 4)
 
 

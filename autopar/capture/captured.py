@@ -18,7 +18,7 @@ from autopar.errors import UserError
 from autopar.ir.graph import Graph, Size, Value, value_of
 
 from .explain import explain
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, renumbered
 from .side_effects import Attribute
 from .stand_ins import StandIns, device_of, need_stand_ins, replaced
 from .structure import Structure, paths, rebuild, take_apart
@@ -159,6 +159,7 @@ def _capture(call: _Call, batched: Sequence[Tensor]) -> Capture:
         symbols.rename,
         {id(m): name for name, m in module.named_modules()},
     )
+    graph = renumbered(graph)
     return Capture(
         graph=graph,
         symbols=symbols.hints,
