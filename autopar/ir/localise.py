@@ -23,6 +23,17 @@ from .registry import op_name
 from .rules import losses, reductions, views
 from .rules.common import arguments, dim_index, named_inputs, schema_of
 
+CONVOLUTIONS = frozenset(f"conv{n}d" for n in (1, 2, 3))
+
+# Ops that read weights and that torch runs on no rows. They must run as such: what autograd saves
+# decides when a weight is gathered again in the backward, and that must be the same everywhere.
+SAVES_WEIGHTS = CONVOLUTIONS | frozenset(
+    {
+        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+        *("layer_norm", "rms_norm", "mul", "div"),
+    }
+)
+
 Shape = tuple[int, ...]
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -64,9 +75,11 @@ def local_call(
         return unchanged
     if not isinstance(node.target, torch._ops.OpOverload):
         return unchanged
-    if local.inputs and all(0 in shape for shape in local.outputs):
-        return _nothing(node, local)
     name = op_name(node)
+    if local.inputs and all(0 in shape for shape in local.outputs):
+        if name.split(".")[1] in SAVES_WEIGHTS and not _is_strange(node, local):
+            return unchanged
+        return _nothing(node, local)
     handler = LOCALISE.get(name) or LOCALISE.get(name.rpartition(".")[0])
     return unchanged if handler is None else handler(node, local)
 
@@ -81,6 +94,13 @@ def scaled(factor: float, op: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         target = getattr(target, name)
     result: torch.Tensor = target(*args, **kwargs)
     return result * factor
+
+
+def _is_strange(node: torch.fx.Node, local: Local) -> bool:
+    """Whether an op that takes an empty batch is given something else that is empty."""
+    if op_name(node).split(".")[1] not in CONVOLUTIONS:
+        return False
+    return 0 in local.of(node, "weight") or 0 in local.of(node, "input")[1:]
 
 
 def nothing(
@@ -102,6 +122,13 @@ def nothing(
     return made[0] if len(made) == 1 else tuple(made)
 
 
+def nothing_detached(
+    shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], *tensors: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`nothing` of an op that autograd does not flow through: no device may run a backward of it."""
+    return nothing(shapes, dtypes, *(t if t is None else t.detach() for t in tensors))
+
+
 def _target(node: torch.fx.Node) -> Callable[..., Any]:
     if not callable(node.target):
         raise PassError("localise", "calls_functions", f"%{node.name} calls {node.target!r}")
@@ -118,6 +145,8 @@ def _with(node: torch.fx.Node, **changed: Any) -> Call:
 
 def _nothing(node: torch.fx.Node, local: Local) -> Call:
     dtypes = [value.dtype for value in values_of(node)]
+    if not any(value.requires_grad for value in values_of(node)):  # `detach`, say
+        return nothing_detached, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
     return nothing, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
 
 

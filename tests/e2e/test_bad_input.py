@@ -294,3 +294,42 @@ def test_run_shows_the_ranks_error_once(folder: Path) -> None:
         "shuffling); autopar splits it\n"
     )
     assert not (folder / "plan.json").exists()
+
+
+NO_RULE = """
+import torch
+from torch import nn
+
+import autopar
+
+
+@torch.library.custom_op("bad_input::turn", mutates_args=())
+def turn(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(0) * 2.0
+
+
+turn.register_fake(torch.empty_like)
+turn.register_autograd(lambda ctx, grad: grad.flip(0) * 2.0)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return turn(self.layer(x)).sum()
+
+
+model = autopar.parallelize(Net())
+model(torch.ones(8, 8))
+"""
+
+
+@pytest.mark.multiprocess
+def test_an_op_without_a_rule_is_named_once_with_its_cost(folder: Path) -> None:
+    (folder / "no_rule.py").write_text(NO_RULE)
+    done = run_command("run", folder / "no_rule.py", "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ShardingWarning: turn") == 1
+    assert "ms per step if whole (no_rule.py:" in done.stderr

@@ -1,0 +1,205 @@
+"""`make verify`: every model of the zoo under every strategy equals one device.
+
+On 4 real gloo ranks with AdamW, against the same script in one process (which itself must equal the
+plain PyTorch model bit by bit where there is no dropout). In float64 every loss, gradient and final
+parameter; in float32 every loss. `training.py` says in which norms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tests.e2e.pool import RankFailure, RankPool
+from tests.e2e.training import (
+    DTYPES,
+    MODELS,
+    STRATEGIES,
+    Outcome,
+    is_large,
+    make_reference,
+    train_and_compare,
+)
+
+RANKS = 4
+STEPS, LARGE_STEPS = 20, 4
+LIMIT_FLOAT64, LIMIT_LOSS_FLOAT32 = 1e-9, 5e-5
+TIMEOUT_S = 240.0
+
+
+@dataclass
+class Row:
+    """One model under one strategy, by dtype; `failures` are sentences."""
+
+    model: str
+    strategy: str
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    time_s: float = 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the matrix; 1 if anything failed."""
+    options = _parse(arguments)
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    rows = _verify_all(options, _show)
+    order = {name: i for i, name in enumerate(options.models)}
+    rows.sort(key=lambda row: (order[row.model], options.strategies.index(row.strategy)))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table_of(rows))
+    failed = [row for row in rows if row.failures]
+    for row in failed:
+        told = "\n  ".join(row.failures)
+        console.print(f"{row.model} {row.strategy}: {told}", style="red", markup=False)
+    minutes = (time.monotonic() - start) / 60
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} hold, in {minutes:.1f} minutes")
+    if options.json:
+        Path(options.json).write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    return 1 if failed else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tests.e2e.verify", description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--jobs", type=int, default=1, help="sets of 4 ranks at a time")
+    parser.add_argument("--json", help="write the errors to this file")
+    return parser.parse_args(arguments)
+
+
+def _show(row: Row) -> None:
+    """One line per case as it is done."""
+    how = "FAILED" if row.failures else "ok"
+    if not row.failures and any(o.inapplicable for o in row.outcomes.values()):
+        how = "does not apply"
+    print(f"{row.model:22} {row.strategy:12} {how} ({row.time_s:.1f} s)", flush=True)
+
+
+def _verify_all(options: argparse.Namespace, show: Callable[[Row], None]) -> list[Row]:
+    """All rows, in the order in which they were done; `options.jobs` pools share the models."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in options.models:
+        waiting.put(name)
+    rows: list[Row] = []
+    one_at_a_time = threading.Lock()  # of this process's random state
+    stop = threading.Event()
+
+    def work() -> None:
+        with RankPool(RANKS) as pool:
+            while not stop.is_set():
+                try:
+                    name = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                for row in _verify_model(name, options, pool, one_at_a_time):
+                    rows.append(row)
+                    show(row)
+                    if stop.is_set():
+                        return
+
+    threads = [threading.Thread(target=work) for _ in range(options.jobs)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()  # the threads end their ranks after the case they are at
+        raise
+    return rows
+
+
+def _verify_model(
+    name: str, options: argparse.Namespace, pool: RankPool, one_at_a_time: threading.Lock
+) -> Iterator[Row]:
+    """The rows of one model."""
+    steps = min(LARGE_STEPS, options.steps) if is_large(MODELS[name]) else options.steps
+    with tempfile.TemporaryDirectory(prefix="autopar-verify-") as folder:
+        files = {dtype: Path(folder, dtype) for dtype in options.dtype}
+        try:
+            with one_at_a_time:
+                for dtype, file in files.items():
+                    make_reference(name, dtype, steps, file)
+        except Exception as error:
+            text = f"on one device: {type(error).__name__}: {error}"
+            yield from (Row(name, s, failures=[text]) for s in options.strategies)
+            return
+        for strategy in options.strategies:
+            row = Row(name, strategy)
+            start = time.monotonic()
+            for dtype, file in files.items():
+                case = (name, strategy, dtype, steps, str(file))
+                try:
+                    outcome = pool.run(train_and_compare, *case, timeout_s=TIMEOUT_S)[0]
+                except RankFailure as error:
+                    row.failures.append(f"{dtype}: {error}")
+                    continue
+                row.outcomes[dtype] = outcome
+                row.failures += _too_far(dtype, outcome)
+            row.time_s = time.monotonic() - start
+            yield row
+
+
+def _too_far(dtype: str, outcome: Outcome) -> list[str]:
+    """What is beyond the limits."""
+    errors = {"loss": outcome.loss}
+    if dtype == "float64":
+        errors |= {"gradient": outcome.gradient, "parameter": outcome.parameter}
+    limit = LIMIT_FLOAT64 if dtype == "float64" else LIMIT_LOSS_FLOAT32
+    worst = f" ({outcome.worst})" if outcome.worst else ""
+    return [
+        f"{dtype}: {what} differs by {error:.1e}{worst if what != 'loss' else ''}"
+        for what, error in errors.items()
+        if not error <= limit
+    ]
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Relative errors against one device."""
+    table = Table(title=f"Relative errors on {RANKS} ranks against one device")
+    for name in ("model", "strategy", "mesh"):
+        table.add_column(name)
+    for name in ("loss f64", "gradient f64", "parameter f64", "loss f32"):
+        table.add_column(name, justify="right")
+    previous = ""
+    for row in rows:
+        if previous and row.model != previous:
+            table.add_section()
+        model = row.model if row.model != previous else ""
+        previous = row.model
+        double, single = row.outcomes.get("float64"), row.outcomes.get("float32")
+        some = double or single
+        if row.failures:
+            mesh = f"[red]{some.mesh if some else ''} FAILED[/]"
+        else:
+            mesh = some.mesh or "does not apply" if some else ""
+        cells = ["", "", "", ""]
+        if double is not None and double.mesh:
+            cells[:3] = [f"{e:.1e}" for e in (double.loss, double.gradient, double.parameter)]
+        if single is not None and single.mesh:
+            cells[3] = f"{single.loss:.1e}"
+        table.add_row(model, row.strategy, mesh, *cells)
+    reasons = {o.inapplicable for row in rows for o in row.outcomes.values() if o.inapplicable}
+    if reasons:
+        table.caption = "\n".join(sorted(reasons))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
