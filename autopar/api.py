@@ -161,7 +161,8 @@ def _decorate(target: Any, options: Options) -> Any:
         if isinstance(getattr(target, "autopar", None), Controller):
             raise UserError("the module is parallelized already")
         original = type(target)
-        target.__class__ = _with_forward(original)
+        target.__class__ = _with_forward(original, options)
+        target.__class__.__reduce_ex__ = _reduce(original, options)  # type: ignore[method-assign]
         _attach(target, original, options)
         return target
     kind = f"the {target.__name__} class" if isinstance(target, type) else type(target).__name__
@@ -172,7 +173,7 @@ def _decorate(target: Any, options: Options) -> Any:
 
 
 def _parallel_class(original: type[nn.Module], options: Options) -> type[nn.Module]:
-    parallel = _with_forward(original)
+    parallel = _with_forward(original, options)
 
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
@@ -183,13 +184,33 @@ def _parallel_class(original: type[nn.Module], options: Options) -> type[nn.Modu
     return parallel
 
 
-def _with_forward(original: type[nn.Module]) -> type[nn.Module]:
+def _reduce(original: type[nn.Module], options: Options) -> Callable[..., tuple[Any, ...]]:
+    """Copying and pickling of an instance: its class cannot be found under its name."""
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        made = original.__reduce_ex__(self, protocol)
+        return (_new_parallel, (original, options), *made[2:])
+
+    return reduce_ex
+
+
+def _new_parallel(original: type[nn.Module], options: Options) -> nn.Module:
+    """An empty module of the parallel class of `original`."""
+    parallel = _with_forward(original, options)
+    parallel.__reduce_ex__ = _reduce(original, options)  # type: ignore[method-assign]
+    return parallel.__new__(parallel)
+
+
+def _with_forward(original: type[nn.Module], options: Options) -> type[nn.Module]:
     """A subclass of the same name whose forward goes through the controller."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         controller = self.__dict__.get("autopar")
-        if controller is None:  # a subclass that was not decorated itself
-            return original.forward(self, *args, **kwargs)
+        if controller is None:
+            if "autopar" not in self.__dict__:  # a subclass that was not decorated itself
+                return original.forward(self, *args, **kwargs)
+            _attach(self, original, options)  # it was pickled
+            controller = self.__dict__["autopar"]
         return controller.call(args, kwargs)
 
     forward.__doc__ = original.forward.__doc__

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
@@ -269,3 +270,16 @@ def dynamo_graph_capture(
         captured = full_capture(module, args, kwargs)
     graph: torch.fx.GraphModule = to_graph(captured, module, args, kwargs)
     return graph
+
+
+# --- DTensor without dispatch -------------------------------------------------------------------
+
+
+def local_of(tensor: DTensor) -> torch.Tensor:
+    """The local tensor itself: no copy, no autograd, no dispatch."""
+    return tensor._local_tensor
+
+
+def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
+    """A DTensor placed like `like`, of this local tensor; no checks, no autograd, no dispatch."""
+    return DTensor(local, like._spec, requires_grad=False)

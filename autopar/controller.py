@@ -50,8 +50,25 @@ class Controller:
         module.register_state_dict_post_hook(_whole)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
+    def __deepcopy__(self, memo: dict[int, Any]) -> Controller | None:
+        """The controller of a copy of the module, which runs under the same plan."""
+        module = memo.get(id(self.module))
+        if module is None:
+            return None
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        new._module = weakref.ref(module)
+        new.single = SingleProcess() if self.single is not None else None
+        new.session = self.session.copied(module) if self.session is not None else None
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.session is not None:
+            raise UserError(
+                "a module that runs on several processes cannot be pickled",
+                fix="save its state_dict(), which holds whole tensors",
+            )
+        return (_unattached, ())  # what is loaded finds its own processes in its first call
 
     @property
     def module(self) -> nn.Module:
@@ -98,6 +115,10 @@ class Controller:
             on_cuda = self.session is not None and self.session.device_type == "cuda"
             peak = float(torch.cuda.max_memory_allocated()) if on_cuda else None
             print_timing(self.plan, self.measured_step_s, peak)
+
+
+def _unattached() -> None:
+    return None
 
 
 def default_cluster(device_type: str, size: int) -> Cluster:

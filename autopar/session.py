@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import weakref
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
 from .capture import Capture, CaptureMismatchError, capture
@@ -27,12 +27,22 @@ from .passes.pipeline import Stage, lowering, run_passes
 from .passes.prepare import prepare
 from .passes.rules_of import rules_of
 from .passes.search import choose_for, search
+from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .runtime import agree, world
-from .runtime.group import Group, ProcessGroupGroup
+from .runtime.group import Group
+from .runtime.locals import local_tensors
+from .runtime.optimizer import LocalSteps
 from .runtime.random import draw_seed
+from .runtime.shared_memory import make_group
 from .runtime.program import Program, load_program
-from .runtime.state import replicate_parameters, shard_parameters
+from .runtime.state import (
+    check_replaced,
+    place_optimizer_states,
+    replicate_parameters,
+    shard_parameters,
+    take_rank_zeros,
+)
 
 
 @dataclass
@@ -73,6 +83,7 @@ class Session:
         self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
         self._groups: dict[tuple[str, ...], Group] = {}
         self._last_start: float | None = None
+        self._planned: Capture | None = None  # the first that has the plan's fingerprint
         device = next((p.device.type for p in module.parameters()), "cpu")
         self.device_type = device
         world.start_world(device)
@@ -84,8 +95,18 @@ class Session:
                 fix=f"start {self.plan.world_size} processes, or plan for {self.world_size}",
             )
         self._live = world.flat_mesh(self.world_size, device)
-        self._check = agree.StepCheck(ProcessGroupGroup())
-        replicate_parameters(module, self._live)
+        self._check = agree.StepCheck(make_group())
+        steps = LocalSteps()
+        weakref.finalize(self, steps.close)
+        self._replaced = replicate_parameters(module, self._live)
+        place_optimizer_states()
+
+    def copied(self, module: nn.Module) -> Session:
+        """The session of a deep copy of the module: of the same plan, captured again."""
+        new = copy.copy(self)
+        new.module, new._captured, new.step_times_s = module, {}, []
+        new._last_start = None
+        return new
 
     # -- a call ---------------------------------------------------------------------------------
 
@@ -102,6 +123,7 @@ class Session:
             torch.set_rng_state(generator)
         outputs = program.run(*self._arguments(program, inputs, seed))
         self._write_buffers(program, outputs[program.outputs :])
+        captured.capture.assign(self.module, outputs[: program.outputs])
         return captured.capture.unflatten(outputs[: program.outputs])
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -134,14 +156,13 @@ class Session:
     def _arguments(self, program: Program, inputs: Sequence[Tensor], seed: int) -> list[Any]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        wanted = [parameters[names[0]] for role, names in program.placeholders if role == "param"]
+        locals_ = iter(local_tensors(wanted))
         queue = iter(inputs)
         found: list[Any] = []
         for role, names in program.placeholders:
             if role == "param":
-                parameter = parameters[names[0]]
-                found.append(
-                    parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                )
+                found.append(next(locals_))
             elif role == "buffer":
                 found.append(buffers[names[0]])
             elif role == "constant":
@@ -151,6 +172,11 @@ class Session:
             else:
                 found.append(next(queue))
         return found
+
+    def _device(self) -> torch.device:
+        if self.device_type == "cuda":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(self.device_type)
 
     def _write_buffers(self, program: Program, values: Sequence[Tensor]) -> None:
         if not values:
@@ -206,7 +232,7 @@ class Session:
         return replace(made, graph=prepare(made.graph))
 
     def _twin(self) -> nn.Module:
-        memo: dict[int, Any] = {id(self): None}
+        memo: dict[int, Any] = {id(self.module.__dict__["autopar"]): None}
         for parameter in self.module.parameters():
             # Never written, so that the operating system never gives it memory.
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
@@ -239,6 +265,8 @@ class Session:
             for note in self.plan.notes:
                 warnings.warn(note, ShardingWarning, stacklevel=2)
         storage = {name: parse_sharding(s.sharding) for name, s in self.plan.params.items()}
+        check_replaced(self._replaced)
+        take_rank_zeros(self.module)  # initialised again since the session began, perhaps
         self._live = world.device_mesh(self.plan.mesh, self.device_type)
         shard_parameters(self.module, storage, self.plan.mesh, self._live)
         self._groups_ready = True
@@ -274,7 +302,7 @@ class Session:
         """Choices of a capture's ops: the plan's own, or new ones with the plan's storage."""
         assert self.plan is not None and self.options.cluster is not None
         plan, cluster = self.plan, self.options.cluster
-        if captured.fingerprint == plan.fingerprint:
+        if captured.fingerprint == plan.fingerprint and self._has_planned_rules(captured):
             texts = {n: dict(c) for n, c in plan.choices.items()}
         else:
             made = self._on_rank_zero(
@@ -287,6 +315,21 @@ class Session:
             node: {axis: Choice.parse(text) for axis, text in chosen.items()}
             for node, chosen in texts.items()
         }
+
+    def _has_planned_rules(self, captured: Capture) -> bool:
+        """Whether the plan's choices mean the same in this capture: factors are named by rules.
+
+        A batch of one row is captured with its size, and its dims of one have no factor.
+        """
+        if self._planned is None or self._planned is captured:
+            self._planned = captured
+            return True
+        mine, planned = (
+            {name: str(rule) for name, rule in rules_of(specialise(c.graph, c.symbols)).items()}
+            for c in (captured, self._planned)
+        )
+        assert self.plan is not None
+        return all(mine.get(name) == planned.get(name) for name in self.plan.choices)
 
     def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
         key = tuple(sizes[symbol] for symbol in captured.capture.symbols)
@@ -310,8 +353,9 @@ class Session:
         )
         self.stages = run_passes(graph, passes, plan.mesh)
         lowered = self.stages[-1].graph
-        world.groups_of([lowered], self._live, self._groups)
-        program = load_program(lowered, self._groups, self.options.backend)
+        compiled = self.options.backend not in (None, "eager")
+        world.groups_of([lowered], self._live, self._groups, traceable=compiled)
+        program = load_program(lowered, self._groups, self.options.backend, self._device())
         agree.check_same(
             "the program's schedule of collectives",
             program.schedule,

@@ -80,7 +80,9 @@ def _attention(b: _Builder, a: dict[str, Any]) -> Node:
             scores = _mask(b, scores, hidden, shape)
         else:
             scores = b.call(aten.add.Tensor, (scores, mask), shape, grad_like)
-    weights = b.call(aten.softmax.int, (scores, -1), shape, grad_like)
+    # A mask may hide all of a row, of which torch's attention makes zeros and a softmax nan.
+    softmax = aten.softmax.int if a["attn_mask"] is None else aten._safe_softmax.default
+    weights = b.call(softmax, (scores, -1), shape, grad_like)
     weights = b.call(aten.dropout.default, (weights, a["dropout_p"], True), shape, grad_like)
     return b.call(aten.matmul.default, (weights, value), (*shape[:-1], v[-1]), grad_like)
 

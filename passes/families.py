@@ -58,6 +58,8 @@ class Family:
     def keeps_stored(self, node: Node, mesh: Mesh, options: list[Option]) -> list[Option]:
         """The ways to store a parameter that the family is for."""
         value = value_of(node)
+        # What shares a dim with another axis can only be gathered together with it.
+        options = [o for o in options if not self._is_tied(o)] or options
         for axis, role in self.role.items():
             split = [o for o in options if o.gives[0].dim_of(axis) is not None]
             if role == "data":
@@ -67,6 +69,12 @@ class Family:
             elif role == "tensor" and value.requires_grad and value.rank > 1:
                 options = split or options
         return options
+
+    def _is_tied(self, option: Option) -> bool:
+        return any(
+            len(split.axes) > 1 and not self.never_gather.isdisjoint(split.axes)
+            for split in option.gives[0].splits
+        )
 
     @property
     def never_gather(self) -> frozenset[str]:

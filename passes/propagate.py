@@ -12,6 +12,7 @@ from autopar.ir.graph import Graph, Value, tensor_inputs, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 from autopar.ir.sharding import Sharding
+from autopar.ir.text import print_node
 
 from .options import place_call
 from .programme import is_getitem, producer_of
@@ -60,7 +61,9 @@ def _type_call(
     active = {axis: choice for axis, choice in chosen.items() if choice != REPLICATE}
     placed = place_call(node, rule, mesh, active, uneven=True)
     if placed is None:
-        raise PassError("propagate", "rule_allows", f"{active} is not legal", node)
+        asked = " ".join(f"{axis}={choice}" for axis, choice in active.items())
+        what = f"%{node.name} cannot do {asked} under {rule}"
+        raise PassError("propagate", "rule_allows", what, print_node(node))
     node.meta["wants"] = placed.inputs
     node.meta["rule"] = rule
     node.meta["chosen"] = active

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import sympy
 import torch.fx
@@ -104,7 +105,7 @@ def search(
         progress(f"{family} on {label}: {time.perf_counter() - start:.1f} s")
     chosen = [c for c in tried[: len(wanted)] if c.assignment is not None]
     if not chosen:
-        _raise_nothing_fits(tried[: len(wanted)], strategy, limit)
+        _raise_nothing_fits(tried[: len(wanted)], strategy, limit, cluster.size)
     best = min(chosen, key=lambda c: c.assignment.time_s if c.assignment else 0.0)
     return _to_plan(problem, best, tried, fingerprint, strategy, symbols)
 
@@ -200,7 +201,14 @@ def _options(
     return options
 
 
-def _raise_nothing_fits(tried: list[Candidate], strategy: str, limit: float) -> None:
+def _raise_nothing_fits(
+    tried: list[Candidate], strategy: str, limit: float, size: int
+) -> NoReturn:
+    if not tried:
+        raise UserError(
+            f"the strategy {strategy!r} needs a mesh of two axes, and {size} devices make none",
+            fix="use a number of devices that is a product of two, or strategy='auto'",
+        )
     needs = [(c.least_bytes, str(c.mesh)) for c in tried if c.least_bytes is not None]
     if not needs:
         raise UserError(

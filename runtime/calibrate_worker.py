@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from autopar.runtime.group import ProcessGroupGroup
+from autopar.runtime.group import Group
 from autopar.runtime.random import keep_mask, whole
+from autopar.runtime.shared_memory import make_group
 
 aten = torch.ops.aten
 Sample = tuple[str, float, float]  # key, x (flops or bytes), seconds
@@ -51,6 +52,9 @@ CONVS = [  # batch, channels in, channels out, height and width, kernel
 ATTENTION = [(1, 4, 64, 64), (4, 8, 128, 64), (16, 8, 128, 64), (2, 8, 512, 64), (2, 8, 1024, 64)]
 
 
+SPOIL_BYTES = 16 * MB  # per rank: together more than the last level of cache
+
+
 class Work(NamedTuple):
     """What to time: `x` is its flops or bytes; one call of `fn` does that `times` times."""
 
@@ -61,33 +65,51 @@ class Work(NamedTuple):
 
 
 class Clock:
-    """Times callables for a fixed span of time, all ranks at once."""
+    """Times callables for a fixed span of time, all ranks at once, as they run in training.
+
+    There an op seldom finds its inputs in the cache, and the members of a collective seldom arrive
+    together: before every timed call the rank walks through `SPOIL_BYTES` of other memory, and
+    before a collective it computes for a few milliseconds, so that what a collective takes includes
+    waiting for the slowest rank.
+    """
 
     def __init__(self, seconds: float, ranks: int, report: Callable[[str], None]) -> None:
         self.seconds, self.ranks, self.report = seconds, ranks, report
+        self._spoiler = torch.zeros(SPOIL_BYTES // 4)
+        self._factor = torch.full((384, 384), 1e-3)
 
-    def __call__(self, fn: Callable[[], Any], collective: bool = False) -> float:
+    def __call__(self, fn: Callable[[], Any], collective: bool = False, cold: bool = True) -> float:
         """Median seconds of one call. A collective runs as often on every rank."""
+        before = self._compute if collective else self._spoil if cold else _nothing
         fn()
+        before()
         if self.ranks > 1:
             dist.barrier()
         start = time.perf_counter()
         fn()
+        before()
         first = time.perf_counter() - start
         budget = self.seconds
         if collective:  # all must agree on the count: the slowest rank's figure
             agreed = torch.tensor([first])
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
             first = float(agreed[0])
-        calls = min(max(int(budget / max(first, 1e-7)), 3), 2000)
-        inner = max(calls // 50, 1)  # very short calls are timed in runs
+        calls = min(max(int(budget / max(first, 1e-7)), 5), 200)
         times: list[float] = []
-        for _ in range(calls // inner):
+        for _ in range(calls):
+            before()
             start = time.perf_counter()
-            for _ in range(inner):
-                fn()
-            times.append((time.perf_counter() - start) / inner)
+            fn()
+            times.append(time.perf_counter() - start)
         return statistics.median(times)
+
+    def _spoil(self) -> None:
+        self._spoiler.add_(1.0)
+
+    def _compute(self) -> None:
+        self._spoil()
+        for _ in range(2):
+            torch.mm(self._factor, self._factor)
 
 
 def matmul_work(quick: bool) -> Iterator[Work]:
@@ -212,12 +234,12 @@ def overhead_work() -> Iterator[Work]:
     x = torch.randn(8, 8, requires_grad=True)
     y = torch.randn(8, 8, requires_grad=True)
 
-    def ten() -> None:
+    def hundred() -> None:
         with torch.enable_grad():
-            for _ in range(10):
+            for _ in range(100):
                 x * y
 
-    yield Work("overhead", 1.0, ten, times=10)
+    yield Work("overhead", 1.0, hundred, times=100)
 
 
 def compute_work(quick: bool) -> Iterator[Work]:
@@ -235,7 +257,7 @@ def group_sizes(nproc: int) -> list[int]:
     return sorted(sizes | ({nproc} if nproc > 1 else set()))
 
 
-def collective_call(kind: str, group: ProcessGroupGroup, nbytes: int) -> Callable[[], Any]:
+def collective_call(kind: str, group: Group, nbytes: int) -> Callable[[], Any]:
     """A call, waited for, whose byte count by the convention of cost.comm is `nbytes`."""
     members = group.size
     n = max(nbytes // 4 // members, 1)
@@ -260,12 +282,12 @@ def run_collectives(clock: Clock, nproc: int, sizes: list[int]) -> list[Sample]:
     rank = dist.get_rank()
     found: list[Sample] = []
     for members in group_sizes(nproc):
-        mine: ProcessGroupGroup | None = None
+        mine: Group | None = None
         for first in range(0, nproc - members + 1, members):
             ranks = list(range(first, first + members))
             handle = dist.new_group(ranks)  # a collective: every rank makes every group
             if rank in ranks:
-                mine = ProcessGroupGroup(handle)
+                mine = make_group(handle)
         for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"):
             clock.report(f"{kind} among {members}")
             for nbytes in sizes:
@@ -280,7 +302,8 @@ def measure(clock: Clock, nproc: int, quick: bool) -> list[Sample]:
     found: list[Sample] = []
     for work in compute_work(quick):
         clock.report(work.key.removeprefix("bandwidth:"))
-        found.append((work.key, work.x, clock(work.fn) / work.times))
+        seconds = clock(work.fn, cold=work.key != "overhead")
+        found.append((work.key, work.x, seconds / work.times))
     if nproc > 1:
         sizes = [KB, 64 * KB, MB, 16 * MB]
         if not quick:
@@ -305,9 +328,9 @@ def main(path: str) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{job['store']}", rank=rank, world_size=nproc
         )
-    found = measure(Clock(0.02 if quick else 0.05, nproc, report), nproc, quick)
+    found = measure(Clock(0.03 if quick else 0.1, nproc, report), nproc, quick)
     if not quick:  # a burst of foreign load spoils one round, seldom both
-        again = measure(Clock(0.05, nproc, report), nproc, quick)
+        again = measure(Clock(0.1, nproc, report), nproc, quick)
         found = [(k, x, min(s, t)) for (k, x, s), (_, _, t) in zip(found, again, strict=True)]
     if nproc > 1:
         times = torch.tensor([seconds for _, _, seconds in found], dtype=torch.float64)

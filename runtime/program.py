@@ -50,29 +50,40 @@ def load_program(
     graph: Graph,
     groups: Mapping[tuple[str, ...], Group],
     backend: str | None = None,
+    device: torch.device | None = None,
 ) -> Program:
     """Bind a lowered graph to live groups.
 
-    Gathered copies of parameters marked `regather` are dropped after the forward. `backend` is a `torch.compile` backend for the whole program ("inductor"), or
-    None or "eager" for one ATen call per op.
+    Gathered copies of parameters marked `regather` are dropped after the forward. `backend` is a
+    `torch.compile` backend for what is between the lowered ops ("inductor"), or None or "eager" for
+    one ATen call per op. What the graph makes of nothing (`arange`, `zeros`) and its constants are on `device`.
     """
+    if device is not None and device.type != "cpu":
+        graph = _on_device(graph, device)
     dropped = {node.name for node in graph.placeholders("param") if node.meta["regather"]}
     keeper = Regather() if dropped else None
     bindings = dict(BINDINGS)
     if keeper is not None:
         graph = _mark_regathered(graph, dropped)
         bindings.update(_regathering(keeper))
-    compiled = compile_graph(graph, bindings.__getitem__, groups)
-    run = compiled.run
-    if backend not in (None, "eager"):
-        run = torch.compile(run, backend=backend, dynamic=False)
+    if backend in (None, "eager"):
+        compiled = compile_graph(graph, bindings.__getitem__, groups)
+        run = compiled.run
+    else:
+        # The lowered ops' autograd Functions hand each other what is in flight behind autograd's
+        # back, and a seed that a compiler sees is a constant: it would compile every step again.
+        left_alone = {op: torch.compiler.disable(call) for op, call in bindings.items()}
+        compiled = compile_graph(graph, left_alone.__getitem__, groups)
+        run = torch.compile(compiled.run, backend=backend, dynamic=False)
     if keeper is not None:
         run = _saving(run, keeper)
     by_name = {n.name: n for n in graph.placeholders("buffer")}
     return Program(
         run=run,
         placeholders=tuple((n.meta["role"], n.meta["fqns"]) for n in graph.placeholders()),
-        constants={n.meta["fqns"][0]: n.meta["tensor"] for n in graph.placeholders("constant")},
+        constants={
+            n.meta["fqns"][0]: n.meta["tensor"].to(device) for n in graph.placeholders("constant")
+        },
         outputs=graph.outputs,
         mutated=tuple(by_name[name].meta["fqns"][0] for name in graph.mutated),
         source=compiled.source,
@@ -90,6 +101,18 @@ def schedule_of(graph: Graph) -> str:
             dtypes = [str(v.dtype) for v in values_of(node)]
             digest.update(f"{node.target.name} {parts} {dtypes}\n".encode())
     return digest.hexdigest()
+
+
+def _on_device(graph: Graph, device: torch.device) -> Graph:
+    """The graph with a device for every op that makes a tensor of none."""
+    new = graph.copy()
+    for node in new.calls():
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or any("Tensor" in str(a.type) for a in schema.arguments):
+            continue
+        if any(a.name == "device" for a in schema.arguments):
+            node.kwargs = {**node.kwargs, "device": device}
+    return new
 
 
 _REGATHERED_EXCHANGE = LoweredOp("regathered_exchange")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import gc
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from autopar.compat import swap_tensors
 from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
@@ -18,22 +23,72 @@ from autopar.ir.sharding import Sharding
 from .placements import shard
 
 
-def replicate_parameters(module: nn.Module, live: DeviceMesh) -> None:
+def replicate_parameters(
+    module: nn.Module, live: DeviceMesh
+) -> list[weakref.ref[nn.Parameter]]:
     """Make every parameter a DTensor that all ranks hold whole, with rank 0's values.
 
-    Called before the user makes the optimizer: a parameter's identity never changes after this,
-    only (once, in `shard_parameters`) what it holds. Buffers get rank 0's values, too.
+    A parameter's identity never changes after this, only (once, in `shard_parameters`) what it
+    holds. Buffers get rank 0's values, too. Optimizers that were made before get the new
+    parameters; the result are those that were replaced, which nothing should hold any more.
     """
-    _same_on_all_ranks(module)
+    take_rank_zeros(module)
     placements = [Replicate()] * live.ndim
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    parameter = None
     for owner, name, parameter in _slots(module):
         if isinstance(parameter, DTensor):
             continue
         if id(parameter) not in made:
             whole = DTensor.from_local(parameter.detach(), live, placements, run_check=False)
-            made[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        owner._parameters[name] = made[id(parameter)]
+            new = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            if parameter.grad is not None:
+                new.grad = DTensor.from_local(parameter.grad, live, placements, run_check=False)
+            made[id(parameter)] = (parameter, new)
+        owner._parameters[name] = made[id(parameter)][1]
+    news = {key: new for key, (_, new) in made.items()}
+    replaced = [weakref.ref(old) for old, _ in made.values()]
+    del parameter, made  # the last references that are ours
+    if any(ref() is not None for ref in replaced):
+        _give_to_optimizers(news)
+    return replaced
+
+
+def _slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    return [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _give_to_optimizers(news: Mapping[int, nn.Parameter]) -> None:
+    """Put new parameters in the place of old ones (by `id`) in every optimizer there is."""
+    for found in gc.get_objects():
+        if not issubclass(type(found), Optimizer):
+            continue
+        for group in found.param_groups:
+            group["params"] = [news.get(id(p), p) for p in group["params"]]
+        for old in [p for p in found.state if id(p) in news]:
+            found.state[news[id(old)]] = found.state.pop(old)
+
+
+def check_replaced(replaced: Sequence[weakref.ref[nn.Parameter]]) -> None:
+    """Raise UserError if someone still holds parameters that are no longer the module's.
+
+    One of them may be the variable of a finished loop.
+    """
+    if sum(ref() is not None for ref in replaced) < 2:
+        return
+    gc.collect()
+    held = sum(ref() is not None for ref in replaced)
+    if held >= 2:
+        raise UserError(
+            f"{held} parameters were replaced by distributed ones when the model was parallelized, "
+            "and something still holds the old ones, which do not train",
+            fix="call autopar.parallelize before model.parameters() is kept anywhere",
+        )
 
 
 def shard_parameters(
@@ -58,26 +113,31 @@ def shard_parameters(
             grad = parameter.grad
             assert isinstance(grad, DTensor)
             new.grad = shard(grad.to_local(), sharding, mesh, live, rank)
-        try:
-            torch.utils.swap_tensors(parameter, new)
-        except RuntimeError as error:
-            raise UserError(
-                f"the parameter {name} cannot be sharded: {error}",
-                fix="call the model once before keeping its parameters in other graphs",
-            ) from None
+        _become(name, parameter, new)
         done.add(id(parameter))
 
 
-def _slots(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield owner, name, parameter
+def _become(name: str, parameter: nn.Parameter, new: nn.Parameter) -> None:
+    """Make `parameter` what `new` is, for everybody who holds it."""
+    try:
+        swap_tensors(parameter, new)
+    except RuntimeError as error:
+        raise UserError(
+            f"the parameter {name} cannot be distributed while something else holds on to it: "
+            f"{str(error).splitlines()[0]}",
+            fix="do not use the model's parameters in another computation before its first call",
+        ) from None
 
 
-def _same_on_all_ranks(module: nn.Module) -> None:
-    """Give every rank rank 0's parameters and buffers, if they differ at all."""
-    tensors = [*module.parameters(), *module.buffers()]
+def take_rank_zeros(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers, if they differ at all; collective.
+
+    The parameters have to be plain, or DTensors that every rank holds whole.
+    """
+    tensors = [
+        t.to_local() if isinstance(t, DTensor) else t
+        for t in (*(p.detach() for p in module.parameters()), *module.buffers())
+    ]
     sums = [t.detach().double().sum().cpu() if t.numel() else torch.zeros(()) for t in tensors]
     mine = torch.stack([s.double() for s in sums]) if sums else torch.zeros(0).double()
     mine = torch.nan_to_num(mine)
@@ -119,3 +179,30 @@ def like(whole: Tensor, parameter: DTensor) -> DTensor:
         run_check=False,
     )
     return replicated.redistribute(parameter.device_mesh, parameter.placements)
+
+
+@functools.cache
+def place_optimizer_states() -> None:
+    """From now on, optimizers hold states as their parameters are, wherever they come from.
+
+    What a checkpoint gives are whole tensors, or pieces under another plan.
+    """
+    register_optimizer_step_pre_hook(_place_states)
+
+
+def _place_states(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    del args, kwargs
+    for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, DTensor):
+            continue
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.shape != parameter.shape or name == "step":
+                continue
+            if not isinstance(value, DTensor):
+                state[name] = like(value, parameter)
+            elif _place_of(value) != _place_of(parameter):
+                state[name] = like(value.full_tensor(), parameter)
+
+
+def _place_of(value: DTensor) -> tuple[Any, ...]:
+    return value.device_mesh, value.placements

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +16,7 @@ from autopar.ir.lowered import GroupRef
 from autopar.ir.mesh import Mesh
 
 from .group import Group, ProcessGroupGroup
+from .shared_memory import make_group
 
 
 def world_size() -> int:
@@ -31,19 +34,46 @@ def start_world(device_type: str) -> None:
             dist.init_process_group("cpu:gloo,cuda:nccl")
         else:
             dist.init_process_group("gloo")
+        atexit.register(_end_world)
+
+
+def _end_world() -> None:
+    """Join the threads of the groups before the interpreter takes down what they run on."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# The meshes of each default process group by (device type, sizes, axis names): a mesh of two axes
+# starts groups with sockets and threads of their own, which torch keeps until the process ends.
+_MESHES: weakref.WeakKeyDictionary[
+    dist.ProcessGroup, dict[tuple[str, tuple[int, ...], tuple[str, ...]], DeviceMesh]
+] = weakref.WeakKeyDictionary()
 
 
 def device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
-    """The live `DeviceMesh` of a plan's mesh."""
-    sizes = tuple(axis.size for axis in mesh)
-    return init_device_mesh(device_type, sizes, mesh_dim_names=mesh.names)
+    """The live `DeviceMesh` of a plan's mesh: one for all models that have such a mesh."""
+    return _mesh(device_type, tuple(axis.size for axis in mesh), mesh.names)
+
+
+def _mesh(device_type: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    world = dist.group.WORLD
+    assert world is not None
+    known = _MESHES.setdefault(world, {})
+    key = (device_type, sizes, names)
+    if key not in known:
+        known[key] = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    return known[key]
 
 
 def groups_of(
-    graphs: Iterable[Graph], mesh: DeviceMesh, known: dict[tuple[str, ...], Group]
+    graphs: Iterable[Graph],
+    mesh: DeviceMesh,
+    known: dict[tuple[str, ...], Group],
+    traceable: bool = False,
 ) -> dict[tuple[str, ...], Group]:
     """Live groups for every `GroupRef` of some graphs; `known` is extended and returned.
 
+    With `traceable`, groups consist of functional collectives, which `torch.compile` can trace.
     Groups are created collectively: every rank must call this with the same programs.
     """
     wanted = {
@@ -54,7 +84,8 @@ def groups_of(
         if isinstance(arg, GroupRef)
     }
     for axes in sorted(wanted - set(known)):
-        known[axes] = ProcessGroupGroup(_process_group(mesh, axes))
+        found = _process_group(mesh, axes)
+        known[axes] = ProcessGroupGroup(found) if traceable else make_group(found)
     return known
 
 
@@ -69,4 +100,4 @@ def _process_group(mesh: DeviceMesh, axes: tuple[str, ...]) -> dist.ProcessGroup
 
 def flat_mesh(size: int, device_type: str) -> DeviceMesh:
     """All ranks along one axis: where parameters live before there is a plan."""
-    return init_device_mesh(device_type, (size,), mesh_dim_names=("world",))
+    return _mesh(device_type, (size,), ("world",))

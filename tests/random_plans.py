@@ -68,9 +68,7 @@ def random_decisions(
     for node in graph.placeholders("param"):
         options = param_options(node, wanted[node.name], mesh, pricer)
         option = random.choice(options) if options else None
-        storage[node.name] = (
-            option.gives[0] if option else Sharding.replicated(value_of(node).rank)
-        )
+        storage[node.name] = option.gives[0] if option else Sharding.replicated(value_of(node).rank)
         if option is not None and option.regather:
             regather.add(node.name)
     return Decisions(mesh, chosen, storage, frozenset(regather))

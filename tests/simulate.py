@@ -258,7 +258,14 @@ def lower_all(
         if common is None:
             common = run_passes(graph, passes[:cut], mesh)[-1].graph
         made.append(run_passes(common, passes[cut:], mesh)[-1].graph)
+    orders = [_order(graph) for graph in made]
+    assert orders.count(orders[0]) == len(orders), "ranks differ in the order of their ops"
     return made
+
+
+def _order(graph: Graph) -> list[tuple[str, list[str]]]:
+    """Ops and what they read, in order: in the backward, too, collectives follow it."""
+    return [(n.name, [i.name for i in n.all_input_nodes]) for n in graph.fx.nodes]
 
 
 def groups_of(
@@ -288,14 +295,12 @@ def assemble(
     scale = max((float(s.abs().max()) for s in present if s.numel()), default=0.0)
     for rank, shard in enumerate(shards):
         here = mesh.coordinates(rank)
-        view = torch.zeros(whole.shape, dtype=torch.bool)
         index = [
             torch.tensor([i for run in split.runs(size, mesh, here) for i in run], dtype=torch.long)
             for split, size in zip(sharding.splits, shape, strict=True)
         ]
         if any(len(i) == 0 for i in index):
             continue
-        del view
         at = torch.meshgrid(*index, indexing="ij") if index else ()
         got = torch.zeros([len(i) for i in index], dtype=whole.dtype) if shard is None else shard
         old = whole[at]

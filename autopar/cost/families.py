@@ -24,6 +24,7 @@ def op_name(target: Any) -> str:
 _NATIVE = {
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
+    "_safe_softmax": "softmax",
     "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
     "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention",

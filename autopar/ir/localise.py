@@ -215,14 +215,18 @@ def _bias_only(node: torch.fx.Node, local: Local, channel_dim: int) -> Call:
     bias = arguments(node)["bias"]
     if bias is None:
         return _nothing(node, local)
+    tensors = tensor_inputs(node)
     shape = list(local.outputs[0])
-    return biased, (shape, channel_dim, bias, *tensor_inputs(node)), {}
+    return biased, (shape, channel_dim, tensors.index(bias), *tensors), {}
 
 
-def biased(
-    shape: Sequence[int], dim: int, bias: torch.Tensor, *tensors: torch.Tensor
-) -> torch.Tensor:
-    """A convolution over no input channels: the bias along `dim`, still a function of `tensors`."""
+def biased(shape: Sequence[int], dim: int, at: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """A convolution over no input channels: the bias along `dim`, still a function of `tensors`.
+
+    The bias is `tensors[at]`: every device reads its inputs in the same order, in which overlapped
+    collectives wait.
+    """
+    bias = tensors[at]
     zeros = nothing([shape], [bias.dtype], *tensors)
     assert isinstance(zeros, torch.Tensor)
     return zeros + bias.reshape([-1 if i == dim else 1 for i in range(len(shape))])

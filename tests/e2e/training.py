@@ -151,4 +151,3 @@ def error_of(
 
 def scale_of(value: Tensor) -> float:
     return value.double().abs().max().item() if value.numel() else 0.0
-

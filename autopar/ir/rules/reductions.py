@@ -135,7 +135,8 @@ RULES: dict[str, Handler] = {
     **{
         f"aten.{name}": scan()
         for name in words(
-            "softmax log_softmax _softmax _log_softmax cumprod cummax cummin logcumsumexp"
+            "softmax log_softmax _softmax _log_softmax _safe_softmax "
+            "cumprod cummax cummin logcumsumexp"
         )
     },
     "aten.cumsum": scan("self"),
