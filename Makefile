@@ -45,7 +45,7 @@ verify: venv
 	$(CPU_RANKS) $(PY) -m tests.e2e.verify
 
 bench: venv
-	$(CPU_RANKS) $(PY) benchmarks/speed.py
+	$(CPU_RANKS) $(PY) -m benchmarks.speed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -282,4 +282,4 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor placed like `like`, of this local tensor; no checks, no autograd, no dispatch."""
-    return DTensor(local, like._spec, requires_grad=False)
+    return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]

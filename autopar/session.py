@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import weakref
 import time
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,9 +33,9 @@ from .runtime import agree, world
 from .runtime.group import Group
 from .runtime.locals import local_tensors
 from .runtime.optimizer import LocalSteps
+from .runtime.program import Program, load_program
 from .runtime.random import draw_seed
 from .runtime.shared_memory import make_group
-from .runtime.program import Program, load_program
 from .runtime.state import (
     check_replaced,
     place_optimizer_states,
@@ -96,10 +96,10 @@ class Session:
             )
         self._live = world.flat_mesh(self.world_size, device)
         self._check = agree.StepCheck(make_group())
+        place_optimizer_states()  # before the states are taken apart into local tensors
         steps = LocalSteps()
         weakref.finalize(self, steps.close)
         self._replaced = replicate_parameters(module, self._live)
-        place_optimizer_states()
 
     def copied(self, module: nn.Module) -> Session:
         """The session of a deep copy of the module: of the same plan, captured again."""
@@ -149,7 +149,7 @@ class Session:
             self._last_start = None
 
     def measured_step_s(self) -> float | None:
-        """Median time from one training call to the next, the first three left out; None so early."""
+        """Median seconds from one training call to the next, without the first three, or None."""
         settled = self.step_times_s[3:]
         return statistics.median(settled) if settled else None
 
@@ -246,9 +246,7 @@ class Session:
 
     _groups_ready = False
 
-    def _make_plan(
-        self, fresh: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def _make_plan(self, fresh: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Plan on rank 0 for training, agree on it, and shard the parameters."""
         trained = fresh
         if not (self.module.training and torch.is_grad_enabled()):
@@ -305,10 +303,9 @@ class Session:
         if captured.fingerprint == plan.fingerprint and self._has_planned_rules(captured):
             texts = {n: dict(c) for n, c in plan.choices.items()}
         else:
+            graph, sizes, priced_as = captured.graph, captured.symbols, self.options.optimizer
             made = self._on_rank_zero(
-                lambda: json.dumps(
-                    choose_for(captured.graph, captured.symbols, cluster, plan, self.options.optimizer)
-                )
+                lambda: json.dumps(choose_for(graph, sizes, cluster, plan, priced_as))
             )
             texts = json.loads(made)
         return {

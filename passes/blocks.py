@@ -44,26 +44,25 @@ def find_blocks(graph: Graph) -> Blocks:
         for offset in range(period):
             for copy in range(copies):
                 representative[calls[start + copy * period + offset]] = calls[start + offset]
-    first_user: dict[Node, tuple[Node, int]] = {}
+    first_user: dict[tuple[Node, int], Node] = {}
     for node in graph.placeholders():
         users = [user for user in calls if node in user.all_input_nodes] if node.users else []
         if len(users) == 1:
             user = users[0]
             key = (representative[user], user.all_input_nodes.index(node))
-            if key in first_user and values_of(first_user[key][0]) == values_of(node):
-                representative[node] = first_user[key][0]
+            if key in first_user and values_of(first_user[key]) == values_of(node):
+                representative[node] = first_user[key]
             else:
-                first_user.setdefault(key, (node, 0))
+                first_user.setdefault(key, node)
     return Blocks(representative, tuple(regions))
 
 
 def _signatures(calls: list[Node]) -> NDArray[np.int64]:
-    """A small integer per op: equal for equal target, static arguments, and input and output types."""
+    """A small integer per op: equal for equal target, static arguments and types."""
     ids: dict[str, int] = {}
-    index = {node: i for i, node in enumerate(calls)}
     found = np.empty(len(calls), dtype=np.int64)
     for i, node in enumerate(calls):
-        static = torch.fx.map_arg((node.args, node.kwargs), lambda n: _input_text(n, i, index))
+        static = torch.fx.map_arg((node.args, node.kwargs), _input_text)
         text = f"{node.target} {static} {[(v.shape, v.dtype) for v in values_of(node)]}"
         found[i] = ids.setdefault(text, len(ids))
     return found
@@ -73,7 +72,7 @@ class _Text(str):
     __slots__ = ()
 
 
-def _input_text(node: Node, at: int, index: dict[Node, int]) -> _Text:
+def _input_text(node: Node) -> _Text:
     types = [(v.shape, v.dtype, v.requires_grad) for v in values_of(node)]
     return _Text(f"{node.op if node.op == 'placeholder' else 'call'}{types}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 import torch.fx
 
@@ -20,13 +21,14 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
     """Merge the collectives that parameters go through before their first use into buckets.
 
     Parameters share a bucket if they make the same step (collective, axis, dtype) at the same depth
-    from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`); a bucket holds about `limit_bytes` of local data, in the order of first use,
-    so that its gradients are complete together.
+    from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`).
+    A bucket holds about `limit_bytes` of local data, in the order of first use, so that its
+    gradients are complete together.
     """
     new = graph.copy()
     order = {node: i for i, node in enumerate(new.fx.nodes)}
     groups: dict[tuple[int, Collective, str, torch.dtype, bool], list[Node]] = defaultdict(list)
-    depth: dict[Node, int] = {node: 0 for node in new.placeholders("param")}
+    depth: dict[Node, int] = dict.fromkeys(new.placeholders("param"), 0)
     regathered = {node for node in depth if node.meta.get("regather")}
     for node in new.fx.nodes:
         if node.target is COLLECTIVE and node.args[2] in depth:
@@ -65,7 +67,8 @@ def _packed(nodes: list[Node], mesh: Mesh, limit_bytes: int) -> list[list[Node]]
 
 def _merge(graph: Graph, op: Collective, axis: str, nodes: list[Node]) -> None:
     with graph.fx.inserting_before(nodes[-1]):
-        bucket = graph.fx.call_function(BUCKET, (op, axis, [node.args[2] for node in nodes]))
+        arguments: Any = (op, axis, [node.args[2] for node in nodes])
+        bucket = graph.fx.call_function(BUCKET, arguments)
         bucket.meta = {"value": tuple(value_of(node) for node in nodes), "source": ""}
         for i, node in enumerate(nodes):
             item = graph.fx.call_function(operator.getitem, (bucket, i))

@@ -101,8 +101,12 @@ def _repeat_heads(b: _Builder, x: Node, heads: Size) -> Node:
     """[..., g, s, d] -> [..., heads, s, d], every head repeated in place."""
     shape = value_of(x).shape
     groups, rest = shape[-3], shape[-2:]
-    times = heads // groups if isinstance(heads, int) and isinstance(groups, int) else heads / groups
+    times = (
+        heads // groups if isinstance(heads, int) and isinstance(groups, int) else heads / groups
+    )
     wide = (*shape[:-3], groups, times, *rest)
     x1 = b.call(aten.unsqueeze.default, (x, -3), (*shape[:-3], groups, 1, *rest), x)
     x2 = b.call(aten.expand.default, (x1, list(wide)), wide, x1)
-    return b.call(aten.reshape.default, (x2, [*shape[:-3], heads, *rest]), (*shape[:-3], heads, *rest), x2)
+    return b.call(
+        aten.reshape.default, (x2, [*shape[:-3], heads, *rest]), (*shape[:-3], heads, *rest), x2
+    )

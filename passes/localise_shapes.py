@@ -83,22 +83,21 @@ def _local_value(value: Any, mesh: Mesh, here: Coordinates) -> Any:
 
 
 def _call(node: Node, mesh: Mesh, here: Coordinates) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    arguments: Any = node.args  # of a lowered op, FX's type of arguments does not hold
     if node.target is COLLECTIVE:
-        op, axis, x = node.args
-        assert isinstance(op, Collective) and isinstance(axis, str) and isinstance(x, torch.fx.Node)
+        op, axis, x = arguments
         spec = spec_of(op, axis, value_of(x), value_of(node), mesh, here)
         return EXCHANGE, (op, [spec], GroupRef((axis,)), x), {}
     if node.target is BUCKET:
-        op, axis, xs = node.args
-        assert isinstance(op, Collective) and isinstance(axis, str) and isinstance(xs, (list, tuple))
+        op, axis, xs = arguments
         specs = [
-            spec_of(op, axis, value_of(x), after, mesh, here)  # type: ignore[arg-type]
+            spec_of(op, axis, value_of(x), after, mesh, here)
             for x, after in zip(xs, values_of(node), strict=True)
         ]
         return EXCHANGE, (op, specs, GroupRef((axis,)), *xs), {}
     special = _SPECIAL.get(node.target)
     if special is not None:
-        made = special(node, mesh, here)
+        made: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = special(node, mesh, here)
         if made is not None:
             return made
     inputs = [_local_shape(value_of(x), mesh, here) for x in tensor_inputs(node)]
@@ -194,9 +193,7 @@ def _embedding(
 def _cross_entropy(
     node: Node, mesh: Mesh, here: Coordinates
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    a = _arguments(
-        node, "self", "target", "weight", "reduction", "ignore_index", "label_smoothing"
-    )
+    a = _arguments(node, "self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
     sharding = _sharding(a["self"])
     classes = 1 if sharding.rank > 1 else 0
     split = sharding.splits[classes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.fx
 
 from autopar.ir.graph import Graph, value_of
@@ -31,8 +33,9 @@ def lower_collectives(graph: Graph, mesh: Mesh) -> Graph:
         for step in reshard_steps(value.sharding, target, mesh):
             key = (current, step.op, step.axis, step.after)
             if key not in made:
+                arguments: Any = (step.op, step.axis, current)
                 with new.fx.inserting_before(node):
-                    call = new.fx.call_function(COLLECTIVE, (step.op, step.axis, current))
+                    call = new.fx.call_function(COLLECTIVE, arguments)
                 call.meta = {**node.meta, "value": value.with_sharding(step.after)}
                 made[key] = call
             current = made[key]

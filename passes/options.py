@@ -1,4 +1,4 @@
-"""What every node of a graph may do on a mesh, with its price: the columns of the planner's programme."""
+"""What every node of a graph may do on a mesh, with its price: the planner's columns."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def place_call(
     """`place` for one node of a graph, with the varying axes of its differentiable inputs marked.
 
     If any input or output is split or partial on an axis, a replicated differentiable input gets
-    only this device's share of its gradient there: it must be varying. None if illegal; `uneven` admits
-    factors with fewer units than devices (some devices then hold nothing).
+    only this device's share of its gradient there: it must be varying. None if illegal; `uneven`
+    admits factors with fewer units than devices (some devices then hold nothing).
     """
     inputs = [value_of(source) for source in tensor_inputs(node)]
     outputs = values_of(node)

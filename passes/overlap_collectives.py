@@ -17,8 +17,8 @@ def overlap_collectives(graph: Graph) -> Graph:
     """Split exchanges into `open` (right after their inputs) and `close` (right before first use).
 
     Exchanges with no op to run between the two points stay whole. The order depends on the graph
-    alone, so it is the same on every rank. In the backward the roles turn round: `close` issues when
-    the last gradient is there, and `open`, being older, waits last.
+    alone, so it is the same on every rank. In the backward the roles turn round: `close` issues
+    when the last gradient is there, and `open`, being older, waits last.
     """
     new = graph.copy()
     for node in _worth_splitting(new):
@@ -32,7 +32,9 @@ def _worth_splitting(graph: Graph) -> list[Node]:
     order = {node: i for i, node in enumerate(nodes)}
     calls = [0]
     for node in nodes:
-        calls.append(calls[-1] + (node.op == "call_function" and node.target is not operator.getitem))
+        calls.append(
+            calls[-1] + (node.op == "call_function" and node.target is not operator.getitem)
+        )
     found = []
     for node in nodes:
         if node.target is EXCHANGE:

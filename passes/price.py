@@ -20,9 +20,9 @@ from autopar.cost.compute import (
     backward_time,
     forward_time,
     local_op,
-    op_name,
     optimizer_time,
 )
+from autopar.cost.families import op_name
 from autopar.cost.memory import saved, state_bytes
 from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import (
@@ -66,7 +66,7 @@ class Pricer:
         optimizer: str = "adamw",
         never_gather: frozenset[str] = frozenset(),
     ) -> None:
-        """`never_gather`: axes on which parameters may not be gathered (pure tensor parallelism)."""
+        """`never_gather`: axes on which parameters are not gathered (pure tensor parallelism)."""
         self.never_gather = never_gather
         self.cluster = cluster
         self.mesh = mesh

@@ -2,13 +2,14 @@
 
 Over the representatives of repeated blocks (`blocks.find_blocks`), with multiplicities::
 
-    minimise    sum_n count_n * time(n, o) * x[n, o]  +  sum_v count_v * reshard(v, s, t) * w[v, s, t]
-    one option  sum_o x[n, o] = 1                                   for every node n       (rows_pick)
-    flow out    sum_t e[k, s, t] = sum_{o gives s} x[producer, o]   for every edge k, s    (rows_flow)
-    flow in     sum_s e[k, s, t] = sum_{o wants t} x[consumer, o]   for every edge k, t    (rows_flow)
-    pay once    w[v, s, t] >= e[k, s, t]                            for every edge k of v  (rows_share)
+    minimise    sum_n count_n * time(n, o) * x[n, o]
+                + sum_v count_v * reshard(v, s, t) * w[v, s, t]
+    one option  sum_o x[n, o] = 1                                   for every node n
+    flow out    sum_t e[k, s, t] = sum_{o gives s} x[producer, o]   for every edge k, s
+    flow in     sum_s e[k, s, t] = sum_{o wants t} x[consumer, o]   for every edge k, t
+    pay once    w[v, s, t] >= e[k, s, t]                            for every edge k of v
     memory      sum_n count_n * memory(n, o) * x[n, o]
-                + sum_v count_v * saved(v, t) * w[v, s, t] <= limit                        (row_memory)
+                + sum_v count_v * saved(v, t) * w[v, s, t] <= limit
 
 `x` is binary; `e` and `w` are then integral by themselves. `v` is a produced value together with
 the set of edges that read it, so that a reshard which several readers share is paid once.
@@ -76,7 +77,7 @@ class _Columns:
 
 
 def edges_of(graph: Graph) -> list[Edge]:
-    """Every read of a tensor value by an op or by the output; `getitem` nodes are looked through."""
+    """Every read of a tensor value by an op or by the output, through `getitem` nodes."""
     found = []
     for node in graph.fx.nodes:
         if node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
@@ -86,6 +87,7 @@ def edges_of(graph: Graph) -> list[Edge]:
 
 
 def is_getitem(node: Node) -> bool:
+    """Whether a node only picks one output of the op before it."""
     return getattr(node.target, "__name__", "") == "getitem"
 
 
@@ -99,7 +101,7 @@ def producer_of(node: Node) -> tuple[Node, int]:
     return source, sum(isinstance(v, Value) for v in values[:index])
 
 
-def solve(
+def solve(  # noqa: C901  # one straight line through the equations above, in their order
     graph: Graph,
     blocks: Blocks,
     options: Mapping[Node, Sequence[Option]],
@@ -113,8 +115,8 @@ def solve(
 
     `options` maps every representative node (placeholders, calls, the output) to its options.
     `minimise_memory` asks for the leanest assignment whatever the limit and the time. Options and
-    flows that cannot be part of an assignment that takes less than `better_than_s` are left out; None
-    then also says that there is nothing better.
+    flows that cannot be part of an assignment that takes less than `better_than_s` are left out;
+    None then also says that there is nothing better.
     """
     if any(not found for found in options.values()):
         return None
@@ -177,7 +179,9 @@ def solve(
             edge = members[0][0]
             price = times * pricer.edge_time_s(edge.producer, edge.port, source, want, regather)
             saves = [c for e, c in members if pricer.saves_input(e.consumer, e.slot)]
-            saved = times * pricer.saved_input_bytes(edge.producer, edge.port, source, want, regather)
+            saved = times * pricer.saved_input_bytes(
+                edge.producer, edge.port, source, want, regather
+            )
             if len(members) == 1:
                 columns.cost[members[0][1]] += price
                 if saves and saved:
@@ -196,9 +200,7 @@ def solve(
         columns.cost = [memory.get(column, 0.0) for column in range(len(columns.cost))]
     else:
         scale = 1.0 / max(memory_limit, 1.0)
-        columns.row(
-            -highspy.kHighsInf, 1.0, list(memory), [scale * n for n in memory.values()]
-        )
+        columns.row(-highspy.kHighsInf, 1.0, list(memory), [scale * n for n in memory.values()])
 
     solved = _run(columns, x, time_limit_s, float("inf") if minimise_memory else better_than_s)
     if solved is None:
@@ -367,7 +369,7 @@ def _model(
 
 def _highs(lp: highspy.HighsLp, time_limit_s: float) -> Vector | None:
     """Solve one model with HiGHS; the columns' values, or None if there is no solution."""
-    solver = highspy.Highs()
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
     for option, value in (
         ("output_flag", False),
         ("time_limit", time_limit_s),
@@ -384,9 +386,7 @@ def _highs(lp: highspy.HighsLp, time_limit_s: float) -> Vector | None:
     return np.array(solver.getSolution().col_value)
 
 
-def evaluate(
-    graph: Graph, option: Mapping[Node, Option], pricer: Pricer
-) -> tuple[float, float]:
+def evaluate(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> tuple[float, float]:
     """Cost of an assignment from scratch, node by node: seconds per step and bytes."""
     time_s = sum(o.time_s for o in option.values())
     memory = sum(o.memory_bytes for o in option.values())
@@ -398,9 +398,7 @@ def evaluate(
         key = (edge.producer, edge.port, want)
         if key not in paid:
             paid.add(key)
-            time_s += pricer.edge_time_s(
-                edge.producer, edge.port, source, want, producer.regather
-            )
+            time_s += pricer.edge_time_s(edge.producer, edge.port, source, want, producer.regather)
         if pricer.saves_input(edge.consumer, edge.slot) and key not in kept:
             kept.add(key)
             memory += pricer.saved_input_bytes(

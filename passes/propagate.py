@@ -55,9 +55,7 @@ def propagate(
     return new
 
 
-def _type_call(
-    node: Node, mesh: Mesh, rule: ShardingRule, chosen: Mapping[str, Choice]
-) -> None:
+def _type_call(node: Node, mesh: Mesh, rule: ShardingRule, chosen: Mapping[str, Choice]) -> None:
     active = {axis: choice for axis, choice in chosen.items() if choice != REPLICATE}
     placed = place_call(node, rule, mesh, active, uneven=True)
     if placed is None:

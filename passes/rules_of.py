@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch.fx
 
-from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.graph import Graph
 from autopar.ir.registry import rule_for
 from autopar.ir.rule import ShardingRule
 
@@ -32,9 +32,7 @@ def _discovered(node: torch.fx.Node) -> ShardingRule:
     return discover(node)
 
 
-def unsharded_ops(
-    graph: Graph, rules: Mapping[str, ShardingRule], pricer: Pricer
-) -> list[str]:
+def unsharded_ops(graph: Graph, rules: Mapping[str, ShardingRule], pricer: Pricer) -> list[str]:
     """One sentence per kind of op that autopar has no rule for, with what running it costs."""
     cost: dict[str, list[float]] = defaultdict(list)
     where: dict[str, str] = {}
@@ -54,15 +52,13 @@ def unsharded_ops(
     ]
 
 
-def replicated_rule(node: torch.fx.Node) -> ShardingRule:
-    """A rule under which nothing may be split."""
-    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-
-    def dims(rank: int) -> tuple[tuple[str, ...], ...]:
-        return tuple((next(letters),) for _ in range(rank))
-
-    inputs = tuple(dims(value_of(s).rank) for s in tensor_inputs(node))
-    outputs = tuple(dims(v.rank) for v in values_of(node))
-    names = frozenset(f for tensor in (*inputs, *outputs) for dim in tensor for f in dim)
-    return ShardingRule(inputs, outputs, whole=names)
-
+def checkpoints_not_applied(graph: Graph) -> list[str]:
+    """A sentence if the user asked for activation checkpointing, which programs do not do yet."""
+    kept = [n for n in graph.calls() if n.meta.get("region") is not None]
+    if not kept:
+        return []
+    where = kept[0].meta.get("source", "")
+    return [
+        f"activation checkpointing is not applied: the activations of {len(kept)} ops are kept "
+        f"for the backward (first at {where})"
+    ]

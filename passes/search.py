@@ -27,7 +27,7 @@ from .families import FAMILIES, Family, batch_factors
 from .options import Option, call_options, param_options, place_call
 from .price import Pricer
 from .programme import Assignment, edges_of, is_getitem, solve
-from .rules_of import rules_of, unsharded_ops
+from .rules_of import checkpoints_not_applied, rules_of, unsharded_ops
 from .specialise import specialise
 
 Node = torch.fx.Node
@@ -80,7 +80,9 @@ def search(
         raise UserError(
             f"unknown strategy {strategy!r}", fix=f"use one of {', '.join(map(repr, FAMILIES))}"
         )
-    limit = memory_limit if memory_limit is not None else cluster.device.memory_bytes * USABLE_MEMORY
+    limit = (
+        memory_limit if memory_limit is not None else cluster.device.memory_bytes * USABLE_MEMORY
+    )
     concrete = specialise(graph, symbols)
     rules = rules_of(concrete)
     problem = Problem(
@@ -141,9 +143,7 @@ def _try(
     family = Family(family_name, dict(zip(sizes, roles, strict=True)), problem.batch)
     pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
     options = _options(problem, mesh, pricer, family)
-    assignment = solve(
-        problem.graph, problem.blocks, options, pricer, limit, better_than_s=bound_s
-    )
+    assignment = solve(problem.graph, problem.blocks, options, pricer, limit, better_than_s=bound_s)
     if assignment is None and bound_s < float("inf"):
         why = f"nothing faster than {bound_s * 1e3:.4g} ms within {bytes_text(limit)} per device"
         return Candidate(family_name, mesh, pricer, None, why)
@@ -201,9 +201,7 @@ def _options(
     return options
 
 
-def _raise_nothing_fits(
-    tried: list[Candidate], strategy: str, limit: float, size: int
-) -> NoReturn:
+def _raise_nothing_fits(tried: list[Candidate], strategy: str, limit: float, size: int) -> NoReturn:
     if not tried:
         raise UserError(
             f"the strategy {strategy!r} needs a mesh of two axes, and {size} devices make none",
@@ -259,12 +257,13 @@ def _to_plan(
         params=params,
         predicted=predict(problem.graph, option, best.pricer),
         alternatives=tuple(_alternatives(problem, best, tried)),
-        notes=tuple(unsharded_ops(problem.graph, problem.rules, best.pricer)),
+        notes=(
+            *unsharded_ops(problem.graph, problem.rules, best.pricer),
+            *checkpoints_not_applied(problem.graph),
+        ),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=best.assignment.gap,
-        activations=describe_activations(
-            problem.graph, problem.rules, option, best.pricer, rename
-        ),
+        activations=describe_activations(problem.graph, problem.rules, option, best.pricer, rename),
         traffic=describe_traffic(problem.graph, option, best.pricer, rename),
     )
 
@@ -310,7 +309,9 @@ def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Pred
                 sent[kind] += n
         if pricer.saves_input(edge.consumer, edge.slot) and key not in kept:
             kept.add(key)
-            name = "gathered parameters" if edge.producer.op == "placeholder" else "saved activations"
+            name = (
+                "gathered parameters" if edge.producer.op == "placeholder" else "saved activations"
+            )
             parts[name] += pricer.saved_input_bytes(*arguments)
     return Prediction(
         time_s=compute + comm + optimizer,
@@ -394,7 +395,7 @@ def choose_for(
     plan: Plan,
     optimizer: str = "adamw",
 ) -> dict[str, dict[str, str]]:
-    """Choices for another capture of the planned module (evaluation, say), parameters where they are.
+    """Choices for another capture of the planned module (evaluation, say) with its storage.
 
     Keyed by node name, then axis. The plan's mesh and storage are kept.
     """
@@ -402,7 +403,12 @@ def choose_for(
     rules = rules_of(concrete)
     mesh = plan.mesh
     problem = Problem(
-        concrete, rules, find_blocks(concrete), batch_factors(concrete, rules, graph), cluster, optimizer
+        concrete,
+        rules,
+        find_blocks(concrete),
+        batch_factors(concrete, rules, graph),
+        cluster,
+        optimizer,
     )
     roles = dict(zip(mesh.names, next(iter(FAMILIES["auto"])) * len(mesh.names), strict=True))
     pricer = Pricer(cluster, mesh, optimizer)

@@ -1,4 +1,4 @@
-"""Turn one rank's graph into a Python function: one readable statement per op, dead values freed."""
+"""Turn one rank's graph into a Python function: one statement per op, dead values freed."""
 
 from __future__ import annotations
 

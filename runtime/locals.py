@@ -21,7 +21,8 @@ def local_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The local tensor of every DTensor (others as they are); gradients come back as DTensors."""
     if not torch.is_grad_enabled() or not any(p.requires_grad for p in parameters):
         return [local_of(p).detach() if isinstance(p, DTensor) else p for p in parameters]
-    return list(_Locals.apply(*parameters))
+    found: tuple[Tensor, ...] = _Locals.apply(*parameters)  # type: ignore[no-untyped-call]
+    return list(found)
 
 
 class _Locals(torch.autograd.Function):

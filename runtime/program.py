@@ -56,7 +56,8 @@ def load_program(
 
     Gathered copies of parameters marked `regather` are dropped after the forward. `backend` is a
     `torch.compile` backend for what is between the lowered ops ("inductor"), or None or "eager" for
-    one ATen call per op. What the graph makes of nothing (`arange`, `zeros`) and its constants are on `device`.
+    one ATen call per op. What the graph makes of nothing (`arange`, `zeros`) and its constants are
+    on `device`.
     """
     if device is not None and device.type != "cpu":
         graph = _on_device(graph, device)
@@ -72,7 +73,10 @@ def load_program(
     else:
         # The lowered ops' autograd Functions hand each other what is in flight behind autograd's
         # back, and a seed that a compiler sees is a constant: it would compile every step again.
-        left_alone = {op: torch.compiler.disable(call) for op, call in bindings.items()}
+        left_alone = {
+            op: torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+            for op, call in bindings.items()
+        }
         compiled = compile_graph(graph, left_alone.__getitem__, groups)
         run = torch.compile(compiled.run, backend=backend, dynamic=False)
     if keeper is not None:
@@ -97,7 +101,8 @@ def schedule_of(graph: Graph) -> str:
     digest = hashlib.sha256()
     for node in graph.calls():
         if isinstance(node.target, LoweredOp):
-            parts = [str(a) for a in node.args if isinstance(a, (Collective, GroupRef))]
+            arguments: list[Any] = list(node.args)
+            parts = [str(a) for a in arguments if isinstance(a, (Collective, GroupRef))]
             dtypes = [str(v.dtype) for v in values_of(node)]
             digest.update(f"{node.target.name} {parts} {dtypes}\n".encode())
     return digest.hexdigest()

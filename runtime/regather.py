@@ -86,7 +86,7 @@ class Regather:
         if found is None:
             return tensor
         bucket, index, _ = found
-        return _Handle(bucket, index, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Handle(bucket, index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, _Handle):

@@ -7,10 +7,10 @@ take tens of microseconds, and what copying the bytes takes.
 Every rank owns a control block and data segments (anonymous memory files, which the kernel frees
 with their processes) and is the only one to write to them. Operation `k` of a group is posted by
 copying its input into a segment, writing where it lies into slot `k` of the control block and then
-raising the slot's flag; whoever waits looks at the flags of its peers, first spinning, then sleeping
-on a futex. A second flag value says that a rank's share of a reduction is ready, a second array of
-flags that a rank has read all it needs, so that the memory may be used again. Nobody ever waits for
-room: a rank that has none makes a larger segment.
+raising the slot's flag; whoever waits looks at the flags of its peers, first spinning, then
+sleeping on a futex. A second flag value says that a rank's share of a reduction is ready, a second
+array of flags that a rank has read all it needs, so that the memory may be used again. Nobody ever
+waits for room: a rank that has none makes a larger segment.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -241,9 +242,7 @@ class SharedMemoryGroup:
             low, high = min(self.rank * share, n), min((self.rank + 1) * share, n)
             skip, width = self._start(x), x.element_size()
             mine = self._me.data(k % SLOTS, high - low, x.dtype, skip)
-            parts = [
-                self._read(m, k, high - low, x.dtype, low * width) for m in range(self.size)
-            ]
+            parts = [self._read(m, k, high - low, x.dtype, low * width) for m in range(self.size)]
             if high > low:
                 _reduce(parts, op, mine)
             self._raise(k, 1)
@@ -266,7 +265,8 @@ class SharedMemoryGroup:
 
         def finish() -> Tensor:
             out = x.new_empty((sum(lengths), *x.shape[1:]))
-            for member, piece in enumerate(out.split(lengths)):
+            pieces = out.split(lengths)  # type: ignore[no-untyped-call]
+            for member, piece in enumerate(pieces):
                 if piece.numel():
                     source = self._read(member, k, piece.numel(), x.dtype)
                     piece.copy_(source.view(piece.shape))
@@ -313,7 +313,8 @@ class SharedMemoryGroup:
             for size in x.shape[1:]:
                 row *= size
             skip = -(-header.nbytes // _ALIGN) * _ALIGN
-            for member, piece in enumerate(out.split(list(out_splits))):
+            pieces = out.split(list(out_splits))  # type: ignore[no-untyped-call]
+            for member, piece in enumerate(pieces):
                 bounds = self._read(member, k, self.size + 1, torch.int64)
                 first, last = int(bounds[self.rank]), int(bounds[self.rank + 1])
                 if last - first != piece.shape[0]:
@@ -352,7 +353,7 @@ class SharedMemoryGroup:
         if k >= SLOTS:  # the slot's last operation must have been read by all
             for member in range(self.size):
                 self._sleep_until(
-                    lambda m=member: self._has_read(m, k - SLOTS), self._peers[member], k, _READ
+                    partial(self._has_read, member, k - SLOTS), self._peers[member], k, _READ
                 )
         skip = 0 if header is None else -(-header.nbytes // _ALIGN) * _ALIGN
         offset = self._arena.take(skip + self._start(x) + extra, k, self._all_read)
@@ -373,9 +374,7 @@ class SharedMemoryGroup:
         """Bytes that the input takes, aligned: where a share of the result begins."""
         return -(-x.nbytes // _ALIGN) * _ALIGN
 
-    def _read(
-        self, member: int, k: int, count: int, dtype: torch.dtype, start: int = 0
-    ) -> Tensor:
+    def _read(self, member: int, k: int, count: int, dtype: torch.dtype, start: int = 0) -> Tensor:
         """A member's input, once it is there."""
         self._await(member, k, 0)
         return self._peers[member].data(k % SLOTS, count, dtype, start)
@@ -403,9 +402,7 @@ class SharedMemoryGroup:
     def _all_read(self, k: int) -> bool:
         return all(self._has_read(member, k) for member in range(self.size))
 
-    def _sleep_until(
-        self, reached: Callable[[], bool], peer: _Peer, k: int, table: int
-    ) -> None:
+    def _sleep_until(self, reached: Callable[[], bool], peer: _Peer, k: int, table: int) -> None:
         start = time.perf_counter()
         if self._spins:
             while time.perf_counter() - start < _SPIN_S:

@@ -57,7 +57,7 @@ class SingleProcess:
             self._last_start = None
 
     def measured_step_s(self) -> float | None:
-        """Median time from one training call to the next, the first three left out; None so early."""
+        """Median seconds from one training call to the next, without the first three, or None."""
         settled = self.step_times_s[3:]
         return statistics.median(settled) if settled else None
 

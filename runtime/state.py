@@ -23,9 +23,7 @@ from autopar.ir.sharding import Sharding
 from .placements import shard
 
 
-def replicate_parameters(
-    module: nn.Module, live: DeviceMesh
-) -> list[weakref.ref[nn.Parameter]]:
+def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.ref[nn.Parameter]]:
     """Make every parameter a DTensor that all ranks hold whole, with rank 0's values.
 
     A parameter's identity never changes after this, only (once, in `shard_parameters`) what it
@@ -120,7 +118,7 @@ def shard_parameters(
 def _become(name: str, parameter: nn.Parameter, new: nn.Parameter) -> None:
     """Make `parameter` what `new` is, for everybody who holds it."""
     try:
-        swap_tensors(parameter, new)
+        swap_tensors(parameter, new)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise UserError(
             f"the parameter {name} cannot be distributed while something else holds on to it: "
@@ -155,7 +153,9 @@ def whole_state(state: dict[str, Any]) -> None:
     for name, value in list(state.items()):
         if isinstance(value, DTensor):
             if id(value) not in seen:
-                seen[id(value)] = value.detach().full_tensor()
+                detached = value.detach()
+                assert isinstance(detached, DTensor)
+                seen[id(value)] = detached.full_tensor()
             state[name] = seen[id(value)]
 
 

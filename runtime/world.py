@@ -6,6 +6,7 @@ import atexit
 import os
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from .shared_memory import make_group
 
 
 def world_size() -> int:
-    """Processes of this run: those of torchrun's environment, or of an initialised process group."""
+    """Processes of this run: of torchrun's environment, or of an initialised process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -76,13 +77,13 @@ def groups_of(
     With `traceable`, groups consist of functional collectives, which `torch.compile` can trace.
     Groups are created collectively: every rank must call this with the same programs.
     """
-    wanted = {
-        arg.axes
+    arguments: list[Any] = [
+        arg
         for graph in graphs
         for node in graph.calls()
         for arg in (*node.args, *node.kwargs.values())
-        if isinstance(arg, GroupRef)
-    }
+    ]
+    wanted = {arg.axes for arg in arguments if isinstance(arg, GroupRef)}
     for axes in sorted(wanted - set(known)):
         found = _process_group(mesh, axes)
         known[axes] = ProcessGroupGroup(found) if traceable else make_group(found)

@@ -272,10 +272,10 @@ def groups_of(
     graph: Graph, mesh: Mesh, world: ThreadWorld, rank: int
 ) -> dict[tuple[str, ...], Group]:
     """Groups of simulated ranks for every `GroupRef` of a program."""
+    args: list[Any] = [a for n in graph.calls() for a in (*n.args, *n.kwargs.values())]
     return {
         arg.axes: world.group(rank, mesh.group(rank, arg.axes), "&".join(arg.axes))
-        for node in graph.calls()
-        for arg in (*node.args, *node.kwargs.values())
+        for arg in args
         if isinstance(arg, GroupRef)
     }
 

@@ -18,8 +18,8 @@ from .autograd_function import AutogradFunctionOp
 def fingerprint(graph: Graph) -> str:
     """sha256 of the graph's operations, constants, dtypes, ranks and parameters' shapes.
 
-    Not of source lines, and not of the sizes of a batch (inputs, activations, size arguments): a plan
-    serves other batch and sequence lengths, captured symbolically or not.
+    Not of source lines, and not of the sizes of a batch (inputs, activations, size arguments): a
+    plan serves other batch and sequence lengths, captured symbolically or not.
     """
     digest = hashlib.sha256()
     for line in _lines(graph):

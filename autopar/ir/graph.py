@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -26,7 +27,7 @@ import torch.fx
 
 from .sharding import Sharding
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Graph:
 
     @property
     def output_node(self) -> torch.fx.Node:
-        return next(node for node in reversed(self.fx.nodes) if node.op == "output")
+        found: torch.fx.Node = next(n for n in reversed(self.fx.nodes) if n.op == "output")
+        return found
 
     def copy(self) -> Graph:
         """A copy whose nodes and metadata dicts are independent of this graph's."""

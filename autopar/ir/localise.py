@@ -125,7 +125,7 @@ def nothing(
 def nothing_detached(
     shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], *tensors: torch.Tensor | None
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """`nothing` of an op that autograd does not flow through: no device may run a backward of it."""
+    """`nothing` of an op that autograd does not flow through: no device runs a backward of it."""
     return nothing(shapes, dtypes, *(t if t is None else t.detach() for t in tensors))
 
 
@@ -146,8 +146,10 @@ def _with(node: torch.fx.Node, **changed: Any) -> Call:
 def _nothing(node: torch.fx.Node, local: Local) -> Call:
     dtypes = [value.dtype for value in values_of(node)]
     if not any(value.requires_grad for value in values_of(node)):  # `detach`, say
-        return nothing_detached, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
-    return nothing, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
+        target = nothing_detached
+    else:
+        target = nothing
+    return target, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
 
 
 def _reshape(node: torch.fx.Node, local: Local) -> Call:

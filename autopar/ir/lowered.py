@@ -127,7 +127,7 @@ class LoweredOp:
     name: str
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]  # what FX names nodes after
+    def __name__(self) -> str:  # what FX names nodes after
         return self.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,9 +137,10 @@ class LoweredOp:
         return self.name
 
 
-# Before `localise_shapes`, the same for every rank. A reshard asks for a sharding (`reshard(x, sharding)`);
-# a collective is one typed step on one axis (`collective(op, axis, x)`), its result's sharding in
-# the node's value; a bucket is several of them in one message (`bucket(op, axis, [x, y])`).
+# Before `localise_shapes`, the same for every rank. A reshard asks for a sharding
+# (`reshard(x, sharding)`); a collective is one typed step on one axis (`collective(op, axis, x)`),
+# its result's sharding in the node's value; a bucket is several of them in one message
+# (`bucket(op, axis, [x, y])`).
 RESHARD = LoweredOp("reshard")
 COLLECTIVE = LoweredOp("collective")
 BUCKET = LoweredOp("bucket")
@@ -152,7 +153,7 @@ CLOSE = LoweredOp("close")
 
 # Ops whose shards need to know where they lie, or communicate by themselves. Signatures (tensors
 # are local, groups are GroupRef | None):
-#   dropout(x, p, seed, call, region)       mask is a function of seed, call and *global* element index
+#   dropout(x, p, seed, call, region)    mask is a function of seed, call and *global* element index
 #   masked_embedding(weight, ids, start, padding_idx)    rows [start, start + len) here; output P
 #   cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing,
 #                 vocab_start, vocab_size, vocab_group, token_group)

@@ -45,13 +45,13 @@ def _next_step(current: Sharding, target: Sharding, mesh: Mesh) -> Step:
     surplus = {
         dim: _surplus(current, target, dim) for dim in range(current.rank) if current.splits[dim]
     }
-    ready = {axis: dim for axis, dim in _ready(current, target, surplus).items()}
+    ready = _ready(current, target, surplus)
 
     for axis, reduction in current.partial:
         if reduction == "sum" and axis in ready:
             after = _split(current.with_partial(axis, None), target, ready[axis], axis)
             return Step(lowered.SCATTER_SUM, axis, after)
-    for dim, axes in surplus.items():
+    for axes in surplus.values():
         if axes and axes[-1] in ready:
             after = _split(current.without_axis(axes[-1]), target, ready[axes[-1]], axes[-1])
             return Step(lowered.SWAP, axes[-1], after)

@@ -21,8 +21,8 @@ and, after a semicolon, clauses separated by spaces::
     comm(v)            the op communicates by itself over the axes that split v: outputs that lack
                        v are replicated on them
 
-A tensor of rank 0 is written `.`, and an op without tensor inputs has nothing before the arrow. Tensor inputs count in argument order, lists
-flattened (`graph.tensor_inputs`).
+A tensor of rank 0 is written `.`, and an op without tensor inputs has nothing before the arrow.
+Tensor inputs count in argument order, lists flattened (`graph.tensor_inputs`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .graph import Size
 from .mesh import Mesh
 from .sharding import REDUCTIONS, Sharding, Split
 
@@ -219,9 +218,9 @@ def place(
 ) -> Placed | None:
     """Shardings under `chosen` (axis name -> choice); None where the combination is not legal.
 
-    Illegal: a factor with fewer units than devices along its axes (unless `uneven`), two different factors of one
-    compound dim split at once, or an input that would have to be both split and partial with a
-    non-sum reduction.
+    Illegal: a factor with fewer units than devices along its axes (unless `uneven`), two different
+    factors of one compound dim split at once, or an input that would have to be both split and
+    partial with a non-sum reduction.
     """
     axes_of: dict[str, tuple[str, ...]] = {}
     for axis in mesh.names:

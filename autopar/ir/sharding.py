@@ -40,7 +40,7 @@ class Split:
         return text
 
     def unit_range(self, size: int, mesh: Mesh, coordinates: Mapping[str, int]) -> range:
-        """Units (not elements) of a dim of `size` elements that the device at `coordinates` owns."""
+        """Units (not elements) of a dim of `size` elements that the device at `coordinates` has."""
         start, length = 0, size // (self.outer * self.block)
         for name in self.axes:
             parts = mesh[name].size

@@ -76,7 +76,7 @@ def models_share_groups(strategy: str) -> tuple[int, int]:
     counts = []
     for _ in range(4):
         steps(gpt(strategy), torch.optim.SGD([torch.zeros(1)]), 1)
-        counts.append(dist.distributed_c10d._get_group_count())
+        counts.append(dist.get_pg_count())
     return counts[0], counts[-1]
 
 
@@ -130,24 +130,20 @@ def test_one_process_copies_and_pickles(make: Callable[[], Any]) -> None:
 
 def test_one_process_runs_the_plain_forward() -> None:
     """After its first call nothing stands between the caller and a module without dropout."""
-    seen = []
+    callers = []
 
     class Model(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-            seen.append((len(modes), [f.f_code.co_name for f, _ in walk(5)]))
+            names = [frame.name for frame in traceback.extract_stack()]
+            callers.append((names[-4:], torch._C._len_torch_function_stack()))
             return super().forward(x)
 
-    model = autopar.parallelize(Model(3, 3))
+    model: Any = autopar.parallelize(Model(3, 3))
     for _ in range(3):
         model(torch.ones(2, 3))
-    assert [count for count, _ in seen] == [1, 0, 0]
-    assert seen[1][1][:4] == ["forward", "call", "call", "forward"]
+    assert callers[1:] == [(["forward", "call", "call", "forward"], 0)] * 2
+    assert callers[0][1] == 1  # the first call looks for dropout
     assert not model._forward_hooks and not model._forward_pre_hooks
-
-
-def walk(limit: int) -> list[tuple[Any, int]]:
-    return list(traceback.walk_stack(sys._getframe(1)))[:limit]
 
 
 SCRIPT = """
@@ -181,7 +177,7 @@ def torchrun(folder: Path, ranks: int, *arguments: str) -> subprocess.CompletedP
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=200,
+        timeout=400,
     )  # fmt: skip
 
 

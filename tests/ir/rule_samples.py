@@ -803,7 +803,9 @@ def _(d: Draw) -> Any:
     return call(d.x(*d(2)), dim=0)
 
 
-@sample("softmax.int log_softmax.int _safe_softmax.default cumprod.default cumsum.default cummax.default")
+@sample(
+    "softmax.int log_softmax.int _safe_softmax.default cumprod.default cumsum.default cummax.default"
+)
 def _(d: Draw) -> Any:
     return call(d.x(*d(3)), d.random.choice([1, -1]))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import expecttest
+import torch.fx
 
 from autopar.ir.graph import Graph
 from autopar.ir.lowered import BUCKET
@@ -15,10 +18,14 @@ from .test_propagate import COLUMN_ROW, MLP, STORED
 DATA = {"h": {"dp": "b"}, "r": {"dp": "a"}, "y": {"dp": "b"}, "loss": {"dp": "a"}}
 
 
+def _inputs(node: Any) -> list[torch.fx.Node]:
+    return list(node.args[2])
+
+
 def buckets(graph: Graph) -> list[tuple[str, str, list[str]]]:
     """(collective, axis, tensors) of every bucket."""
     return [
-        (str(node.args[0]), node.args[1], [x.name for x in node.args[2]])
+        (str(node.args[0]), node.args[1], [x.name for x in _inputs(node)])
         for node in graph.calls()
         if node.target is BUCKET
     ]

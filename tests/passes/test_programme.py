@@ -111,7 +111,8 @@ def test_the_fallback_to_all_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tiny(TWO_MATRICES, {"dp": 2, "tp": 2})
     best = case.solve()
     assert best is not None
-    solve_lp, seen = programme._highs, []
+    solve_lp = programme._highs
+    seen: list[int] = []
 
     def stub(lp: object, time_limit_s: float) -> object:
         seen.append(len(seen))

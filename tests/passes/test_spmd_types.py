@@ -28,10 +28,9 @@ from tests.simulate import Decisions, concrete, decisions_of, plan_of, zoo_subje
 from .helpers import program
 
 pytest.importorskip("spmd_types")
-from spmd_types import I, P, R, V
 from spmd_types._checker import _OP_REGISTRY, OpLinearity, infer_local_type_for_axis
 from spmd_types._mesh_axis import MeshAxis
-from spmd_types.types import SpmdTypeError
+from spmd_types.types import I, P, R, SpmdTypeError, V
 
 THEIRS = {"R": I, "V": R, "S": V, "P": P}
 AXIS = MeshAxis.of(2, 1)
@@ -113,7 +112,7 @@ def _linearity(node: torch.fx.Node) -> Any:
     if name == "linear":
         return OpLinearity.MULTILINEAR
     for owner in (torch, torch.Tensor, torch.nn.functional):
-        spec = _OP_REGISTRY.get(getattr(owner, name, None))
+        spec = _OP_REGISTRY.get(getattr(owner, name, None))  # type: ignore[arg-type]
         if spec is not None:
             return spec.linearity
     return None
