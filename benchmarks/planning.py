@@ -25,7 +25,8 @@ def main() -> None:
     done = subprocess.run([*command, "--cluster", options.cluster], check=False)
     seconds = time.perf_counter() - start
     gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"planned in {seconds:.1f} s (goal {GOAL_S:.0f}), peak {gib:.2f} GiB (goal {GOAL_GIB:.0f})")
+    goals = f"goals {GOAL_S:.0f} s, {GOAL_GIB:.0f} GiB"
+    print(f"planned in {seconds:.1f} s, peak {gib:.2f} GiB ({goals})")
     sys.exit(done.returncode or int(seconds > GOAL_S or gib > GOAL_GIB))
 
 
