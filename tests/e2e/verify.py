@@ -62,9 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table_of(rows))
     failed = [row for row in rows if row.failures]
-    for row in failed:
-        told = "\n  ".join(row.failures)
-        console.print(f"{row.model} {row.strategy}: {told}", style="red", markup=False)
     minutes = (time.monotonic() - start) / 60
     console.print(f"{len(rows) - len(failed)} of {len(rows)} hold, in {minutes:.1f} minutes")
     if options.json:
@@ -89,6 +86,8 @@ def _show(row: Row) -> None:
     if not row.failures and any(o.inapplicable for o in row.outcomes.values()):
         how = "does not apply"
     print(f"{row.model:22} {row.strategy:12} {how} ({row.time_s:.1f} s)", flush=True)
+    for text in row.failures:
+        print(text, flush=True)
 
 
 def _verify_all(options: argparse.Namespace, show: Callable[[Row], None]) -> list[Row]:
