@@ -198,9 +198,10 @@ def solve(  # noqa: C901  # one straight line through the equations above, in th
                 memory[kept] += saved
     if minimise_memory:
         columns.cost = [memory.get(column, 0.0) for column in range(len(columns.cost))]
-    else:
-        scale = 1.0 / max(memory_limit, 1.0)
-        columns.row(-highspy.kHighsInf, 1.0, list(memory), [scale * n for n in memory.values()])
+    elif memory_limit < float("inf"):
+        # In MiB, far from the smallest and the largest numbers that HiGHS tells from 0 and infinity.
+        mib = [nbytes / 2**20 for nbytes in memory.values()]
+        columns.row(-highspy.kHighsInf, memory_limit / 2**20, list(memory), mib)
 
     solved = _run(columns, x, time_limit_s, float("inf") if minimise_memory else better_than_s)
     if solved is None:
@@ -377,7 +378,7 @@ def _highs(lp: highspy.HighsLp, time_limit_s: float) -> Vector | None:
         ("threads", 1),
     ):
         solver.setOptionValue(option, value)
-    if solver.passModel(lp) != highspy.HighsStatus.kOk:
+    if solver.passModel(lp) == highspy.HighsStatus.kError:
         raise PassError("solve", "programme_is_legal", "HiGHS does not take the programme")
     solver.run()
     feasible = int(highspy.SolutionStatus.kSolutionStatusFeasible)
