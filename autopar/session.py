@@ -270,17 +270,22 @@ class Session:
         self._groups_ready = True
 
     def _on_rank_zero(self, make: Any) -> str:
-        """`make()` of rank 0 on all ranks; its UserError is raised on all of them."""
+        """`make()` of rank 0 on all ranks; what it raises is raised on all of them."""
         text = None
         if self.rank == 0:
             try:
                 text = json.dumps({"ok": make()})
             except UserError as error:
                 text = json.dumps({"error": [error.what, error.where, error.fix]})
+            except Exception as error:  # the others would wait for ever
+                agree.from_rank_zero(json.dumps({"bug": f"{type(error).__name__}: {error}"}))
+                raise
         answer = json.loads(agree.from_rank_zero(text))
         if "error" in answer:
             what, where, fix = answer["error"]
             raise UserError(what, where=where, fix=fix)
+        if "bug" in answer:
+            raise RuntimeError(f"rank 0 failed: {answer['bug']}")
         return str(answer["ok"])
 
     def _search(self, captured: Capture) -> Plan:

@@ -199,7 +199,7 @@ def solve(  # noqa: C901  # one straight line through the equations above, in th
     if minimise_memory:
         columns.cost = [memory.get(column, 0.0) for column in range(len(columns.cost))]
     elif memory_limit < float("inf"):
-        # In MiB, far from the smallest and the largest numbers that HiGHS tells from 0 and infinity.
+        # In MiB: HiGHS takes numbers below 1e-9 for zeros, and very large ones for infinite.
         mib = [nbytes / 2**20 for nbytes in memory.values()]
         columns.row(-highspy.kHighsInf, memory_limit / 2**20, list(memory), mib)
 
