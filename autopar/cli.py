@@ -103,11 +103,11 @@ def calibrate(
         bool, typer.Option("--quick", help="Half a minute in place of three.")
     ] = False,
 ) -> None:
-    """Measure this machine and write its profile, for --cluster and cluster=."""
+    """Measure this machine and write its profile, for AUTOPAR_CLUSTER, --cluster and cluster=."""
     from autopar.runtime.calibrate import calibrate as measure
 
     measure(nproc, out=out, quick=quick)
-    print(f"wrote {out}; use it with `--cluster {out}` or cluster={str(out)!r}")
+    print(f"wrote {out}; set AUTOPAR_CLUSTER={out} to plan with it, or name it as --cluster")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -122,7 +123,12 @@ def _unattached() -> None:
 
 
 def default_cluster(device_type: str, size: int) -> Cluster:
-    """The shipped profile of this kind of device, with `size` of them in this host."""
+    """The profile that `AUTOPAR_CLUSTER` names (a path or a spec), else the shipped one of this kind
+    of device with `size` of them in this host.
+    """
+    named = os.environ.get("AUTOPAR_CLUSTER")
+    if named:
+        return parse_cluster(named)
     if device_type == "cpu":
         return parse_cluster(f"cpu:{size}")
     name = torch.cuda.get_device_name()

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .group import Group, InFlight, ProcessGroupGroup, done
 
-SLOTS = 4096  # operations of a group that may be under way at once
+SLOTS = 1024  # operations of a group that may be under way at once
 _FLAG, _READ, _WHERE = 0, 4 * SLOTS, 8 * SLOTS  # offsets in the control block
 _CONTROL_BYTES = _WHERE + 16 * SLOTS
 _FIRST_SEGMENT_BYTES = 1 << 22
@@ -397,7 +397,9 @@ class SharedMemoryGroup:
         self._sleep_until(lambda: flags[slot] in wanted, self._peers[member], k, _FLAG)
 
     def _has_read(self, member: int, k: int) -> bool:
-        return bool(self._peers[member].reads[k % SLOTS] == _stamp(k, 0))
+        # A peer may be a round of slots ahead: of a broadcast it only needs the source.
+        seen = self._peers[member].reads[k % SLOTS]
+        return bool(seen == _stamp(k, 0) or seen == _stamp(k + SLOTS, 0))
 
     def _all_read(self, k: int) -> bool:
         return all(self._has_read(member, k) for member in range(self.size))

@@ -55,7 +55,8 @@ def build(entry: Entry, dtype: str) -> nn.Module:
 
 
 def train(entry: Entry, model: nn.Module, steps: int, keep: bool) -> Run:
-    """AdamW; `keep` says whether gradients and the final state are wanted."""
+    """AdamW; `keep` says whether gradients and the final state are wanted (of rank 0 only)."""
+    compared = not dist.is_initialized() or dist.get_rank() == 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     run = Run()
     torch.manual_seed(1)
@@ -63,12 +64,13 @@ def train(entry: Entry, model: nn.Module, steps: int, keep: bool) -> Run:
         loss = entry.step_loss(model, step)
         loss.backward()
         if keep and (not is_large(entry) or step in (0, steps - 1)):
-            run.gradients.append(dict(whole_gradients(model)))
+            run.gradients.append({n: g for n, g in whole_gradients(model) if compared})
         optimizer.step()
         optimizer.zero_grad()
         run.losses.append(loss.item())
     if keep:
-        run.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        state = model.state_dict()
+        run.state = {n: v.detach().clone() for n, v in state.items() if compared}
     return run
 
 

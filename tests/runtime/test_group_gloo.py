@@ -1,4 +1,4 @@
-"""The group primitives and the collectives on four real gloo processes."""
+"""The group primitives and the collectives on four real processes: gloo, and shared memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ import torch.multiprocessing as mp
 
 from autopar.ir.lowered import ShardSpec
 from autopar.runtime.collectives import apply, close, open_
-from autopar.runtime.group import SMALL_ALL_REDUCE_BYTES, ProcessGroupGroup
+from autopar.runtime.group import SMALL_ALL_REDUCE_BYTES, Group, ProcessGroupGroup
+from autopar.runtime.shared_memory import (
+    ONE_ROUND_BYTES,
+    SLOTS,
+    SharedMemoryGroup,
+    make_group,
+)
 
 WORLD = 4
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
@@ -27,7 +33,7 @@ def value(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
     return torch.randint(0, 4, shape, generator=generator).to(dtype)
 
 
-def check_primitives(group: ProcessGroupGroup, n: int, rank: int) -> None:
+def check_primitives(group: Group, n: int, rank: int) -> None:
     for dtype in (*DTYPES, torch.complex64):
         everyone = [value(r, (8, 3), dtype) for r in range(n)]
         x = everyone[rank].clone()
@@ -63,9 +69,9 @@ def check_primitives(group: ProcessGroupGroup, n: int, rank: int) -> None:
         assert torch.equal(x, everyone[rank]), "an input was overwritten"
 
 
-def check_all_reduce_sizes(group: ProcessGroupGroup, n: int, rank: int) -> None:
+def check_all_reduce_sizes(group: Group, n: int, rank: int) -> None:
     limit = SMALL_ALL_REDUCE_BYTES // (4 * n)
-    for numel in (0, 1, limit, limit + 1, 300_000):
+    for numel in (0, 1, limit, limit + 1, ONE_ROUND_BYTES // 4 + 1, 300_001):
         for in_place in (False, True):
             x = torch.full((numel,), float(rank))
             y = group.all_reduce(x, in_place=in_place).wait()
@@ -73,7 +79,7 @@ def check_all_reduce_sizes(group: ProcessGroupGroup, n: int, rank: int) -> None:
             assert in_place or torch.equal(x, torch.full((numel,), float(rank)))
 
 
-def check_many_in_flight(group: ProcessGroupGroup, n: int, rank: int) -> None:
+def check_many_in_flight(group: Group, n: int, rank: int) -> None:
     """Waiting in another order than issuing, gathers of many sizes among other operations."""
     flights: list[Any] = []
     for i in range(20):
@@ -90,7 +96,7 @@ def check_many_in_flight(group: ProcessGroupGroup, n: int, rank: int) -> None:
             assert torch.equal(y, torch.full((i * 5000,), float(total)))
 
 
-def check_collectives(group: ProcessGroupGroup, n: int, rank: int) -> None:
+def check_collectives(group: Group, n: int, rank: int) -> None:
     spec = ShardSpec(1, (2,) * (n - 1) + (1,), 2, 1)
     full = torch.arange(3 * spec.size, dtype=torch.float64).view(3, -1)
     local = apply("slice_vary", spec, group, full)
@@ -103,15 +109,29 @@ def check_collectives(group: ProcessGroupGroup, n: int, rank: int) -> None:
     assert torch.equal(xs[1].grad, torch.full((5,), float(n)))
 
 
-def worker(rank: int, port: int, answers: Any) -> None:
+def check_slots_are_used_again(group: Group, n: int, rank: int) -> None:
+    """More operations than slots, one of them waited for only at the end."""
+    early = group.all_gather(torch.full((3,), float(rank)))
+    for i in range(SLOTS - 2):
+        assert float(group.all_reduce(torch.tensor([float(i)])).wait()) == i * n
+    assert torch.equal(early.wait(), torch.arange(float(n)).repeat_interleave(3))
+    for i in range(SLOTS):
+        assert float(group.all_reduce(torch.tensor([float(i)])).wait()) == i * n
+
+
+def worker(rank: int, port: int, shared: bool, answers: Any) -> None:
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
         )
         halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        world = ProcessGroupGroup()
-        half = ProcessGroupGroup(halves[rank % 2])
+        make: Any = make_group if shared else ProcessGroupGroup
+        world: Group = make()
+        half: Group = make(halves[rank % 2])
+        assert isinstance(world, SharedMemoryGroup) == shared
+        if shared:
+            check_slots_are_used_again(world, 4, rank)
         assert (world.size, world.rank, half.size, half.rank) == (4, rank, 2, rank // 2)
         check_primitives(world, 4, rank)
         check_all_reduce_sizes(world, 4, rank)
@@ -128,7 +148,8 @@ def worker(rank: int, port: int, answers: Any) -> None:
 
 
 @pytest.mark.multiprocess
-def test_four_processes() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared memory"])
+def test_four_processes(shared: bool) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -137,7 +158,7 @@ def test_four_processes() -> None:
     saved = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     processes = [
-        context.Process(target=worker, args=(rank, port, answers), daemon=True)
+        context.Process(target=worker, args=(rank, port, shared, answers), daemon=True)
         for rank in range(WORLD)
     ]
     try:
