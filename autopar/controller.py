@@ -123,8 +123,9 @@ def _unattached() -> None:
 
 
 def default_cluster(device_type: str, size: int) -> Cluster:
-    """The profile that `AUTOPAR_CLUSTER` names (a path or a spec), else the shipped one of this kind
-    of device with `size` of them in this host.
+    """The cluster to plan for: `AUTOPAR_CLUSTER` (a path or a spec), else the shipped profile.
+
+    The shipped one is that of this kind of device, with `size` of them in this host.
     """
     named = os.environ.get("AUTOPAR_CLUSTER")
     if named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,9 @@ def batch_digest(tensors: Sequence[Tensor]) -> int:
         if sample.dtype == torch.bool or not sample.is_floating_point():
             part = int(sample.long().sum()) + 31 * int(sample[0])
         else:
-            part = hash(float(sample.double().sum()))
+            value = float(sample.double().sum())
+            # The bits: hash() of a NaN differs between processes.
+            part = 0 if value != value else struct.unpack("<q", struct.pack("<d", value))[0]
         total = (total * 1_000_003 + part + i) % (1 << 61)
     return total
 

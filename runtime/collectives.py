@@ -51,6 +51,7 @@ class Pending:
     finish: Finish | None = None
     gradients: Finish | None = None
     differentiable: list[int] = field(default_factory=list)
+    missing: set[int] = field(default_factory=set)
     ties: list[Tensor] | None = None
     """For pmax and pmin: the local inputs, then each rank's share of the gradient."""
 
@@ -124,7 +125,8 @@ class _Open(torch.autograd.Function):
         if pending.gradients is not None:
             finish, pending.gradients = pending.gradients, None
             for i, gradient in zip(pending.differentiable, finish(), strict=True):
-                gradients[i] = gradient
+                if i not in pending.missing:  # on one device it would be None, too
+                    gradients[i] = gradient
         return None, None, None, None, *gradients
 
 
@@ -154,6 +156,7 @@ class _Close(torch.autograd.Function):
         pending: Pending = ctx.pending
         kept = pending.differentiable
         # A rank whose outputs were not used must still take part in the communication.
+        pending.missing = {i for i in kept if gradients[i] is None}
         grads = [ctx.metas[i].zeros() if (g := gradients[i]) is None else g for i in kept]
         if name in _EXTREMA:
             assert pending.ties is not None

@@ -38,7 +38,22 @@ class _Locals(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(
-            dtensor_like(g, p) if g is not None and isinstance(p, DTensor) else g
-            for g, p in zip(gradients, ctx.parameters, strict=True)
-        )
+        given: set[int] = set()
+        found: list[Tensor | None] = []
+        for g, p in zip(gradients, ctx.parameters, strict=True):
+            found.append(_wrapped(g, p, given) if g is not None and isinstance(p, DTensor) else g)
+        return tuple(found)
+
+
+def _wrapped(gradient: Tensor, parameter: DTensor, given: set[int]) -> DTensor:
+    """The gradient as a DTensor that owns its memory and is laid out as its parameter.
+
+    Autograd takes the DTensor as `.grad` without a copy, and fused optimizers read it by the
+    parameter's strides; `given` are the addresses that other parameters' gradients already have.
+    """
+    local = local_of(parameter)
+    if gradient.stride() != local.stride() or gradient.data_ptr() in given:
+        gradient = torch.empty_like(local, dtype=gradient.dtype).copy_(gradient)
+    if gradient.numel():
+        given.add(gradient.data_ptr())
+    return dtensor_like(gradient, parameter)

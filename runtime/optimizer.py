@@ -88,6 +88,8 @@ def _localised(optimizer: Any, parameter: Tensor) -> Tensor:
         return parameter
     local = local_of(parameter)
     gradient = parameter.grad
+    if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
     local.grad = local_of(gradient) if isinstance(gradient, DTensor) else gradient
     state = optimizer.state.pop(parameter, None)
     if state is not None:
