@@ -114,6 +114,36 @@ def accumulated(strategy: str) -> Values:
     return state(model)
 
 
+class Shared(nn.Module):
+    """Two parameters with one gradient, one whose gradient is expanded, a head without a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 8))
+        self.delta = nn.Parameter(torch.randn(8, 8))
+        self.shift = nn.Parameter(torch.randn(6))
+        self.unused = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (x @ (self.table + self.delta)).relu()
+        return hidden.square().mean() + self.shift.sum(), self.unused(hidden)
+
+
+def shared_gradients(strategy: str) -> Values:
+    seed(0)
+    model: Any = autopar.parallelize(Shared().double(), strategy=strategy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+        (model(x)[0] / 2).backward()
+        if step % 2:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return state(model)
+
+
 def two_forwards(strategy: str) -> Values:
     model = gpt(strategy)
     first = model(*batch(0))
@@ -361,6 +391,7 @@ LOOPS |= {
         clipped,
         scheduled,
         accumulated,
+        shared_gradients,
         two_forwards,
         loss_outside,
         batch_sizes,

@@ -222,7 +222,7 @@ def test_mixed_bucket() -> None:
             assert torch.equal(y, x)
         assert gradients[0] is None and gradients[3] is None
         assert torch.equal(gradients[1], torch.full_like(local_of(full[1], spec, rank), 2.0 * n))
-        assert torch.equal(gradients[2], torch.zeros_like(local_of(full[2], spec, rank)))
+        assert gradients[2] is None and gradients[4] is None  # as on one device
 
 
 def test_no_autograd_nodes_without_gradient() -> None:
