@@ -101,7 +101,7 @@ class Controller:
     def measured_step_s(self) -> float | None:
         """Median seconds from one training call to the next; None before the fifth."""
         times = self.session or self.single
-        return times.measured_step_s() if times is not None else None
+        return times.clock.median_s() if times is not None else None
 
     def print_plan(self) -> None:
         """Print the plan as tables, on rank 0."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
-import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -43,6 +41,7 @@ from .runtime.state import (
     shard_parameters,
     take_rank_zeros,
 )
+from .runtime.step_clock import StepClock
 
 
 @dataclass
@@ -79,10 +78,9 @@ class Session:
         self.options = options
         self.plan: Plan | None = options.plan
         self.stages: list[Stage] = []
-        self.step_times_s: list[float] = []
+        self.clock = StepClock()
         self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
         self._groups: dict[tuple[str, ...], Group] = {}
-        self._last_start: float | None = None
         self._planned: Capture | None = None  # the first that has the plan's fingerprint
         device = next((p.device.type for p in module.parameters()), "cpu")
         self.device_type = device
@@ -104,15 +102,14 @@ class Session:
     def copied(self, module: nn.Module) -> Session:
         """The session of a deep copy of the module: of the same plan, captured again."""
         new = copy.copy(self)
-        new.module, new._captured, new.step_times_s = module, {}, []
-        new._last_start = None
+        new.module, new._captured, new.clock = module, {}, StepClock()
         return new
 
     # -- a call ---------------------------------------------------------------------------------
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the undecorated module's forward would return on the global batch."""
-        self._clock()
+        self.clock.tick(self.module)
         tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
         generator = torch.get_rng_state()
         seed = draw_seed()
@@ -137,21 +134,6 @@ class Session:
         mode = "train" if self.module.training else "eval"
         shapes = ", ".join(f"{list(t.shape)} {str(t.dtype)[6:]}" for t in tensors)
         return f"{shapes} ({mode}{'' if torch.is_grad_enabled() else ', no grad'})"
-
-    def _clock(self) -> None:
-        """Note the time between two training calls: the measured step time."""
-        now = time.perf_counter()
-        if self.module.training and torch.is_grad_enabled():
-            if self._last_start is not None:
-                self.step_times_s.append(now - self._last_start)
-            self._last_start = now
-        else:
-            self._last_start = None
-
-    def measured_step_s(self) -> float | None:
-        """Median seconds from one training call to the next, without the first three, or None."""
-        settled = self.step_times_s[3:]
-        return statistics.median(settled) if settled else None
 
     def _arguments(self, program: Program, inputs: Sequence[Tensor], seed: int) -> list[Any]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))

@@ -9,6 +9,7 @@ import torch
 import torch.fx
 
 from autopar.ir.graph import Graph, Size, Value, value_of
+from autopar.ir.rules.common import arguments
 
 aten = torch.ops.aten
 Node = torch.fx.Node
@@ -22,7 +23,7 @@ def decompose_random_attention(graph: Graph) -> Graph:
     new = graph.copy()
     for node in list(new.fx.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            a = _arguments(node)
+            a = arguments(node)
             if a["dropout_p"] > 0.0:
                 with new.fx.inserting_before(node):
                     result = _attention(_Builder(new.fx, node), a)
@@ -30,15 +31,6 @@ def decompose_random_attention(graph: Graph) -> Graph:
                 node.replace_all_uses_with(result)
                 new.fx.erase_node(node)
     return new
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    schema = node.target._schema  # type: ignore[union-attr]
-    found: dict[str, Any] = {}
-    for i, argument in enumerate(schema.arguments):
-        given = node.args[i] if i < len(node.args) else argument.default_value
-        found[argument.name] = node.kwargs.get(argument.name, given)
-    return found
 
 
 class _Builder:

@@ -33,6 +33,7 @@ from autopar.ir.lowered import (
     SwapSpec,
 )
 from autopar.ir.mesh import Mesh
+from autopar.ir.rules.common import arguments
 from autopar.ir.sharding import Sharding
 
 Node = torch.fx.Node
@@ -146,30 +147,18 @@ def _sharding(x: Any) -> Sharding:
     return sharding
 
 
-def _arguments(node: Node, *names: str) -> dict[str, Any]:
-    """Arguments of an op by schema name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    found: dict[str, Any] = {}
-    for i, argument in enumerate(schema.arguments):
-        if i < len(node.args):
-            found[argument.name] = node.args[i]
-        else:
-            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return {name: found[name] for name in names}
-
-
 def _is_random(node: Node) -> bool:
     """Whether a node is a dropout that drops anything."""
     if node.target is not aten.dropout.default:
         return False
-    a = _arguments(node, "p", "train")
+    a = arguments(node)
     return bool(a["train"]) and a["p"] > 0.0
 
 
 def _dropout(
     node: Node, mesh: Mesh, here: Coordinates, seed: Node | None, call: int
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    a = _arguments(node, "input", "p", "train")
+    a = arguments(node)
     if not _is_random(node):
         return aten.alias.default, (a["input"],), {}
     value = value_of(node)
@@ -181,7 +170,7 @@ def _dropout(
 def _embedding(
     node: Node, mesh: Mesh, here: Coordinates
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    a = _arguments(node, "weight", "indices", "padding_idx")
+    a = arguments(node)
     split = _sharding(a["weight"]).splits[0]
     if not split:
         return None
@@ -193,7 +182,7 @@ def _embedding(
 def _cross_entropy(
     node: Node, mesh: Mesh, here: Coordinates
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    a = _arguments(node, "self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+    a = arguments(node)
     sharding = _sharding(a["self"])
     classes = 1 if sharding.rank > 1 else 0
     split = sharding.splits[classes]
