@@ -56,6 +56,22 @@ class _Priced:
     parts: int
 
 
+@dataclass(frozen=True)
+class EdgeCollective:
+    """One collective of an edge: times in seconds, `whole_bytes` what its group holds together.
+
+    The backward's figures are zero where no gradient flows. The sent bytes are one device's.
+    """
+
+    op: Collective
+    axis: str
+    whole_bytes: float
+    forward_s: float
+    backward_s: float
+    sent_bytes: float
+    backward_sent_bytes: float
+
+
 class Pricer:
     """Prices for one (cluster, mesh, optimizer); results are cached per argument."""
 
@@ -95,6 +111,11 @@ class Pricer:
         return compute + own
 
     def compute_time_s(self, node: Node, placed: Placed) -> float:
+        """Local compute of an op, forward and backward."""
+        return sum(self.compute_times_s(node, placed))
+
+    def compute_times_s(self, node: Node, placed: Placed) -> tuple[float, float]:
+        """Local compute of an op: (forward, backward)."""
         inputs = [
             self._local(value_of(source), sharding)
             for source, sharding in zip(tensor_inputs(node), placed.inputs, strict=True)
@@ -104,29 +125,34 @@ class Pricer:
             for value, sharding in zip(values_of(node), placed.outputs, strict=True)
         ]
         op = local_op(node, inputs, outputs)
-        time = float(forward_time(self.device, op))
+        forward, backward = float(forward_time(self.device, op)), 0.0
         if any(v.requires_grad for v in values_of(node)):
-            time += float(backward_time(self.device, op))
+            backward = float(backward_time(self.device, op))
         readers = sum(1 for user in node.users if user.op == "call_function")
         value = node.meta["value"]
         if readers > 1 and isinstance(value, Value) and value.requires_grad:
             nbytes = self.local_bytes(value, placed.outputs[0])
-            time += (readers - 1) * float(accumulate_time(self.device, nbytes))
-        return time
+            backward += (readers - 1) * float(accumulate_time(self.device, nbytes))
+        return forward, backward
 
-    def _own_communication_s(self, node: Node, axis: str, placed: Placed) -> float:
-        """Messages of ops that reduce inside: cross-entropy's statistics, batch norm's sums."""
-        span, name = self._span[axis], op_name(node.target)
+    def own_messages(self, node: Node, axis: str, placed: Placed) -> tuple[float, float]:
+        """Bytes of the all-reduces that an op makes by itself: (forward, backward or forward).
+
+        Cross-entropy's statistics over the vocabulary, batch norm's sums over the batch.
+        """
+        name = op_name(node.target)
         if name == "batch_norm":
             channels = self._local(values_of(node)[0], placed.outputs[0])[1]
-            sizes = (3 * channels * 4, 2 * channels * 4)
-        else:
-            logits = value_of(tensor_inputs(node)[0])
-            shape = self._local(logits, placed.inputs[0])
-            tokens = 1
-            for dim, size in enumerate(shape):
-                tokens *= 1 if dim == (1 if len(shape) > 1 else 0) else size
-            sizes = (tokens * 4, 2 * tokens * 4)
+            return float(3 * channels * 4), float(2 * channels * 4)
+        logits = value_of(tensor_inputs(node)[0])
+        shape = self._local(logits, placed.inputs[0])
+        tokens = 1
+        for dim, size in enumerate(shape):
+            tokens *= 1 if dim == (1 if len(shape) > 1 else 0) else size
+        return float(tokens * 4), float(2 * tokens * 4)
+
+    def _own_communication_s(self, node: Node, axis: str, placed: Placed) -> float:
+        sizes, span = self.own_messages(node, axis, placed), self._span[axis]
         return sum(float(collective_time(self.cluster, "all_reduce", n, span)) for n in sizes)
 
     def saved_output_bytes(self, node: Node, placed: Placed) -> float:
@@ -211,6 +237,34 @@ class Pricer:
                 if regather and step.op is GATHER_VARY:
                     total += forward
         return total
+
+    def edge_collectives(
+        self, producer: Node, port: int, source: Sharding, want: Sharding
+    ) -> list[EdgeCollective]:
+        """The collectives of one edge in forward order, each with its dual and both times."""
+        value = values_of(producer)[port]
+        role = producer.meta.get("role") if producer.op == "placeholder" else None
+        found = []
+        for step in self._steps(source, want) or ():
+            whole = self._bytes(value) / step.parts
+            times = self._step_time_s(step.op, step.axis, whole, role is not None)
+            n = self.mesh[step.axis].size
+            sent, back = (
+                float(wire_bytes(kind, whole, n)) if kind is not None else 0.0
+                for kind in (step.op.forward, step.op.backward)
+            )
+            found.append(
+                EdgeCollective(
+                    step.op,
+                    step.axis,
+                    whole,
+                    times[0],
+                    times[1] if value.requires_grad else 0.0,
+                    sent,
+                    back if value.requires_grad else 0.0,
+                )
+            )
+        return found
 
     def edge_bytes(
         self, value: Value, source: Sharding, want: Sharding, regather: bool = False
