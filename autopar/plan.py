@@ -70,6 +70,21 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Recompute:
+    """Activation checkpointing of a repeated block.
+
+    `block` is the first node of its first copy in the captured graph, as `find_blocks` has it. The
+    backward runs the first `full` of the `copies` again as a whole, of the next `selective` ones
+    all but matrix products and attention, and none of the rest.
+    """
+
+    block: str
+    copies: int
+    full: int = 0
+    selective: int = 0
+
+
+@dataclass(frozen=True)
 class Activation:
     """How an op runs and what it gives, for people: one line per op of a repeated block.
 
@@ -125,6 +140,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     hints: Mapping[str, int] = field(default_factory=dict)
     gap: float = 0.0
+    recompute: tuple[Recompute, ...] = ()
     activations: tuple[Activation, ...] = ()
     traffic: tuple[Traffic, ...] = ()
     version: int = VERSION
@@ -222,6 +238,7 @@ def _build(raw: dict[str, Any]) -> Plan:
     fields["predicted"] = _checked(Prediction(**raw["predicted"]))
     fields["alternatives"] = tuple(_checked(Alternative(**a)) for a in raw["alternatives"])
     fields["notes"] = tuple(map(str, raw["notes"]))
+    fields["recompute"] = tuple(_recompute(r) for r in raw["recompute"])
     fields["activations"] = tuple(_checked(Activation(**a)) for a in raw["activations"])
     fields["traffic"] = tuple(_checked(Traffic(**t)) for t in raw["traffic"])
     for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
@@ -248,6 +265,13 @@ def _checked(record: T) -> T:
         if kind is not None and not isinstance(value, kind):
             raise TypeError(f"{field_.name} is {value!r}, not {field_.type}")
     return record
+
+
+def _recompute(raw: dict[str, Any]) -> Recompute:
+    made = _checked(Recompute(**raw))
+    if min(made.full, made.selective) < 0 or made.full + made.selective > made.copies:
+        raise ValueError(f"recompute: {made.full} + {made.selective} of {made.copies} copies")
+    return made
 
 
 def _check_names(plan: Plan) -> None:
