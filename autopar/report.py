@@ -53,7 +53,7 @@ def print_timing(
         known = "not measured yet" if measured_s is None else seconds_text(measured_s)
         console.print(f"one training step: {known}")
         return
-    table = _table("one training step", "", ">predicted", ">measured", ">measured / predicted")
+    table = plain_table("one training step", "", ">predicted", ">measured", ">measured / predicted")
     rows: list[tuple[str, float | None, float | None, Callable[[float], str]]]
     memory = float(plan.predicted.memory_bytes)
     rows = [
@@ -75,7 +75,7 @@ def make_console(stderr: bool = False) -> Console:
     return console
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """A plain table; a column's name may begin with `>` (right) or `*` (is cut if need be)."""
     table = Table(
         title=title,
@@ -148,13 +148,13 @@ def _parameters(plan: Plan) -> Table | None:
         groups.setdefault((pattern(name), stored), []).append(name)
     if not groups:
         return None
-    table = _table("parameters", "*name", ">×", "type", "sharding", ">stored per device")
+    table = plain_table("parameters", "*name", ">×", "type", "sharding", ">stored per device")
     rows: list[tuple[str, ...]] = []
     for (_, stored), names in groups.items():
         sharding = stored.sharding + (" gathered twice" if stored.regather else "")
         size = bytes_text(stored.local_bytes * len(names))
         rows.append((collapse(names), str(len(names)), stored.type, sharding, size))
-    return _filled(table, rows)
+    return fitted(table, rows)
 
 
 def _activations(plan: Plan) -> Table | None:
@@ -165,7 +165,7 @@ def _activations(plan: Plan) -> Table | None:
     files = Counter(a.source.rpartition(":")[0] for a in shown if a.source)
     main = files.most_common(1)[0][0] if files else ""
     where = f" (lines without a file are of {main})" if main else ""
-    table = _table(
+    table = plain_table(
         f"activations{where}",
         *("*op", "line", ">×", "splits", "output", ">bytes"),
     )
@@ -191,7 +191,7 @@ def _activations(plan: Plan) -> Table | None:
                 bytes_text(sum(a.local_bytes for a in ops)),
             )
         )
-    return _filled(table, rows)
+    return fitted(table, rows)
 
 
 def _alike(shown: Sequence[Activation]) -> list[tuple[int, Activation]]:
@@ -227,30 +227,30 @@ def _short(op: str) -> str:
 def _traffic(plan: Plan) -> Table | None:
     if not plan.traffic:
         return None
-    table = _table(
+    table = plain_table(
         "collectives per step", "collective", "axis", "*what for", ">×", ">sent per device"
     )
     rows: list[tuple[str, ...]] = [
         (t.collective, t.axis, t.purpose, str(t.count), bytes_text(t.sent_bytes))
         for t in plan.traffic
     ]
-    return _filled(table, rows)
+    return fitted(table, rows)
 
 
 def _alternatives(plan: Plan) -> Table | None:
     if not plan.alternatives:
         return None
-    table = _table("alternatives", "strategy", "mesh", ">step", ">memory", "*why not")
+    table = plain_table("alternatives", "strategy", "mesh", ">step", ">memory", "*why not")
     ranked = sorted(plan.alternatives, key=lambda a: math.inf if a.time_s is None else a.time_s)
     rows: list[tuple[str, ...]] = []
     for a in ranked:
         time = "-" if a.time_s is None else seconds_text(a.time_s)
         memory = "-" if a.memory_bytes is None else bytes_text(a.memory_bytes)
         rows.append((a.name, a.mesh, time, memory, a.why))
-    return _filled(table, rows)
+    return fitted(table, rows)
 
 
-def _filled(table: Table, rows: list[tuple[str, ...]]) -> Table:
+def fitted(table: Table, rows: list[tuple[str, ...]]) -> Table:
     """The table with its rows, its first column cut where the whole would be wider than `WIDTH`."""
     columns = [[str(c.header) for c in table.columns], *rows[:MOST_ROWS]]
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
