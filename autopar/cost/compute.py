@@ -52,7 +52,7 @@ class LocalOp:
     """One rank's call of an op. `grads[i]`: whether the gradient of input i is wanted.
 
     `info` holds what shapes do not say: `equation` (einsum), `transposed` (convolution), `p` and
-    `training` (dropout), `causal` (attention).
+    `training` (dropout), `causal` and the global number of `rows` (attention).
     """
 
     name: str
@@ -116,6 +116,7 @@ def node_info(node: torch.fx.Node) -> dict[str, Any]:
         info["training"] = named["train"]
     if isinstance(named.get("is_causal"), bool):
         info["causal"] = named["is_causal"]
+        info["rows"] = values_of(node)[0].shape[-2]
     return info
 
 
@@ -335,7 +336,7 @@ def _numbers(value: Any) -> Number:
 
 
 def _matrix_time(
-    device: Device, op: LocalOp, factor: float = 1.0, rates: str | None = None
+    device: Device, op: LocalOp, factor: Number = 1.0, rates: str | None = None
 ) -> Number:
     """One product with the op's operands and result; `factor` scales its flops."""
     family = op_family(op.name)
@@ -351,9 +352,17 @@ def _matrix_time(
     return np.maximum(flops / rate, nbytes / device.bandwidth_curve("matmul")(nbytes))
 
 
-def _causal_share(op: LocalOp) -> float:
-    """Fused attention skips the blocks that a causal mask hides: half of the work."""
-    return 0.5 if op.info.get("causal") else 1.0
+def _causal_share(op: LocalOp) -> Number:
+    """Fused attention skips what a causal mask hides: half of the work.
+
+    Of n devices that divide the rows, the last one does most: all keys but half of those at its own
+    rows, `1 - 1/2n`.
+    """
+    if not op.info.get("causal"):
+        return 1.0
+    rows, keys = (_numbers(spec.shape[-2]) for spec in op.inputs[:2])
+    last = _numbers(op.info.get("rows", op.inputs[0].shape[-2])) - rows / 2
+    return np.minimum(1.0, last / np.maximum(keys, 1.0))
 
 
 def forward_time(device: Device, op: LocalOp) -> Number:
