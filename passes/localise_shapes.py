@@ -15,6 +15,7 @@ from autopar.ir.localise import local_call
 from autopar.ir.lowered import (
     BATCH_NORM,
     BUCKET,
+    CAUSAL_ATTENTION,
     COLLECTIVE,
     CROSS_ENTROPY,
     DROPOUT,
@@ -46,8 +47,9 @@ def localise_shapes(graph: Graph, mesh: Mesh, rank: int) -> Graph:
     """Rewrite the graph for the device `rank`: every shape, size argument and offset is its own.
 
     Collectives become exchanges on a group; ops whose shards must know where they lie (dropout,
-    vocabulary-parallel embedding and cross-entropy, batch norm) become lowered ops. If the graph
-    draws random numbers, a placeholder `rng_seed` (role "seed", an int) is added in front.
+    causal attention on split rows, vocabulary-parallel embedding and cross-entropy, batch norm)
+    become lowered ops. If the graph draws random numbers, a placeholder `rng_seed` (role "seed", an
+    int) is added in front.
     Ends: shapes are global. Establishes: one rank's program.
     """
     new = graph.copy()
@@ -169,6 +171,22 @@ def _dropout(
 
 def _embedding(
     node: Node, mesh: Mesh, here: Coordinates
+def _attention(
+    node: Node, mesh: Mesh, here: Coordinates
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    a = arguments(node)
+    query = value_of(a["query"])
+    split = _sharding(a["query"]).splits[-2]
+    if not a["is_causal"] or not split:
+        return None
+    rows = split.runs(query.int_shape()[-2], mesh, here)
+    if not rows[0] or 0 in _local_shape(value_of(node), mesh, here):
+        return None
+    assert len(rows) == 1 and a["attn_mask"] is None and a["dropout_p"] == 0.0
+    tensors = (a["query"], a["key"], a["value"])
+    return CAUSAL_ATTENTION, (*tensors, rows[0].start, a["scale"], a["enable_gqa"]), {}
+
+
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     a = arguments(node)
     split = _sharding(a["weight"]).splits[0]
@@ -244,4 +262,5 @@ def _special() -> dict[Any, Any]:
     }
 
 
+        aten.scaled_dot_product_attention.default: _attention,
 _SPECIAL = _special()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from autopar.ir.lowered import (
     BATCH_NORM,
+    CAUSAL_ATTENTION,
     CLOSE,
     CROSS_ENTROPY,
     DROPOUT,
@@ -52,3 +53,4 @@ BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
     CROSS_ENTROPY: sharded_ops.cross_entropy,
     BATCH_NORM: sharded_ops.batch_norm,
 }
+    CAUSAL_ATTENTION: causal_attention,

@@ -286,6 +286,15 @@ def _cross_entropy(node: torch.fx.Node, local: Local) -> Call:
     return _mean_loss(node, math.prod(shape) // shape[at], math.prod(logits) // logits[at])
 
 
+def _attention(node: torch.fx.Node, local: Local) -> Call:
+    rows = named_inputs(node)[0].value.shape[-2]
+    if arguments(node)["is_causal"] and local.of(node, "query")[-2] != rows:
+        raise PassError(
+            "localise", "rows_are_whole", f"%{node.name} splits rows that its mask counts"
+        )
+    return _target(node), node.args, dict(node.kwargs)
+
+
 def _embedding(node: torch.fx.Node, local: Local) -> Call:
     if local.of(node, "weight")[0] != named_inputs(node)[0].value.shape[0]:
         raise PassError("localise", "vocabulary_is_whole", f"%{node.name} splits its rows")
@@ -330,6 +339,7 @@ LOCALISE: Mapping[str, Localiser] = MappingProxyType(
         **{f"aten.{name}": _loss for name in losses.ELEMENTWISE},
         "aten.cross_entropy_loss": _cross_entropy,
         "aten.embedding": _embedding,
+        "aten.scaled_dot_product_attention": _attention,
         **{f"aten.{name}": _extreme for name in ("amax", "amin", "max", "min")},
     }
 )

@@ -154,6 +154,7 @@ CLOSE = LoweredOp("close")
 # Ops whose shards need to know where they lie, or communicate by themselves. Signatures (tensors
 # are local, groups are GroupRef | None):
 #   dropout(x, p, seed, call, region)    mask is a function of seed, call and *global* element index
+#   causal_attention(query, key, value, start, scale, enable_gqa)    rows [start, ...) of queries
 #   masked_embedding(weight, ids, start, padding_idx)    rows [start, start + len) here; output P
 #   cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing,
 #                 vocab_start, vocab_size, vocab_group, token_group)
@@ -162,6 +163,7 @@ DROPOUT = LoweredOp("dropout")
 MASKED_EMBEDDING = LoweredOp("masked_embedding")
 CROSS_ENTROPY = LoweredOp("cross_entropy")
 BATCH_NORM = LoweredOp("batch_norm")
+CAUSAL_ATTENTION = LoweredOp("causal_attention")
 
 LOWERED_OPS: dict[str, LoweredOp] = {
     op.name: op
@@ -179,6 +181,7 @@ LOWERED_OPS: dict[str, LoweredOp] = {
     )
 }
 
+        CAUSAL_ATTENTION,
 
 @dataclass(frozen=True)
 class Region:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: batch and heads split; queries too, unless masked causally."""
+"""Scaled dot-product attention: batch, heads and queries split; keys and features are whole."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .common import (
 def attention(node: torch.fx.Node) -> ShardingRule:
     """`bhs[e],bh[t][e],bh[t][f]->bhs[f]`; grouped heads are `b(hg)s[e],bh[t][e],bh[t][f]`.
 
-    Keys and features are whole. A causal mask counts queries from the first one, so that they are
-    whole under `is_causal`.
+    Keys and features are whole. A causal mask counts queries from the first one: where they are
+    split, `localise_shapes` calls an op that knows which rows it has.
     """
     args = arguments(node)
     q, k, v = (input_value(node, name) for name in ("query", "key", "value"))
@@ -33,7 +33,6 @@ def attention(node: torch.fx.Node) -> ShardingRule:
     names = letters()
     s, t, e, f = take(names, 4)
     lead = take(names, out.rank - 2)
-    sequence = f"[{s}]" if args["is_causal"] else s
     batch = list(lead)
     inner = {
         name: broadcast(lead, out.shape[:-2], x.shape[:-2])
@@ -51,15 +50,15 @@ def attention(node: torch.fx.Node) -> ShardingRule:
             spare = iter(take(names, 3))
             inner = {name: [*spec[:-1], f"[{next(spare)}]"] for name, spec in inner.items()}
     inputs: dict[str, Spec] = {
-        "query": [*inner["query"], sequence, f"[{e}]"],
+        "query": [*inner["query"], s, f"[{e}]"],
         "key": [*inner["key"], f"[{t}]", f"[{e}]"],
         "value": [*inner["value"], f"[{t}]", f"[{f}]"],
     }
-    after = [*batch, sequence, f"[{f}]"]
+    after = [*batch, s, f"[{f}]"]
     if any(item.name == "attn_mask" for item in named_inputs(node)):
         mask = input_value(node, "attn_mask")
         full = (*out.shape[:-1], k.shape[-2])
-        inputs["attn_mask"] = broadcast([*batch, sequence, f"[{t}]"], full, mask.shape)
+        inputs["attn_mask"] = broadcast([*batch, s, f"[{t}]"], full, mask.shape)
     return rule(node, inputs, after)
 
 
