@@ -37,6 +37,8 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rules.common import arguments
 from autopar.ir.sharding import Sharding
 
+from .route_rows import ROUTED, prefix_sum, routed_embedding
+
 Node = torch.fx.Node
 Coordinates = Mapping[str, int]
 aten = torch.ops.aten
@@ -169,8 +171,6 @@ def _dropout(
     return DROPOUT, (a["input"], a["p"], seed, call, region), {}
 
 
-def _embedding(
-    node: Node, mesh: Mesh, here: Coordinates
 def _attention(
     node: Node, mesh: Mesh, here: Coordinates
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -187,11 +187,16 @@ def _attention(
     return CAUSAL_ATTENTION, (*tensors, rows[0].start, a["scale"], a["enable_gqa"]), {}
 
 
+def _embedding(
+    node: Node, mesh: Mesh, here: Coordinates
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     a = arguments(node)
     split = _sharding(a["weight"]).splits[0]
     if not split:
         return None
+    routed = routed_embedding(node, mesh, here)
+    if routed is not None:
+        return routed
     rows = split.runs(value_of(a["weight"]).int_shape()[0], mesh, here)
     assert len(rows) == 1
     return MASKED_EMBEDDING, (a["weight"], a["indices"], rows[0].start, a["padding_idx"]), {}
@@ -257,10 +262,12 @@ def _special() -> dict[Any, Any]:
     del ops
     return {
         aten.embedding.default: _embedding,
+        aten.scaled_dot_product_attention.default: _attention,
         aten.cross_entropy_loss.default: _cross_entropy,
         torch.ops.autopar.batch_norm.default: _batch_norm,
+        aten.cumsum.default: prefix_sum,
+        **ROUTED,
     }
 
 
-        aten.scaled_dot_product_attention.default: _attention,
 _SPECIAL = _special()

@@ -40,6 +40,7 @@ from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
 
 from .bucket_collectives import BUCKET_BYTES
+from .route_costs import route_messages
 
 Node = torch.fx.Node
 
@@ -108,6 +109,11 @@ class Pricer:
             for axis, choice in chosen.items()
             if choice.factor in rule.comm
         )
+        own += sum(
+            float(collective_time(self.cluster, m.kind, m.nbytes, self._span[axis]))
+            for axis, choice in chosen.items()
+            for m in route_messages(node, rule, placed, choice.factor, axis, self.mesh)
+        )
         return compute + own
 
     def compute_time_s(self, node: Node, placed: Placed) -> float:
@@ -144,6 +150,11 @@ class Pricer:
         if name == "batch_norm":
             channels = self._local(values_of(node)[0], placed.outputs[0])[1]
             return float(3 * channels * 4), float(2 * channels * 4)
+        if name == "cumsum":  # the totals along the split dim
+            value, dim = values_of(node)[0], placed.outputs[0].dim_of(axis)
+            shape = self._local(value, placed.outputs[0])
+            totals = self.local_bytes(value, placed.outputs[0]) / max(1, shape[dim or 0])
+            return totals, totals * value.requires_grad
         logits = value_of(tensor_inputs(node)[0])
         shape = self._local(logits, placed.inputs[0])
         tokens = 1

@@ -16,11 +16,15 @@ from autopar.ir.lowered import (
     EXCHANGE,
     MASKED_EMBEDDING,
     OPEN,
+    PREFIX_SUM,
+    ROUTED_GATHER,
+    ROUTED_SCATTER,
     Collective,
     LoweredOp,
 )
 
-from . import sharded_ops
+from . import dispatch, sharded_ops
+from .attention import causal_attention
 from .collectives import Spec, close, open_
 from .group import Group
 
@@ -49,8 +53,11 @@ BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
     OPEN: open_,
     CLOSE: close_one,
     DROPOUT: sharded_ops.dropout,
+    CAUSAL_ATTENTION: causal_attention,
     MASKED_EMBEDDING: sharded_ops.masked_embedding,
     CROSS_ENTROPY: sharded_ops.cross_entropy,
     BATCH_NORM: sharded_ops.batch_norm,
+    PREFIX_SUM: dispatch.prefix_sum,
+    ROUTED_GATHER: dispatch.routed_gather,
+    ROUTED_SCATTER: dispatch.routed_scatter,
 }
-    CAUSAL_ATTENTION: causal_attention,

@@ -159,11 +159,17 @@ CLOSE = LoweredOp("close")
 #   cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing,
 #                 vocab_start, vocab_size, vocab_group, token_group)
 #   batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, group)
+#   prefix_sum(x, dim, group, dtype)    cumsum of a dim divided among the group in order
+#   routed_gather(x, indices, route, group, padding_idx)    `x[indices]`, `x` divided by rows
+#   routed_scatter(x, indices, values, route, group, accumulate, scale)    `x[indices] = values`
 DROPOUT = LoweredOp("dropout")
+CAUSAL_ATTENTION = LoweredOp("causal_attention")
 MASKED_EMBEDDING = LoweredOp("masked_embedding")
 CROSS_ENTROPY = LoweredOp("cross_entropy")
 BATCH_NORM = LoweredOp("batch_norm")
-CAUSAL_ATTENTION = LoweredOp("causal_attention")
+PREFIX_SUM = LoweredOp("prefix_sum")
+ROUTED_GATHER = LoweredOp("routed_gather")
+ROUTED_SCATTER = LoweredOp("routed_scatter")
 
 LOWERED_OPS: dict[str, LoweredOp] = {
     op.name: op
@@ -175,13 +181,31 @@ LOWERED_OPS: dict[str, LoweredOp] = {
         OPEN,
         CLOSE,
         DROPOUT,
+        CAUSAL_ATTENTION,
         MASKED_EMBEDDING,
         CROSS_ENTROPY,
         BATCH_NORM,
+        PREFIX_SUM,
+        ROUTED_GATHER,
+        ROUTED_SCATTER,
     )
 }
 
-        CAUSAL_ATTENTION,
+
+@dataclass(frozen=True)
+class Route:
+    """Who owns what of the dims `dim`, `dim + 1`, ... of a tensor that index tensors index.
+
+    `sizes` are the global sizes of the indexed dims. The first of them is divided: member `i` of
+    the group holds `owned[i]` = (start, stop) of it. What no member holds reads as zero, and writes
+    to it are dropped. `wraps` says that negative indices count from the end.
+    """
+
+    dim: int
+    sizes: tuple[int, ...]
+    owned: tuple[tuple[int, int], ...]
+    wraps: bool = True
+
 
 @dataclass(frozen=True)
 class Region:

@@ -20,6 +20,9 @@ and, after a semicolon, clauses separated by spaces::
     once(2)            an addend: must be partial (sum) wherever the output becomes so
     comm(v)            the op communicates by itself over the axes that split v: outputs that lack
                        v are replicated on them
+    route(b>v)         one axis may split b and v at once, which are dims of different tensors: the
+                       op sends the elements of b to the devices that own their place in v, or
+                       fetches them from there, by all-to-all (v may be whole otherwise)
 
 A tensor of rank 0 is written `.`, and an op without tensor inputs has nothing before the arrow.
 Tensor inputs count in argument order, lists flattened (`graph.tensor_inputs`).
@@ -50,6 +53,7 @@ class ShardingRule:
     linear: tuple[tuple[int, ...], ...] = ()
     once: tuple[int, ...] = ()
     comm: frozenset[str] = frozenset()
+    routes: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -64,6 +68,14 @@ class ShardingRule:
 
     def splittable(self) -> tuple[str, ...]:
         return tuple(f for f in self.factors if f not in self.whole)
+
+    def parts_of(self, factor: str) -> tuple[str, ...]:
+        """The factors that choosing `factor` splits: itself, or the two of a route `b>v`."""
+        return tuple(factor.split(">")) if factor in self.routes else (factor,)
+
+    def communicates_over(self, factor: str) -> bool:
+        """Whether the op itself communicates over an axis that splits `factor`."""
+        return factor in self.comm or factor in self.routes
 
     def is_reduction(self, factor: str) -> bool:
         """Whether some output lacks the factor, so that splitting it leaves a partial value."""
@@ -86,6 +98,8 @@ class ShardingRule:
         if self.once:
             clauses.append(f"once({','.join(map(str, self.once))})")
         clauses += [f"comm({f})" for f in sorted(self.comm)]
+        if self.routes:
+            clauses.append(f"route({','.join(self.routes)})")
         return text + (f"; {' '.join(clauses)}" if clauses else "")
 
 
@@ -126,6 +140,7 @@ def parse_rule(text: str) -> ShardingRule:
     linear: list[tuple[int, ...]] = []
     once: tuple[int, ...] = ()
     comm: set[str] = set()
+    routes: tuple[str, ...] = ()
     for clause in re.findall(r"\w+\([^)]*\)", tail):
         name, _, arguments = clause[:-1].partition("(")
         items = [item.strip() for item in arguments.split(",") if item.strip()]
@@ -135,12 +150,14 @@ def parse_rule(text: str) -> ShardingRule:
             once = tuple(int(i) for i in items)
         elif name == "comm":
             comm.update(items)
+        elif name == "route":
+            routes = tuple(items)
         elif name in REDUCTIONS:
             reductions.update(dict.fromkeys(items, name))
         else:
             raise ValueError(f"unknown clause {clause!r} in rule {text!r}")
     return ShardingRule(
-        inputs, outputs, frozenset(whole), reductions, tuple(linear), once, frozenset(comm)
+        inputs, outputs, frozenset(whole), reductions, tuple(linear), once, frozenset(comm), routes
     )
 
 
@@ -204,7 +221,7 @@ def factor_sizes(rule: ShardingRule, shapes: Sequence[Sequence[int]]) -> dict[st
 
 def choices(rule: ShardingRule) -> list[Choice]:
     """Everything the op may do on one axis."""
-    found = [REPLICATE, *(Choice(factor=f) for f in rule.splittable())]
+    found = [REPLICATE, *(Choice(factor=f) for f in (*rule.splittable(), *rule.routes))]
     return found + [Choice(linear=i) for i in range(len(rule.linear))]
 
 
@@ -224,8 +241,8 @@ def place(
     """
     axes_of: dict[str, tuple[str, ...]] = {}
     for axis in mesh.names:
-        factor = chosen.get(axis, REPLICATE).factor
-        if factor:
+        chosen_factor = chosen.get(axis, REPLICATE).factor
+        for factor in rule.parts_of(chosen_factor) if chosen_factor else ():
             axes_of[factor] = (*axes_of.get(factor, ()), axis)
     for factor, axes in axes_of.items():
         if not uneven and sizes[factor] < math.prod(mesh[a].size for a in axes):
@@ -259,7 +276,7 @@ def place(
         if choice.factor:
             reduction = rule.reductions.get(choice.factor, "sum")
             for i, dims in enumerate(rule.outputs):
-                if choice.factor in rule.comm or any(choice.factor in dim for dim in dims):
+                if rule.communicates_over(choice.factor) or any(choice.factor in d for d in dims):
                     continue
                 outputs[i] = outputs[i].with_partial(axis, reduction)
                 for once in rule.once:

@@ -44,6 +44,7 @@ from .lowered import (
     GroupRef,
     LoweredOp,
     Region,
+    Route,
     ShardSpec,
     SwapSpec,
 )
@@ -108,6 +109,7 @@ _RECORDS: dict[str, type[Any]] = {
     "ShardSpec": ShardSpec,
     "SwapSpec": SwapSpec,
     "Region": Region,
+    "Route": Route,
     "Split": Split,
 }
 

@@ -61,7 +61,7 @@ def complaints(graph: Graph, mesh: Mesh) -> tuple[list[str], Counter[str]]:
 
 def _communicates(node: torch.fx.Node, rule: Any, axis: str) -> bool:
     chosen = node.meta.get("chosen", {}).get(axis)
-    return chosen is not None and chosen.factor in rule.comm
+    return chosen is not None and rule.communicates_over(chosen.factor)
 
 
 def _makes_pieces(node: torch.fx.Node, axis: str) -> bool:

@@ -185,6 +185,12 @@ def rule(
     return parse_rule(notation(specs, outputs) + "; " + " ".join(parts))
 
 
+def routes(elements: Iterable[str], owned: str) -> str:
+    """The clause that lets one axis split a dim of `elements` and the dim `owned`, whole or not."""
+    made = [f"{f}>{owned.strip('[]')}" for f in elements if len(f) == 1 and f != "1"]
+    return f"route({','.join(made)})" if made else ""
+
+
 def notation(inputs: Sequence[Spec], outputs: Sequence[Spec]) -> str:
     """Rule text, without clauses, of specs."""
     return "->".join(",".join("".join(s) or "." for s in side) for side in (inputs, outputs))

@@ -6,11 +6,15 @@ import torch
 
 from autopar.ir.rule import ShardingRule
 
-from .common import Handler, all_whole, arguments, input_value, letters, rule, take
+from .common import Handler, all_whole, arguments, input_value, letters, routes, rule, take
 
 
 def embedding(node: torch.fx.Node) -> ShardingRule:
-    """`vd,bs->bsd`: a split vocabulary is a sum, every device looking up the rows it has."""
+    """`vd,bs->bsd; route(b>v,s>v)`.
+
+    A split vocabulary is a sum, every device looking up the rows it has; or ids and rows are split
+    by one axis, and every device fetches the rows of its ids from their owners.
+    """
     args = arguments(node)
     names = letters()
     v, d = take(names, 2)
@@ -18,7 +22,8 @@ def embedding(node: torch.fx.Node) -> ShardingRule:
     if args.get("scale_grad_by_freq") or args.get("sparse"):
         # The gradient depends on how often an id occurs in the whole batch.
         v, ids = f"[{v}]", [f"[{f}]" for f in ids]
-    return rule(node, {"weight": [v, d], "indices": ids}, [*ids, d])
+        return rule(node, {"weight": [v, d], "indices": ids}, [*ids, d])
+    return rule(node, {"weight": [v, d], "indices": ids}, [*ids, d], clauses=routes(ids, v))
 
 
 RULES: dict[str, Handler] = {

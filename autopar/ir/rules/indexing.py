@@ -1,4 +1,9 @@
-"""Gathers, scatters and sorts: positions pass through, the dim that is indexed is whole."""
+"""Gathers, scatters and sorts: positions pass through, the dim that is indexed is whole.
+
+Where whole slices are indexed (`index_select`, `index`, `index_put`, `index_add`, `index_copy`) one
+axis may split both the positions and the indexed dim: the slices are then routed to or from their
+owners. This is how tokens reach experts.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,7 @@ from .common import (
     letters,
     named_inputs,
     output,
+    routes,
     rule,
     same,
     take,
@@ -34,15 +40,20 @@ def tied(names: Spec, shape: Sequence[Size], other: Sequence[Size]) -> Spec:
 
 
 def index_select(node: torch.fx.Node) -> ShardingRule:
-    """`a[v]b,n->anb`."""
+    """`a[v]b,n->anb; route(n>v)`."""
     x, index = input_value(node, "self"), input_value(node, "index")
     at = dim_index(arguments(node)["dim"], x.rank)
     names = letters()
     dims = take(names, x.rank)
     n = next(names)
     after = [*dims[:at], n, *dims[at + 1 :]] if x.rank else []
+    held = hold(dims, [at])
     return rule(
-        node, {"self": hold(dims, [at]), "index": [n] if index.rank else []}, after, linear=["self"]
+        node,
+        {"self": held, "index": [n] if index.rank else []},
+        after,
+        linear=["self"],
+        clauses=routes([n], held[at]) if x.rank and index.rank else "",
     )
 
 
@@ -121,7 +132,7 @@ def scatter_add(node: torch.fx.Node) -> ShardingRule:
 
 
 def index_add(node: torch.fx.Node) -> ShardingRule:
-    """`a[v]b,n,anb->a[v]b; linear(0,2) once(0)`."""
+    """`a[v]b,n,anb->a[v]b; linear(0,2) once(0) route(n>v)`."""
     x = input_value(node, "self")
     if not x.rank:
         return all_whole(node)
@@ -132,11 +143,12 @@ def index_add(node: torch.fx.Node) -> ShardingRule:
     index = [n] if input_value(node, "index").rank else []
     source = [*dims[:at], n, *dims[at + 1 :]]
     inputs = {"self": dims, "index": index, "source": source}
-    return rule(node, inputs, dims, linear=[("self", "source")], once=["self"])
+    clauses = routes([n], dims[at]) if index else ""
+    return rule(node, inputs, dims, linear=[("self", "source")], once=["self"], clauses=clauses)
 
 
 def index_copy(node: torch.fx.Node) -> ShardingRule:
-    """`a[v]b,[n],a[n]b->a[v]b` (also index_fill): order matters along the dim."""
+    """`a[v]b,[n],a[n]b->a[v]b; route(n>v)` (also index_fill): order matters along the dim."""
     x = input_value(node, "self")
     if not x.rank:
         return all_whole(node)
@@ -147,7 +159,9 @@ def index_copy(node: torch.fx.Node) -> ShardingRule:
     inputs: dict[str, Spec] = {"self": dims, "value": []}
     inputs["index"] = [n] if input_value(node, "index").rank else []
     inputs["source"] = [*dims[:at], n, *dims[at + 1 :]]
-    return rule(node, inputs, dims)
+    routed = inputs["index"] and "source" in arguments(node)
+    clauses = routes([n[1]], dims[at]) if routed else ""
+    return rule(node, inputs, dims, clauses=clauses)
 
 
 def indexed(node: torch.fx.Node) -> tuple[Spec, list[Spec], Spec, Spec] | None:
@@ -181,22 +195,38 @@ def indexed(node: torch.fx.Node) -> tuple[Spec, list[Spec], Spec, Spec] | None:
     return before, specs, [*rest[:first], *picked, *rest[first:]], picked
 
 
+def routed_dim(node: torch.fx.Node) -> int | None:
+    """First of the adjacent dims that a call's index tensors index; None: they are not adjacent."""
+    at = [i for i, slot in enumerate(arguments(node)["indices"]) if slot is not None]
+    return at[0] if at == list(range(at[0], at[-1] + 1)) else None
+
+
 def index(node: torch.fx.Node) -> ShardingRule:
-    """`x[i, :, j]`: indexed dims of x are whole, its other dims and the index's pass through."""
+    """`x[i, :, j]`: indexed dims of x are whole, its other dims and the index's pass through.
+
+    `x[i]` and `x[i, j]` may be routed along the first dim that is indexed.
+    """
     specs = indexed(node)
     if specs is None:
         return all_whole(node)
-    before, indices, after, _ = specs
-    return rule(node, {"self": before, "indices": indices}, after, linear=["self"])
+    before, indices, after, picked = specs
+    first = routed_dim(node)
+    clauses = "" if first is None else routes(picked, before[first])
+    return rule(node, {"self": before, "indices": indices}, after, linear=["self"], clauses=clauses)
 
 
 def index_put(node: torch.fx.Node) -> ShardingRule:
-    """`x[i] = v`, index dims whole; or `x[i] += v`, where they are a sum reduction."""
+    """`x[i] = v`, index dims whole; or `x[i] += v`, where they are a sum reduction.
+
+    Both may be routed along the first dim that is indexed.
+    """
     specs = indexed(node)
     if specs is None:
         return all_whole(node)
     before, indices, target, picked = specs
     values = input_value(node, "values")
+    first = routed_dim(node)
+    clauses = "" if first is None else routes(picked, before[first])
     if not arguments(node)["accumulate"]:
         held = {f: f"[{f}]" for f in picked}
         target = [held.get(f, f) for f in target]
@@ -218,8 +248,8 @@ def index_put(node: torch.fx.Node) -> ShardingRule:
         "values": source,
     }
     if not arguments(node)["accumulate"]:
-        return rule(node, where, before)
-    return rule(node, where, before, linear=[("self", "values")], once=["self"])
+        return rule(node, where, before, clauses=clauses)
+    return rule(node, where, before, linear=[("self", "values")], once=["self"], clauses=clauses)
 
 
 def one_hot(node: torch.fx.Node) -> ShardingRule:

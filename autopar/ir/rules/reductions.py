@@ -88,6 +88,14 @@ def scan(*linear: str) -> Handler:
     return handler
 
 
+def prefix_sum(node: torch.fx.Node) -> ShardingRule:
+    """`ab->ab; comm(a)`: every device adds the totals of those before it along the dim."""
+    x = input_value(node, "self")
+    names = take(letters(), x.rank)
+    clauses = f"comm({names[dim_index(arguments(node)['dim'], x.rank)]})" if x.rank else ""
+    return rule(node, {"self": names}, names, linear=["self"], clauses=clauses)
+
+
 def difference(node: torch.fx.Node) -> ShardingRule:
     """`diff`: neighbours along a dim, which is whole."""
     x = input_value(node, "self")
@@ -139,7 +147,7 @@ RULES: dict[str, Handler] = {
             "cumprod cummax cummin logcumsumexp"
         )
     },
-    "aten.cumsum": scan("self"),
+    "aten.cumsum": prefix_sum,
     "aten.diff": difference,
     "aten.cosine_similarity": cosine_similarity,
 }

@@ -1,0 +1,237 @@
+"""Rows sent to, or fetched from, the members of a group that own them: experts and big tables.
+
+Every member has positions (token slots, ids) anywhere in an indexed dim that is divided among the
+members. `routed_gather` is `x[indices]` and `routed_scatter` is `x[indices] = values` (or `+=`).
+Positions are sorted by owner; counts, positions and rows are exchanged by all-to-all, and the
+gradients take the way back. Tensors are local; the gradient of each input is that of a shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autopar.ir.lowered import Route
+
+from .group import Group
+
+
+def routed_gather(
+    x: Tensor, indices: Sequence[Tensor], route: Route, group: Group, padding_idx: int = -1
+) -> Tensor:
+    """`x[..., i, j, ...]` with the first indexed dim of `x` divided among the group.
+
+    The index tensors (int, broadcast against each other) stand for the dims from `route.dim` on and
+    may differ between members. `padding_idx` is a position whose row gets no gradient, or negative.
+    Raises IndexError for positions out of range.
+    """
+    positions, shape = _positions(indices, route)
+    plan = _Exchange.of(positions, route, group)
+    padding = padding_idx - route.owned[group.rank][0] if padding_idx >= 0 else -1
+    rows: Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
+        _as_rows(x, route), plan, padding
+    )
+    return _from_rows(rows, shape, x, route)
+
+
+def routed_scatter(
+    x: Tensor,
+    indices: Sequence[Tensor],
+    values: Tensor,
+    route: Route,
+    group: Group,
+    accumulate: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """`x` with `x[..., i, j, ...] = scale * values` (or `+=`), its first indexed dim divided.
+
+    `values` broadcasts to what `x[..., i, j, ...]` has for shape. Of several values for one
+    position the last one stays, members counting in order. Raises IndexError as `routed_gather`.
+    """
+    positions, shape = _positions(indices, route)
+    plan = _Exchange.of(positions, route, group)
+    k, dim = len(route.sizes), route.dim
+    values = values if scale == 1 else values * scale
+    wide = values.expand(*x.shape[:dim], *shape, *x.shape[dim + k :])
+    sent = wide.movedim(tuple(range(dim, dim + len(shape))), tuple(range(len(shape))))
+    rest = (*x.shape[:dim], *x.shape[dim + k :])
+    sent = sent.reshape(positions.numel(), math.prod(rest))
+    rows: Tensor = _Scatter.apply(  # type: ignore[no-untyped-call]
+        _as_rows(x, route), sent, plan, accumulate
+    )
+    return _from_rows(rows, x.shape[dim : dim + k], x, route)
+
+
+def prefix_sum(x: Tensor, dim: int, group: Group, dtype: torch.dtype | None = None) -> Tensor:
+    """`x.cumsum(dim)` of a dim whose consecutive pieces the members of the group hold in order."""
+    y: Tensor = _PrefixSum.apply(x, dim, group, dtype)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _as_rows(x: Tensor, route: Route) -> Tensor:
+    """`x` as (positions here, elements of a row)."""
+    dims = range(route.dim, route.dim + len(route.sizes))
+    here = math.prod(x.shape[d] for d in dims)
+    rest = math.prod(s for d, s in enumerate(x.shape) if d not in dims)
+    return x.movedim(tuple(dims), tuple(range(len(dims)))).reshape(here, rest)
+
+
+def _from_rows(rows: Tensor, shape: Sequence[int], like: Tensor, route: Route) -> Tensor:
+    """Rows for positions of `shape` in the layout of `like`, whose indexed dims they replace."""
+    before, after = like.shape[: route.dim], like.shape[route.dim + len(route.sizes) :]
+    out = rows.view(*shape, *before, *after)
+    if not before:
+        return out
+    picked = tuple(range(len(shape)))
+    return out.movedim(picked, tuple(i + route.dim for i in picked)).contiguous()
+
+
+def _positions(indices: Sequence[Tensor], route: Route) -> tuple[Tensor, torch.Size]:
+    """Flat positions in the indexed dims taken as one, and the shape of the broadcast indices."""
+    shape = torch.broadcast_shapes(*(i.shape for i in indices))
+    wide = [i.to(torch.int64).expand(shape) for i in indices]
+    flat = None
+    for index, size in zip(wide, route.sizes, strict=True):
+        part = index.reshape(-1)
+        if part.device.type == "cpu" and not torch.compiler.is_compiling() and part.numel():
+            low, high = (int(v) for v in part.aminmax())
+            if low < (-size if route.wraps else 0) or high >= size:
+                wrong = high if high >= size else low
+                raise IndexError(f"index {wrong} is out of bounds for dimension with size {size}")
+        if route.wraps:
+            part = part.where(part >= 0, part + size)
+        flat = part if flat is None else flat * size + part
+    assert flat is not None
+    return flat, shape
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Which rows go where: made once per call, used by its forward and its backward.
+
+    `order` lists the positions of this member by owner (those that nobody owns are left out),
+    `sent[i]` of them belong to member `i`; `here` are the rows of this member that others (and
+    itself) asked for, `asked[i]` of them by member `i`.
+    """
+
+    order: Tensor
+    here: Tensor
+    sent: list[int]
+    asked: list[int]
+    count: int
+    group: Group
+
+    @staticmethod
+    def of(positions: Tensor, route: Route, group: Group) -> _Exchange:
+        with torch.no_grad():
+            inner = math.prod(route.sizes[1:])
+            owner = _owners(positions, route, inner)
+            order = torch.argsort(owner, stable=True)
+            counts = torch.bincount(owner, minlength=group.size + 1)[: group.size]
+            ones = [1] * group.size
+            asked = group.all_to_all(counts, ones, ones).wait().tolist()
+            sent = counts.tolist()
+            order = order[: sum(sent)]
+            wanted = group.all_to_all(positions.index_select(0, order), asked, sent).wait()
+            here = wanted - route.owned[group.rank][0] * inner
+        return _Exchange(order, here, sent, asked, positions.numel(), group)
+
+    def to_owners(self, rows: Tensor) -> Tensor:
+        """Rows in the order of this member's positions, to where they belong."""
+        sorted_rows = rows.index_select(0, self.order)
+        return self.group.all_to_all(sorted_rows, self.asked, self.sent).wait()
+
+    def to_askers(self, rows: Tensor) -> Tensor:
+        """Rows in the order of `here`, back to who asked; zeros where nobody owns a position."""
+        got = self.group.all_to_all(rows, self.sent, self.asked).wait()
+        make = got.new_empty if len(self.order) == self.count else got.new_zeros
+        return make((self.count, *rows.shape[1:])).index_copy_(0, self.order, got)
+
+
+def _owners(positions: Tensor, route: Route, inner: int) -> Tensor:
+    """The member that owns each position; the number of members where nobody does."""
+    n = len(route.owned)
+    members = sorted(range(n), key=lambda m: route.owned[m])
+    stops = [route.owned[m][1] * inner for m in members]
+    starts = [route.owned[m][0] * inner for m in members]
+    device = positions.device
+    at = torch.bucketize(positions, torch.tensor(stops, device=device), right=True)
+    begin = torch.tensor([*starts, 0], device=device)[at]
+    member = torch.tensor([*members, n], device=device)[at]
+    return member.where(positions >= begin, n)  # in a gap: before its owner's start
+
+
+def _sum_rows(rows: Tensor, here: Tensor, count: int) -> Tensor:
+    """`zeros(count).index_add(0, here, rows)`, by the faster kernel where there is one."""
+    if rows.is_floating_point() and count and rows.shape[1]:
+        out: Tensor = torch.ops.aten.embedding_dense_backward(rows, here, count, -1, False)
+        return out
+    return rows.new_zeros((count, *rows.shape[1:])).index_add_(0, here, rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: _Exchange, padding: int) -> Tensor:
+        ctx.plan, ctx.count, ctx.padding = plan, x.shape[0], padding
+        return plan.to_askers(x.index_select(0, plan.here))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Exchange = ctx.plan
+        arrived = plan.to_owners(grad)
+        if ctx.padding >= 0:
+            arrived = arrived.masked_fill((plan.here == ctx.padding)[:, None], 0)
+        return _sum_rows(arrived, plan.here, ctx.count), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, plan: _Exchange, accumulate: bool) -> Tensor:
+        ctx.plan, ctx.accumulate = plan, accumulate
+        arrived = plan.to_owners(values)
+        if accumulate:
+            return x + _sum_rows(arrived, plan.here, x.shape[0])
+        return x.index_put((plan.here,), arrived)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Exchange = ctx.plan
+        of_x, of_values = None, None
+        if ctx.needs_input_grad[0]:
+            of_x = grad if ctx.accumulate else grad.index_fill(0, plan.here, 0)
+        if ctx.needs_input_grad[1]:
+            of_values = plan.to_askers(grad.index_select(0, plan.here))
+        return of_x, of_values, None, None
+
+
+class _PrefixSum(torch.autograd.Function):
+    """One message of totals forward, one backward: the gradient is a sum from behind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, dtype: torch.dtype | None) -> Tensor:
+        ctx.dim, ctx.group, ctx.dtype = dim, group, x.dtype
+        y = x.cumsum(dim, dtype=dtype)
+        totals = x.sum(dim, dtype=y.dtype)
+        return y + _of_others(totals, group, slice(group.rank)).unsqueeze(dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dim, group = ctx.dim, ctx.group
+        behind = grad.flip(dim).cumsum(dim).flip(dim)
+        others = _of_others(grad.sum(dim), group, slice(group.rank + 1, None))
+        return (behind + others.unsqueeze(dim)).to(ctx.dtype), None, None, None
+
+
+def _of_others(totals: Tensor, group: Group, members: slice) -> Tensor:
+    """Sum of the totals of some members."""
+    parts = group.all_gather(totals[None]).wait()
+    return parts[members].sum(0, dtype=totals.dtype)
