@@ -26,7 +26,7 @@ class Option:
 
     `time_s` covers one step, forward and backward (for parameters: the optimizer's update);
     `memory_bytes` what the node itself keeps alive until its backward (for parameters: the stored
-    shard with gradient and optimizer state).
+    shard with gradient and optimizer state); `forward_s` is the forward's share of `time_s`.
     """
 
     choices: tuple[tuple[str, Choice], ...]
@@ -35,6 +35,7 @@ class Option:
     time_s: float
     memory_bytes: float
     regather: bool = False
+    forward_s: float = 0.0
 
 
 def place_call(
@@ -93,6 +94,7 @@ def call_options(
             placed.outputs,
             pricer.op_time_s(node, rule, placed, dict(chosen)),
             pricer.saved_output_bytes(node, placed),
+            forward_s=pricer.op_forward_s(node, rule, placed, dict(chosen)),
         )
         key = (option.wants, option.gives)
         if key not in best or option.time_s < best[key].time_s:

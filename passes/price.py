@@ -220,6 +220,21 @@ class Pricer:
             found = self._edge_times[key] = self._find_edge_time_s(*key)
         return found
 
+    def edge_forward_s(self, producer: Node, port: int, source: Sharding, want: Sharding) -> float:
+        """The forward's share of `edge_time_s`: what recomputation repeats."""
+        return sum(c.forward_s for c in self.edge_collectives(producer, port, source, want))
+
+    def op_forward_s(
+        self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
+    ) -> float:
+        """The forward's share of `op_time_s`."""
+        own = 0.0
+        for axis, choice in chosen.items():
+            if choice.factor in rule.comm:
+                nbytes, span = self.own_messages(node, axis, placed)[0], self._span[axis]
+                own += float(collective_time(self.cluster, "all_reduce", nbytes, span))
+        return self.compute_times_s(node, placed)[0] + own
+
     def _find_edge_time_s(
         self,
         source: Sharding,

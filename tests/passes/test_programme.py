@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,29 @@ def test_the_optimum(name: str, sizes: dict[str, int]) -> None:
     lean = case.solve(0.0, minimise_memory=True)
     assert lean is not None
     assert lean.memory_bytes == pytest.approx(memories[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.7])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_the_optimum_under_accounts(mode: str, micro_batches: int, overlap: float) -> None:
+    """Micro-batches, recomputation and overlap change prices; the optimum stays one."""
+    case = replace(
+        tiny(REPEATED, {"dp": 2, "tp": 2}, most=4),
+        mode=mode,
+        micro_batches=micro_batches,
+        overlap=overlap,
+    )
+    every = case.assignments()
+    found = case.solve()
+    assert found is not None
+    assert found.time_s == pytest.approx(min(time_s for time_s, _ in every), rel=1e-5)
+    memories = sorted({memory for _, memory in every})
+    limit = memories[len(memories) // 4] * 1.0001
+    limited = case.solve(limit)
+    assert limited is not None
+    best = min(time_s for time_s, memory in every if memory <= limit)
+    assert limited.time_s <= best / (1 - limited.gap) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -77,7 +101,7 @@ def test_a_wrong_evaluation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_objective_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """An edge priced otherwise in the programme than in the evaluation is found out."""
-    case = tiny(TWO_MATRICES, {"dp": 2})
+    case = tiny(TWO_MATRICES, {"dp": 2}, family="zero")
     right = case.pricer.edge_time_s
     calls = iter(range(10**9))
 

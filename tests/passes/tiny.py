@@ -11,6 +11,7 @@ import torch.fx
 
 from autopar.cost.cluster import make_mesh
 from autopar.ir.graph import Graph
+from autopar.passes.accounts import Accounts, regions_of
 from autopar.passes.blocks import Blocks, find_blocks
 from autopar.passes.families import FAMILIES, Family, batch_factors
 from autopar.passes.options import Option
@@ -71,8 +72,18 @@ class Tiny:
     blocks: Blocks
     options: Mapping[Node, Sequence[Option]]
     pricer: Pricer
+    micro_batches: int = 1
+    mode: str = "none"
+    overlap: float = 0.0
+
+    @property
+    def accounts(self) -> Accounts:
+        regions = regions_of(self.graph, self.blocks)
+        modes = dict.fromkeys(range(len(regions.copies)), self.mode)
+        return Accounts(self.pricer, regions, self.micro_batches, modes, self.overlap)
 
     def solve(self, limit: float = math.inf, **how: float | bool) -> Assignment | None:
+        how.setdefault("accounts", self.accounts)  # type: ignore[arg-type]
         return solve(self.graph, self.blocks, self.options, self.pricer, limit, **how)  # type: ignore[arg-type]
 
     def assignments(self) -> list[tuple[float, float]]:
@@ -80,10 +91,11 @@ class Tiny:
         nodes = list(self.options)
         stands_for = self.blocks.representative
         members = [n for n in self.graph.fx.nodes if stands_for[n] in self.options]
-        found = []
+        found, accounts = [], self.accounts
         for picks in itertools.product(*self.options.values()):
             picked = dict(zip(nodes, picks, strict=True))
-            cost = evaluate(self.graph, {n: picked[stands_for[n]] for n in members}, self.pricer)
+            everywhere = {n: picked[stands_for[n]] for n in members}
+            cost = evaluate(self.graph, self.blocks, everywhere, accounts)
             if math.isfinite(cost[0]):
                 found.append(cost)
         return found

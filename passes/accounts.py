@@ -1,0 +1,242 @@
+"""What a training step pays for options and reshards: micro-batches, recomputation, overlap.
+
+Per copy of an op and per step, with `k` micro-batches (arXiv:2205.05198 names the modes)::
+
+    none        k (forward + backward);            its saved tensors, in every copy
+    full        k (2 forward + backward);          what enters each copy, one copy's saved tensors
+    selective   forward twice for what is cheap;   outputs of matrix work, one copy's other tensors
+
+Collectives of parameters run once per step, those that are regathered (ZeRO-3) in every
+micro-batch, and overlap with compute: they cost what is left over `overlap` times the compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch.fx
+
+from autopar.cost.cluster import Cluster
+from autopar.cost.families import op_family, op_name
+from autopar.ir.graph import Graph, values_of
+
+from .blocks import Blocks
+from .columns import Edge, Flow, edge_key, edges_of, is_getitem
+from .options import Option
+from .price import Pricer
+
+Node = torch.fx.Node
+
+NONE, SELECTIVE, FULL = "none", "selective", "full"
+MODES = (NONE, SELECTIVE, FULL)
+
+# Share of an accelerator's compute time in which collectives of parameters can be in flight. What a
+# plan's timeline says counts; this only ranks candidates.
+OVERLAP = 0.8
+
+
+def overlap_of(cluster: Cluster) -> float:
+    """Ranks of a CPU compute on the cores that would communicate: nothing overlaps."""
+    return 0.0 if cluster.single is not None else OVERLAP
+
+
+def is_heavy(node: Node) -> bool:
+    """Matrix work, whose outputs selective recomputation keeps."""
+    return node.op == "call_function" and op_family(op_name(node.target)) in (
+        "matmul",
+        "conv",
+        "attention",
+    )
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Repeated blocks as sets of nodes.
+
+    `of[call]` is (block, copy) of every call in a repeated block, `leaving[representative]` how
+    many of its copies are read outside their copy.
+    """
+
+    of: Mapping[Node, tuple[int, int]]
+    copies: tuple[int, ...]
+    leaving: Mapping[Node, int]
+
+    def block(self, node: Node) -> int:
+        """Index of the node's repeated block, or -1."""
+        return self.of[node][0] if node in self.of else -1
+
+
+def regions_of(graph: Graph, blocks: Blocks) -> Regions:
+    """Which calls are in which copy of which repeated block."""
+    calls = list(graph.calls())
+    at = {node: i for i, node in enumerate(calls)}
+    of: dict[Node, tuple[int, int]] = {}
+    for index, (first, period, copies) in enumerate(blocks.regions):
+        start = at[first]
+        for offset in range(period * copies):
+            of[calls[start + offset]] = (index, offset // period)
+    leaving: dict[Node, int] = {}
+    for node in calls:
+        if node in of and not is_getitem(node):
+            readers = _readers(node)
+            if any(of.get(user) != of[node] for user in readers):
+                stands = blocks.representative[node]
+                leaving[stands] = leaving.get(stands, 0) + 1
+    return Regions(of, tuple(copies for _, _, copies in blocks.regions), leaving)
+
+
+def _readers(node: Node) -> list[Node]:
+    found = []
+    for user in node.users:
+        found += _readers(user) if is_getitem(user) else [user]
+    return found
+
+
+@dataclass(frozen=True)
+class Paid:
+    """A step's bill: seconds of compute with everything that blocks it, and of what overlaps."""
+
+    compute_s: float = 0.0
+    blocking_s: float = 0.0
+    parameters_s: float = 0.0
+    optimizer_s: float = 0.0
+    memory_bytes: float = 0.0
+
+    def time_s(self, overlap: float) -> float:
+        exposed = max(0.0, self.parameters_s - overlap * self.compute_s)
+        return self.compute_s + self.blocking_s + self.optimizer_s + exposed
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """Prices of options and flows under a micro-batch count and a mode per repeated block.
+
+    `pricer` prices one micro-batch: its graph is specialised to the batch of one.
+    """
+
+    pricer: Pricer
+    regions: Regions
+    micro_batches: int = 1
+    modes: Mapping[int, str] = field(default_factory=dict)
+    overlap: float = 0.0
+
+    def mode(self, node: Node) -> str:
+        return self.modes.get(self.regions.block(node), NONE)
+
+    def again(self, node: Node) -> float:
+        """How often an op's forward runs again in the backward."""
+        mode = self.mode(node)
+        return 1.0 if mode == FULL or (mode == SELECTIVE and not is_heavy(node)) else 0.0
+
+    def option_time_s(self, node: Node, option: Option) -> float:
+        """Seconds per step of one copy of a node."""
+        if node.op == "placeholder":
+            return option.time_s
+        return self.micro_batches * (option.time_s + self.again(node) * option.forward_s)
+
+    def option_memory(self, node: Node, option: Option, count: int) -> float:
+        """Bytes that `count` copies of a node keep."""
+        mode = self.mode(node)
+        if mode == NONE:
+            return count * option.memory_bytes
+        kept = self.regions.leaving.get(node, 0) if mode == FULL or not is_heavy(node) else count
+        if not kept:
+            return option.memory_bytes
+        made = sum(
+            self.pricer.local_bytes(value, sharding)
+            for value, sharding in zip(values_of(node), option.gives, strict=True)
+        )
+        return kept * made + option.memory_bytes
+
+    def overlaps(self, flow: Flow) -> bool:
+        """Whether a flow is a parameter's: its collectives are issued early and waited late."""
+        return flow.producer.op == "placeholder" and flow.producer.meta.get("role") == "param"
+
+    def flow_time_s(self, flow: Flow) -> float:
+        """Seconds per step of one reshard, its gradient's included."""
+        if flow.source == flow.want:
+            return 0.0
+        where = (flow.producer, flow.port, flow.source, flow.want)
+        if self.overlaps(flow):
+            once = self.pricer.edge_time_s(*where, flow.regather)
+            return once * (self.micro_batches if flow.regather else 1)
+        once = self.pricer.edge_time_s(*where)
+        if any(self.mode(e.consumer) == FULL for e in flow.readers):
+            once += self.pricer.edge_forward_s(*where)
+        return self.micro_batches * once
+
+    def flow_memory(self, flow: Flow, times: float) -> float:
+        """Bytes that `times` copies of a value keep for the readers that need it backward."""
+        if not flow.saved:
+            return 0.0
+        saved = self.pricer.saved_input_bytes(
+            flow.producer, flow.port, flow.source, flow.want, flow.regather
+        )
+        modes = {self.mode(e.consumer) for e in flow.readers}
+        if NONE in modes or flow.producer.op == "placeholder":
+            return times * saved
+        if self.mode(flow.producer) != NONE:
+            kept = self._is_kept(flow.producer)
+            return 0.0 if kept and flow.source == flow.want else saved
+        return times * saved
+
+    def _is_kept(self, node: Node) -> bool:
+        """Whether a recomputed block keeps the node's output (counted with the node)."""
+        if self.mode(node) == SELECTIVE and is_heavy(node):
+            return True
+        return bool(self.regions.leaving.get(node, 0))
+
+
+def bill(graph: Graph, blocks: Blocks, option: Mapping[Node, Option], accounts: Accounts) -> Paid:
+    """What an assignment costs, from scratch: value by value, not column by column."""
+    compute = optimizer = blocking = parameters = memory = 0.0
+    count: dict[Node, int] = {}
+    stands_for = blocks.representative
+    for node in option:
+        count[stands_for[node]] = count.get(stands_for[node], 0) + 1
+    for node, n in count.items():
+        seconds = n * accounts.option_time_s(node, option[node])
+        if node.op == "placeholder":
+            optimizer += seconds
+        else:
+            compute += seconds
+        memory += accounts.option_memory(node, option[node], n)
+    for flow, times in read_flows(graph, blocks, option, accounts).items():
+        seconds = times * accounts.flow_time_s(flow)
+        if accounts.overlaps(flow):
+            parameters += seconds
+        else:
+            blocking += seconds
+        memory += accounts.flow_memory(flow, times)
+    return Paid(compute, blocking, parameters, optimizer, memory)
+
+
+def read_flows(
+    graph: Graph, blocks: Blocks, option: Mapping[Node, Option], accounts: Accounts
+) -> dict[Flow, int]:
+    """Every reshard of an assignment and how many copies of it there are, each paid once."""
+    stands_for = blocks.representative
+    readers: dict[tuple[Node, int], list[Edge]] = {}
+    for edge in edges_of(graph):
+        readers.setdefault((edge.producer, edge.port), []).append(edge)
+    found: dict[Flow, int] = {}
+    for (producer, port), edges in readers.items():
+        made = option[producer]
+        by_want: dict[object, list[Edge]] = {}
+        for edge in edges:
+            by_want.setdefault(option[edge.consumer].wants[edge.slot], []).append(edge)
+        ends = {Edge(stands_for[producer], port, stands_for[e.consumer], e.slot) for e in edges}
+        for shared in by_want.values():
+            want = option[shared[0].consumer].wants[shared[0].slot]
+            flow = Flow(
+                stands_for[producer],
+                port,
+                made.gives[port],
+                want,
+                made.regather,
+                tuple(sorted(ends, key=edge_key)),
+                any(accounts.pricer.saves_input(e.consumer, e.slot) for e in shared),
+            )
+            found[flow] = found.get(flow, 0) + 1
+    return found
