@@ -46,10 +46,20 @@ class Part:
     once: bool = False
     regather: bool = False
     recomputable: bool = True
+    saved_from: tuple[tuple[int, float], ...] = ()
+    freed_by: int = -1
+    leaves: bool = False
+    weight_s: float = 0.0
+    gradient_bytes: float = 0.0
 
     @property
     def is_compute(self) -> bool:
         return self.kind == COMPUTE
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the output shares the memory of an input."""
+        return self.kind == COMPUTE and self.output_bytes == 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ class Segment:
     """Parts that run one after the other, `copies` times in a row (a stack of equal layers).
 
     `input_bytes` is what enters one copy from the one before it: what is kept of a copy that is
-    recomputed as a whole. `recompute` is "none", "selective" or "full".
+    recomputed as a whole. `recompute` is "none", "selective" or "full". `block` is the name of the
+    first node of the repeated block that the copies belong to, "" between blocks.
     """
 
     name: str
@@ -65,6 +76,7 @@ class Segment:
     copies: int = 1
     input_bytes: float = 0.0
     recompute: str = "none"
+    block: str = ""
 
 
 @dataclass(frozen=True)

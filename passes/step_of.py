@@ -1,0 +1,409 @@
+"""Turn an assignment into a priced step: the parts of one device in forward order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch.fx
+
+from autopar.cost.cluster import group_span
+from autopar.cost.comm import collective_time
+from autopar.cost.compute import is_noop, local_op
+from autopar.cost.families import canonical_name, op_family, op_name
+from autopar.cost.memory import saved, state_bytes
+from autopar.cost.step import COMPUTE, Part, Segment, Step
+from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.lowered import GATHER_VARY, PVARY
+from autopar.ir.registry import rule_for
+from autopar.ir.rule import Placed
+from autopar.ir.sharding import Sharding
+
+from .blocks import Blocks
+from .options import Option
+from .price import EdgeCollective, Pricer
+from .programme import is_getitem, producer_of
+
+Node = torch.fx.Node
+Place = tuple[int, int]  # chunk, part
+
+_KEPT_WHEN_SELECTIVE = ("matmul", "conv", "attention")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive ops: one copy of a repeated block, or what lies between two blocks."""
+
+    region: int  # -1: in no repeated block
+    nodes: tuple[Node, ...]
+
+
+def chunks_of(graph: Graph, blocks: Blocks) -> list[Chunk]:
+    """The ops of a graph (and its output) cut at the copies of its repeated blocks."""
+    calls = list(graph.calls())
+    at = {node: i for i, node in enumerate(calls)}
+    chunks, done = [], 0
+    for region, (first, length, copies) in enumerate(blocks.regions):
+        start = at[first]
+        chunks.append(Chunk(-1, tuple(calls[done:start])))
+        for copy in range(copies):
+            begin = start + copy * length
+            chunks.append(Chunk(region, tuple(calls[begin : begin + length])))
+        done = start + copies * length
+    chunks.append(Chunk(-1, (*calls[done:], graph.output_node)))
+    return [chunk for chunk in chunks if chunk.nodes]
+
+
+def step_of(
+    graph: Graph,
+    blocks: Blocks,
+    option: Mapping[Node, Option],
+    pricer: Pricer,
+    micro_batches: int = 1,
+) -> Step:
+    """One training step of an assignment on the device with the largest shards.
+
+    `graph` has the sizes of one micro-batch. Copies of a block that do and cost the same are one
+    segment; a first or last copy that communicates otherwise is a segment of its own. The times add
+    up to the programme's (`search.predict`), the saved bytes to its memory.
+    """
+    builder = _Builder(blocks, option, pricer)
+    chunks = chunks_of(graph, blocks)
+    made = [builder.segment(chunk, i) for i, chunk in enumerate(chunks)]
+    segments: list[Segment] = []
+    for i, (chunk, parts) in enumerate(zip(chunks, made, strict=True)):
+        block = blocks.regions[chunk.region][0].name if chunk.region >= 0 else ""
+        segment = replace(builder.finish(i, chunk, parts), block=block)
+        repeats = chunk.region >= 0 and i > 0 and chunks[i - 1].region == chunk.region
+        if repeats and _alike(segments[-1], segment):
+            segments[-1] = replace(segments[-1], copies=segments[-1].copies + 1)
+        else:
+            segments.append(segment)
+    stored = [n for n in option if n.op == "placeholder"]
+    return Step(
+        tuple(segments),
+        sum(option[n].time_s for n in stored),
+        _state(stored, option, pricer),
+        micro_batches,
+    )
+
+
+def _alike(a: Segment, b: Segment) -> bool:
+    return a.input_bytes == b.input_bytes and _anonymous(a.parts) == _anonymous(b.parts)
+
+
+def _anonymous(parts: Iterable[Part]) -> list[Part]:
+    return [replace(p, name="", module="", param="x" if p.param else "") for p in parts]
+
+
+def _state(
+    stored: Iterable[Node], option: Mapping[Node, Option], pricer: Pricer
+) -> dict[str, float]:
+    """Stored bytes by what they are; the programme's total, exactly."""
+    found = {"parameters": 0.0, "gradients": 0.0, "optimizer state": 0.0}
+    for node in stored:
+        total = option[node].memory_bytes
+        if not total:
+            continue
+        value, sharding = value_of(node), option[node].gives[0]
+        parameter = pricer.local_bytes(value, sharding)
+        gradient = _gradient_bytes(node, option, pricer)
+        found["parameters"] += parameter
+        found["gradients"] += gradient
+        found["optimizer state"] += total - parameter - gradient
+    return found
+
+
+def _gradient_bytes(node: Node, option: Mapping[Node, Option], pricer: Pricer) -> float:
+    value = value_of(node)
+    if not value.requires_grad or not option[node].memory_bytes:
+        return 0.0
+    local = pricer.local_bytes(value, option[node].gives[0]) / value.dtype.itemsize
+    return float(state_bytes(local, value.dtype, pricer.optimizer).gradients)
+
+
+@dataclass
+class _Builder:
+    """What is paid and kept so far, and where every value of the step is made."""
+
+    blocks: Blocks
+    option: Mapping[Node, Option]
+    pricer: Pricer
+    paid: dict[tuple[Node, int, Sharding], Place | None] = field(default_factory=dict)
+    kept: set[tuple[Node, int, Sharding]] = field(default_factory=set)
+    gradients: set[Node] = field(default_factory=set)
+    place: dict[tuple[Node, int], Place | None] = field(default_factory=dict)
+    left: set[Place] = field(default_factory=set)
+    entered: set[Place] = field(default_factory=set)
+    entering: dict[int, dict[Place, float]] = field(default_factory=lambda: defaultdict(dict))
+    times: dict[tuple[Node, object, object], tuple[float, float]] = field(default_factory=dict)
+
+    def segment(self, chunk: Chunk, index: int) -> list[Part]:
+        """The parts of one chunk, collectives right before the op that first wants their result."""
+        parts: list[Part] = []
+        for node in chunk.nodes:
+            if node.op != "output" and is_getitem(node):
+                continue
+            sources: list[tuple[int, float]] = []
+            made = [
+                self._edge(parts, index, node, slot, sources)
+                for slot in range(len(tensor_inputs(node)))
+            ]
+            if node.op != "output":
+                self._call(parts, index, node, [at for at in made if at is not None], sources)
+        return parts
+
+    # -- ops ------------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        parts: list[Part],
+        index: int,
+        node: Node,
+        inputs: list[Place],
+        sources: list[tuple[int, float]],
+    ) -> None:
+        option, stands_for = self.option[node], self.blocks.representative[node]
+        placed = Placed(option.wants, option.gives)
+        key = (stands_for, option.wants, option.gives)
+        if key not in self.times:
+            self.times[key] = self.pricer.compute_times_s(stands_for, placed)
+        forward, backward = self.times[key]
+        own = option.time_s - forward - backward
+        kept = sum(nbytes for _, nbytes in sources) + option.memory_bytes
+        view = _is_view(node)
+        if view and not forward and not backward and not kept:
+            for port, _ in enumerate(values_of(node)):  # where what it looks at is made
+                self.place[node, port] = max(inputs, default=None)
+            return
+        made = 0.0 if view else sum(map(self.pricer.local_bytes, values_of(node), option.gives))
+        at = len(parts)
+        outputs = saved(local_op(node)).outputs if values_of(node)[0].requires_grad else ()
+        weight_s, gradient = self._of_parameters(node, backward)
+        parts.append(
+            Part(
+                name=node.name,
+                module=node.meta.get("module", ""),
+                kind=COMPUTE,
+                forward_s=forward,
+                backward_s=backward,
+                output_bytes=made,
+                saved_bytes=kept,
+                deps=_deps(inputs, index),
+                recomputable=op_family(op_name(node.target)) not in _KEPT_WHEN_SELECTIVE,
+                saved_from=tuple(s for s in sources if s[1]),
+                freed_by=at if outputs or view else -1,
+                weight_s=weight_s,
+                gradient_bytes=gradient,
+            )
+        )
+        if own > 1e-12 * option.time_s:
+            at = self._own_collectives(parts, node, own, backward)
+        for port, _ in enumerate(values_of(node)):
+            self.place[node, port] = (index, at)
+
+    def _of_parameters(self, node: Node, backward_s: float) -> tuple[float, float]:
+        """(backward seconds that only make gradients of parameters, stored bytes of those).
+
+        A product with a parameter makes two products of one size in its backward. The gradient of
+        a parameter that passes through collectives is counted with them.
+        """
+        sources = [_origin(source) for source in tensor_inputs(node)]
+        stored = [s for s in sources if s.meta.get("role") == "param" and value_of(s).requires_grad]
+        gradient = 0.0
+        for source in stored:
+            if source not in self.gradients:
+                self.gradients.add(source)
+                gradient += _gradient_bytes(source, self.option, self.pricer)
+        wanted = [s for s in sources if any(v.requires_grad for v in values_of(s))]
+        if not stored or op_family(op_name(node.target)) not in ("matmul", "conv", "embedding"):
+            return 0.0, gradient
+        if len(stored) == len(wanted):
+            return backward_s, gradient
+        return backward_s / 2, gradient
+
+    def _own_collectives(self, parts: list[Part], node: Node, own_s: float, backward: float) -> int:
+        """What an op communicates by itself, after it: one part per mesh axis.
+
+        The statistics of a cross-entropy travel in its forward; every other op that communicates
+        does half of it in its backward.
+        """
+        rule = rule_for(node)
+        axes = [
+            axis
+            for axis, choice in self.option[node].choices
+            if rule is not None and rule.communicates_over(choice.factor)
+        ]
+        placed = Placed(self.option[node].wants, self.option[node].gives)
+        name = canonical_name(op_name(node.target))
+        reduces = name in ("cross_entropy", "batch_norm")
+        messages = [
+            self.pricer.own_messages(node, axis, placed) if reduces else (1.0, 1.0) for axis in axes
+        ]
+        prices = [
+            tuple(self._all_reduce_s(n, axis) if reduces else 1.0 for n in sizes)
+            for axis, sizes in zip(axes, messages, strict=True)
+        ]
+        total = sum(map(sum, prices)) or 1.0
+        for axis, sizes, price in zip(axes, messages, prices, strict=True):
+            first, second = (own_s * p / total for p in price)
+            both = backward > 0 and name != "cross_entropy"
+            kind = "all_reduce" if reduces else "all_to_all"
+            group = self.pricer.mesh[axis].size
+            wire = 2 * (group - 1) / group if reduces else 0.0
+            parts.append(
+                Part(
+                    name=f"{node.name}:{axis}",
+                    module=node.meta.get("module", ""),
+                    kind=kind,
+                    forward_s=first if both else first + second,
+                    backward_s=second if both else 0.0,
+                    backward_kind=kind if both else "",
+                    axis=axis,
+                    level=self.pricer.mesh[axis].level,
+                    sent_bytes=wire * (sizes[0] if both else sum(sizes)),
+                    backward_sent_bytes=wire * sizes[1] if both else 0.0,
+                    deps=(len(parts) - 1,),
+                )
+            )
+        return len(parts) - 1
+
+    def _all_reduce_s(self, nbytes: float, axis: str) -> float:
+        span = group_span(self.pricer.cluster, self.pricer.mesh, (axis,))
+        return float(collective_time(self.pricer.cluster, "all_reduce", nbytes, span))
+
+    # -- edges ----------------------------------------------------------------------------------
+
+    def _edge(
+        self,
+        parts: list[Part],
+        index: int,
+        node: Node,
+        slot: int,
+        sources: list[tuple[int, float]],
+    ) -> Place | None:
+        """Where an input of an op is made: its collectives are added if they are not paid yet.
+
+        What the op keeps of the input, if nothing has kept it yet, is appended to `sources`.
+        """
+        producer, port = producer_of(tensor_inputs(node)[slot])
+        given, want = self.option[producer], self.option[node].wants[slot]
+        source = given.gives[port]
+        key = (producer, port, want)
+        if key not in self.paid:
+            at = self.place.get((producer, port))
+            if source != want:
+                at = self._collectives(parts, index, producer, port, want, at)
+            self.paid[key] = at
+        at = self.paid[key]
+        if at is not None and at[0] != index:
+            self._enters(index, at, self.pricer.local_bytes(values_of(producer)[port], want))
+        if node.op == "output" or key in self.kept or not self.pricer.saves_input(node, slot):
+            return at
+        self.kept.add(key)
+        nbytes = self.pricer.saved_input_bytes(producer, port, source, want, given.regather)
+        here = at[1] if at is not None and at[0] == index else -1
+        if producer.op == "placeholder" and here >= 0:
+            parts[here] = replace(parts[here], saved_bytes=parts[here].saved_bytes + nbytes)
+        elif nbytes:
+            sources.append((here, nbytes))
+        return at
+
+    def _enters(self, index: int, at: Place, nbytes: float) -> None:
+        """A value made in another chunk is read in this one."""
+        self.left.add(at)
+        if at[0] == index - 1 or at not in self.entered:
+            self.entered.add(at)
+            self.entering[index].setdefault(at, nbytes)
+
+    def _collectives(
+        self,
+        parts: list[Part],
+        index: int,
+        producer: Node,
+        port: int,
+        want: Sharding,
+        at: Place | None,
+    ) -> Place | None:
+        """Append the collectives of an edge; where their result is made."""
+        source, value = self.option[producer].gives[port], values_of(producer)[port]
+        param = producer.meta["fqns"][0] if producer.meta.get("role") == "param" else ""
+        for collective in self.pricer.edge_collectives(producer, port, source, want):
+            if not collective.forward_s and not collective.backward_s:
+                continue
+            if at is not None and at[0] != index:
+                self._enters(index, at, self.pricer.local_bytes(value, source))
+            deps = _deps([at] if at is not None else [], index)
+            parts.append(self._collective(collective, producer, deps, param))
+            at = (index, len(parts) - 1)
+            if param and producer not in self.gradients:
+                self.gradients.add(producer)
+                gradient = _gradient_bytes(producer, self.option, self.pricer)
+                parts[-1] = replace(parts[-1], gradient_bytes=gradient)
+        return at
+
+    def _collective(
+        self, c: EdgeCollective, producer: Node, deps: tuple[int, ...], param: str
+    ) -> Part:
+        regather = self.option[producer].regather
+        group = self.pricer.mesh[c.axis].size
+        shards = group if c.op.after == "S" else 1
+        return Part(
+            name=f"{param or producer.name}:{c.axis}",
+            module=producer.meta.get("module", ""),
+            kind=c.op.forward or "",
+            forward_s=c.forward_s,
+            backward_s=c.backward_s,
+            backward_kind=(c.op.backward or "") if c.backward_s else "",
+            axis=c.axis,
+            level=self.pricer.mesh[c.axis].level,
+            sent_bytes=c.sent_bytes,
+            backward_sent_bytes=c.backward_sent_bytes,
+            output_bytes=0.0 if c.op is PVARY else c.whole_bytes / shards,
+            deps=deps,
+            param=param,
+            once=bool(param) and not regather,
+            regather=regather and c.op is GATHER_VARY and c.backward_s > 0,
+        )
+
+    # -- the whole ------------------------------------------------------------------------------
+
+    def finish(self, index: int, chunk: Chunk, parts: list[Part]) -> Segment:
+        """A segment that says of every output how long it is held, and whether it leaves."""
+        readers: dict[int, list[int]] = defaultdict(list)
+        savers: dict[int, int] = {}
+        for i, part in enumerate(parts):
+            for dep in part.deps:
+                readers[dep].append(i)
+            for source, _ in part.saved_from:
+                savers.setdefault(source, i)
+        until = [0] * len(parts)
+        for i in reversed(range(len(parts))):
+            part, leaves = parts[i], (index, i) in self.left
+            # What a view looks at is held as long as the view.
+            ends = [until[r] if parts[r].is_view else r for r in readers[i]]
+            until[i] = len(parts) if leaves else max(ends, default=i)
+            until[i] = min(until[i], savers.get(i, until[i]))
+            saved_here = part.freed_by == i or (part.param and part.saved_bytes)
+            parts[i] = replace(part, freed_by=i if saved_here else until[i], leaves=leaves)
+        return Segment(
+            chunk.nodes[0].name, tuple(parts), 1, sum(self.entering.get(index, {}).values())
+        )
+
+
+def _deps(inputs: Iterable[Place], index: int) -> tuple[int, ...]:
+    """Places as indices within chunk `index`."""
+    return tuple(dict.fromkeys(part if chunk == index else -1 for chunk, part in inputs))
+
+
+def _is_view(node: Node) -> bool:
+    return op_family(op_name(node.target)) == "view" or is_noop(local_op(node))
+
+
+def _origin(node: Node) -> Node:
+    """What a value is a view of."""
+    node, _ = producer_of(node)
+    while node.op == "call_function" and _is_view(node) and tensor_inputs(node):
+        node, _ = producer_of(tensor_inputs(node)[0])
+    return node
