@@ -254,7 +254,7 @@ class _Builder:
             wire = 2 * (group - 1) / group if reduces else 0.0
             parts.append(
                 Part(
-                    name=f"{node.name}:{axis}",
+                    name=f"{node.name} over {axis}",
                     module=node.meta.get("module", ""),
                     kind=kind,
                     forward_s=first if both else first + second,
