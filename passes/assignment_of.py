@@ -8,7 +8,7 @@ import torch.fx
 
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
-from autopar.ir.rule import REPLICATE, Choice, ShardingRule
+from autopar.ir.rule import REPLICATE, Choice, ShardingRule, choices
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
 from autopar.plan import Plan
@@ -62,7 +62,8 @@ def _call(node: Node, rule: ShardingRule, texts: Mapping[str, str], pricer: Pric
         for axis in pricer.mesh.names
         if axis in texts and Choice.parse(texts[axis]) != REPLICATE
     }
-    placed = place_call(node, rule, pricer.mesh, chosen, uneven=True)
+    known = all(choice in choices(rule) for choice in chosen.values())
+    placed = place_call(node, rule, pricer.mesh, chosen, uneven=True) if known else None
     if placed is None:
         asked = ", ".join(f"{axis}: {choice}" for axis, choice in chosen.items())
         raise UserError(
@@ -76,6 +77,7 @@ def _call(node: Node, rule: ShardingRule, texts: Mapping[str, str], pricer: Pric
         placed.outputs,
         pricer.op_time_s(node, rule, placed, chosen),
         pricer.saved_output_bytes(node, placed),
+        forward_s=pricer.op_forward_s(node, rule, placed, chosen),
     )
 
 
