@@ -110,5 +110,34 @@ def calibrate(
     print(f"wrote {out}; set AUTOPAR_CLUSTER={out} to plan with it, or name it as --cluster")
 
 
+@app.command()
+def report(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(help="A source file of the model, whose lines are then shown; repeat."),
+    ] = None,
+) -> None:
+    """Write a plan as one HTML page that opens without network."""
+    from autopar.cli_report import report_plan
+
+    report_plan(plan, out, source or [])
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="A plan.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+    json: Annotated[Path | None, typer.Option(help="Write what differs to this file.")] = None,
+) -> None:
+    """Show what differs between two plans."""
+    from autopar.cli_report import compare_files
+
+    compare_files(a, b, json)
+
+
 if __name__ == "__main__":
     main()
