@@ -56,7 +56,7 @@ def _sdpa(
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether torch's fused CPU kernel takes these shapes, as in ATen's `sdp_utils_cpp.cpp`."""
-    if query.device.type != "cpu" or query.dim() != 4 or not query.numel():
+    if query.device.type != "cpu" or {query.dim(), key.dim()} != {4} or not query.numel():
         return False
     heads = query.shape[1]
     return (
@@ -83,13 +83,14 @@ class _CausalRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.start, ctx.scale = start, scale
         _, triangle = _parts(query, key, value, start)
+        out: Tensor
         out, log_sum = _flash(query, *triangle, 0.0, True, scale=scale)
         if start:
             before, _ = _parts(query, key, value, start)
             other, other_log = _flash(query, *before, 0.0, False, scale=scale)
             total = torch.logaddexp(log_sum, other_log)
             share = (other_log - total).exp_().unsqueeze(-1)
-            merged = torch.lerp(out.to(total.dtype), other.to(total.dtype), share)
+            merged: Tensor = torch.lerp(out.to(total.dtype), other.to(total.dtype), share)
             out, log_sum = merged.to(out.dtype), total
         ctx.save_for_backward(query, key, value, out, log_sum)
         return out
@@ -126,5 +127,3 @@ def _parts(
     end = start + query.shape[-2]
     before = (key[..., :start, :], value[..., :start, :])
     return before, (key[..., start:end, :], value[..., start:end, :])
-
-

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import UserError
+from autopar.plan import plan_from_json
 from tests.zoo import LARGE_REC, ZOO, Entry
 
 MODELS: Mapping[str, Entry] = {**ZOO, LARGE_REC.name: LARGE_REC}
@@ -101,12 +102,16 @@ def make_reference(name: str, dtype: str, steps: int, file: Path) -> None:
 
 
 def train_and_compare(
-    name: str, strategy: str, dtype: str, steps: int, file: str
+    name: str, strategy: str, dtype: str, steps: int, file: str, plan: str | None = None
 ) -> Outcome | None:
-    """On every rank: train in parallel; on rank 0, compare with the reference in `file`."""
+    """On every rank: train in parallel; on rank 0, compare with the reference in `file`.
+
+    `plan` is the text of a plan to follow instead of a strategy.
+    """
     entry = MODELS[name]
     keep = dtype == "float64"
-    model = autopar.parallelize(build(entry, dtype), strategy=strategy)
+    given = plan_from_json(plan) if plan is not None else None
+    model = autopar.parallelize(build(entry, dtype), strategy=strategy, plan=given)
     try:
         run = train(entry, model, steps, keep)
     except UserError as error:

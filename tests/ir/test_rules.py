@@ -26,7 +26,11 @@ from tests.ir.rule_samples import SAMPLES, Draw
 
 SEEDS = 3
 # Factors that the op splits only with help of the runtime, whose tests cover them.
-BY_RUNTIME = {"aten.embedding.default", "aten.cross_entropy_loss.default"}
+BY_RUNTIME = {
+    "aten.embedding.default",
+    "aten.cross_entropy_loss.default",
+    "aten.scaled_dot_product_attention.default",
+}
 
 
 # Ops that refuse to differentiate some of their inputs: only the first one's gradient is compared.
@@ -199,7 +203,7 @@ def test_rules_read_as_in_the_documentation() -> None:
     q, k = x(2, 4, 5, 6), x(2, 2, 5, 6)
     attend = "aten.scaled_dot_product_attention.default"
     assert described(attend, q, k, k, None, 0.0, True, enable_gqa=True) == (
-        "e(fg)[a][c],ef[b][c],ef[b][d]->e(fg)[a][d]"
+        "e(fg)a[c],ef[b][c],ef[b][d]->e(fg)a[d]"
     )
 
 
