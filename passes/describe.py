@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch.fx
 
-from autopar.cost.comm import wire_bytes
+from autopar.cost.comm import wire_bytes, wire_factor
 from autopar.cost.families import op_name
 from autopar.ir.graph import Graph, Value, values_of
 from autopar.ir.lowered import GATHER_VARY
+from autopar.ir.registry import rule_for
 from autopar.ir.reshard import reshard_steps
-from autopar.ir.rule import Choice, ShardingRule
+from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import print_value
 from autopar.plan import Activation, Traffic
@@ -23,6 +24,7 @@ from autopar.plan import Activation, Traffic
 from .options import Option
 from .price import Pricer
 from .programme import Edge, edges_of
+from .route_costs import route_messages
 
 Node = torch.fx.Node
 
@@ -121,8 +123,8 @@ def _what_splits(rule: ShardingRule, choice: Choice) -> str:
     if choice.linear >= 0:
         return "partial"  # passed on as they come in
     for dim, factors in enumerate(rule.outputs[0]):
-        if choice.factor in factors:
-            return str(dim)
+        if any(factor in factors for factor in rule.parts_of(choice.factor)):
+            return f"{dim} routed" if choice.factor in rule.routes else str(dim)
     return "inside" if choice.factor in rule.comm else rule.reductions.get(choice.factor, "sum")
 
 
@@ -149,6 +151,12 @@ def describe_traffic(
             count[key] += 1
             sent[key] += float(wire_bytes(kind, nbytes, pricer.mesh[axis].size))
             places[key].append(place)
+    for node, kind, axis, purpose, nbytes in _of_routes(graph, option, pricer):
+        place = node.meta.get("module", "")
+        key = (kind, rename[axis], purpose, pattern(place))
+        count[key] += 1
+        sent[key] += nbytes
+        places[key].append(place)
     made = [
         Traffic(
             kind, axis, f"{purpose} {collapse(places[key])}".strip(), count[key], int(sent[key])
@@ -157,6 +165,24 @@ def describe_traffic(
         for kind, axis, purpose, _ in (key,)
     ]
     return tuple(sorted(made, key=lambda t: -t.sent_bytes))
+
+
+def _of_routes(
+    graph: Graph, option: Mapping[Node, Option], pricer: Pricer
+) -> Iterator[tuple[Node, str, str, str, float]]:
+    """What routed ops send themselves: (op, collective, axis, purpose, bytes that a device sends)."""
+    for node in graph.calls():
+        rule = rule_for(node) if node in option else None
+        if rule is None:
+            continue
+        chosen = option[node]
+        placed = Placed(chosen.wants, chosen.gives)
+        for axis, choice in chosen.choices:
+            size = pricer.mesh[axis].size
+            for m in route_messages(node, rule, placed, choice.factor, axis, pricer.mesh):
+                way = "gradients" if m.backward else "activations"
+                sent = wire_factor(m.kind, size) * m.nbytes
+                yield node, m.kind, axis, f"{way} routed by {op_of(node)}", sent
 
 
 def _messages(

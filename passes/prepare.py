@@ -5,8 +5,10 @@ from __future__ import annotations
 from autopar.ir.graph import Graph
 
 from .decompose_random_attention import decompose_random_attention
+from .free_factories import free_factories
+from .index_whole_rows import index_whole_rows
 
 
 def prepare(graph: Graph) -> Graph:
     """The graph that the planner sees."""
-    return decompose_random_attention(graph)
+    return index_whole_rows(free_factories(decompose_random_attention(graph)))

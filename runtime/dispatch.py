@@ -94,7 +94,7 @@ def _from_rows(rows: Tensor, shape: Sequence[int], like: Tensor, route: Route) -
 
 def _positions(indices: Sequence[Tensor], route: Route) -> tuple[Tensor, torch.Size]:
     """Flat positions in the indexed dims taken as one, and the shape of the broadcast indices."""
-    shape = torch.broadcast_shapes(*(i.shape for i in indices))
+    shape = torch.Size(torch.broadcast_shapes(*(i.shape for i in indices)))  # type: ignore[no-untyped-call]
     wide = [i.to(torch.int64).expand(shape) for i in indices]
     flat = None
     for index, size in zip(wide, route.sizes, strict=True):
