@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .compare import Comparison, Figure, compare_plans
+from .cost.families import op_family
 from .errors import UserError
 from .html.page import report_page
 from .plan import Plan, Storage, load_plan
@@ -146,22 +147,7 @@ def _tables(c: Comparison) -> Iterator[tuple[str, tuple[str, ...], _Rows]]:
         ("*name", ">×", "A", "B"),
         [(p.name, str(p.count), _stored(p.a), _stored(p.b)) for p in c.parameters],
     )
-    files = Counter(o.source.rpartition(":")[0] for o in c.ops if o.source)
-    main = files.most_common(1)[0][0] if files else ""
-    yield (
-        "ops that split differently" + (f" (lines without a file are of {main})" if main else ""),
-        ("*op", "line", ">×", "A", "B"),
-        [
-            (
-                f"{o.module} {o.op}".strip(),
-                o.source.removeprefix(main) if main else o.source,
-                str(o.count),
-                o.a or "-",
-                o.b or "-",
-            )
-            for o in c.ops
-        ],
-    )
+    yield _op_table(c)
     yield (
         "choices by node",
         ("*node", "A", "B"),
@@ -182,6 +168,37 @@ def _tables(c: Comparison) -> Iterator[tuple[str, tuple[str, ...], _Rows]]:
             for t in c.traffic
         ],
     )
+
+
+def _op_table(c: Comparison) -> tuple[str, tuple[str, ...], _Rows]:
+    """Ops under their blocks; views, which follow from the others, only if there is nothing else.
+
+    Splits are shown, and the outputs' shardings where the splits agree.
+    """
+    shown = [o for o in c.ops if op_family(o.op) != "view"] or list(c.ops)
+    files = Counter(o.source.rpartition(":")[0] for o in shown if o.source)
+    main = files.most_common(1)[0][0] if files else ""
+    where = f" (in {main})" if main else ""
+    rows: _Rows = []
+    block = ""
+    for o in shown:
+        inside, brace, module = o.module.rpartition("}")
+        if inside + brace != block:
+            block = inside + brace
+            if block:
+                rows.append((f"{block}:", "", "", "", ""))
+        name = f"{module.lstrip('.')} {o.op}".strip()
+        alike = o.a_splits == o.b_splits
+        texts = (o.a_output, o.b_output) if alike else (o.a_splits, o.b_splits)
+        rows.append(
+            (
+                f"  {name}" if block else name,
+                o.source.removeprefix(main) if main else o.source,
+                str(o.count),
+                *(text or "-" for text in texts),
+            )
+        )
+    return f"ops that split differently{where}", ("*op", "line", ">×", "A", "B"), rows
 
 
 def _figure_row(f: Figure) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .passes.describe import collapse, pattern
 from .plan import Activation, Plan, Storage
 
+_Does = tuple[tuple[str, str], ...]  # (splits, sharding of the output) of some ops
 _BRACES = re.compile(r"\{([^}]*)\}")
 _COUNTER = re.compile(r"_\d+$")
 
@@ -50,15 +51,18 @@ class ParameterChange:
 class OpChange:
     """Ops of one source line and module, collapsed over layers, that split differently.
 
-    `a` and `b` are `splits -> sharding of the output` texts; "" where a plan has no such op.
+    `a_splits` is what each mesh axis splits (`-`: nothing), `a_output` the sharding of the output;
+    several ops of one line in one module are joined with `;`. "" where a plan has no such op.
     """
 
     module: str
     op: str
     source: str
     count: int
-    a: str
-    b: str
+    a_splits: str
+    b_splits: str
+    a_output: str
+    b_output: str
 
 
 @dataclass(frozen=True)
@@ -182,28 +186,35 @@ def _parameters(a: Plan, b: Plan) -> tuple[ParameterChange, ...]:
 
 def _ops(a: Iterable[Activation], b: Iterable[Activation]) -> tuple[OpChange, ...]:
     was, is_now = _by_place(a), _by_place(b)
-    groups: dict[tuple[str, str, str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str, _Does, _Does], list[str]] = {}
     for place in dict.fromkeys([*was, *is_now]):
-        x, y = was.get(place, ""), is_now.get(place, "")
+        x, y = was.get(place, ()), is_now.get(place, ())
         if x != y:
             op, module, source = place
             groups.setdefault((op, pattern(module), source, x, y), []).append(module)
     return tuple(
-        OpChange(collapse(modules), op, source, len(modules), x, y)
+        OpChange(
+            collapse(modules),
+            op,
+            source,
+            len(modules),
+            *("; ".join(each[i] for each in does) for i in (0, 1) for does in (x, y)),
+        )
         for (op, _, source, x, y), modules in groups.items()
     )
 
 
-def _by_place(activations: Iterable[Activation]) -> dict[tuple[str, str, str], str]:
-    """What the ops of every (op, module of one layer, source line) do, as one text."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+def _by_place(activations: Iterable[Activation]) -> dict[tuple[str, str, str], _Does]:
+    """What the ops of every (op, module of one layer, source line) do, equal ones once."""
+    found: dict[tuple[str, str, str], _Does] = {}
     for act in activations:
-        does = f"{act.splits or '-'} -> {act.sharding}"
+        does = (act.splits or "-", act.sharding)
         for module in expanded(act.module):
-            texts = found.setdefault((act.op, module, act.source), [])
-            if does not in texts:
-                texts.append(does)
-    return {place: "; ".join(texts) for place, texts in found.items()}
+            place = (act.op, module, act.source)
+            before = found.get(place, ())
+            if does not in before:
+                found[place] = (*before, does)
+    return found
 
 
 def expanded(name: str) -> list[str]:

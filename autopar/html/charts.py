@@ -13,6 +13,7 @@ from .markup import Markup, element
 _WIDTH, _HEIGHT = 960, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 24, 16, 48
 _CHARACTER = 6.6  # mean advance of a letter of a label
+_LONGEST = 44  # letters of a label
 _LOG_FROM = 8.0  # largest over smallest value from which an axis is logarithmic
 
 
@@ -154,15 +155,17 @@ def _point(
     at_x, at_y = x(p.time_s), y(p.memory_bytes)
     text = f"{p.name}: {seconds_text(p.time_s)}, {bytes_text(p.memory_bytes)}"
     tip = text + (" (chosen)" if p.chosen else f" ({p.why})" if p.why else "")
-    placed = _free(p.name, at_x, at_y, boxes)
-    label_x, label_y, anchor = placed or (at_x, at_y - 10, "middle")
+    label = p.name if len(p.name) <= _LONGEST else p.name[: _LONGEST - 1] + "…"
+    placed = _free(label, at_x, at_y, boxes)
+    side = "start" if at_x < _WIDTH / 2 else "end"
+    label_x, label_y, anchor = placed or (at_x, at_y - 12, side)
     return element(
         "g",
         element("title", tip),
         element("circle", cx=at_x, cy=at_y, r=8 if p.chosen else 5.5),
         element(
             "text",
-            p.name,
+            label,
             x=label_x,
             y=label_y,
             text_anchor=anchor,

@@ -1,0 +1,92 @@
+"""Plans to draw: a small ordinary one, and one whose every text tries to run a script."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autopar.ir.mesh import Axis, Mesh
+from autopar.plan import Activation, Alternative, Plan, Prediction, Storage, Traffic
+
+KIB = 1024
+
+
+def _op(
+    op: str, module: str, line: int, count: int, splits: str, type_: str, out: str
+) -> Activation:
+    return Activation(op, module, f"gpt.py:{line}", count, "bk,nk->bn", splits, type_, out, 2048)
+
+
+PLAN = Plan(
+    fingerprint="f" * 64,
+    mesh=Mesh((Axis("dp", 2, 1), Axis("tp", 4))),
+    cluster="2x4xH100",
+    strategy="auto",
+    choices={"linear": {"dp": "b"}},
+    params={
+        "wte.weight": Storage("[-, -]", False, "f32[512, 64]", 128 * KIB),
+        **{
+            f"blocks.{i}.{name}.weight": Storage("[tp, -]", name == "up", "f32[256, 64]", 16 * KIB)
+            for i in range(4)
+            for name in ("up", "down")
+        },
+    },
+    predicted=Prediction(
+        0.0125,
+        0.01,
+        0.002,
+        0.0005,
+        1300 * KIB,
+        {
+            "parameters, gradients, optimizer state": 1024 * KIB,
+            "saved activations": 256 * KIB,
+            "gathered parameters": 20 * KIB,
+        },
+        {"all_reduce": 99},
+    ),
+    alternatives=(
+        Alternative("zero", "dp=8", None, None, "needs 3 GiB per device, 2 GiB are there"),
+        Alternative("data", "dp=8", 0.02, 1 << 21, "1.60x: communication +7.5 ms"),
+        Alternative("tensor", "tp=8", 0.021, 1 << 20, "1.68x: communication +8.5 ms"),
+    ),
+    hints={"b": 8},
+    activations=(
+        _op("embedding", "wte", 3, 1, "dp:0", "f32[8, 64]", "[dp, -]"),
+        _op("linear", "blocks.{0..3}.up", 9, 4, "dp:0 tp:1", "f32[8, 256]", "[dp, tp]"),
+        _op("gelu", "blocks.{0..3}", 9, 4, "dp:0 tp:1", "f32[8, 256]", "[dp, tp]"),
+        _op("reshape", "blocks.{0..3}", 10, 4, "dp:0 tp:1", "f32[8, 256]", "[dp, tp]"),
+        _op("linear", "blocks.{0..3}.down", 10, 4, "dp:0 tp:sum", "f32[8, 64]", "[dp, -] +tp"),
+        _op("sum", "", 12, 1, "dp:sum", "f32[]", "[] +dp"),
+    ),
+    traffic=(
+        Traffic("all_reduce", "dp", "gradients of parameters", 9, 99 * KIB),
+        Traffic("all_reduce", "tp", "activations at add blocks.{0..3}", 4, 12 * KIB),
+    ),
+)
+
+# Every way out of an attribute, an element, a style sheet and a script, and what UTF-8 cannot hold.
+PROBE = (
+    "</style></script></title></svg>\"'><script>window.probed = 1</script>"
+    "<img src=https://probe.invalid/x onerror='window.probed = 2'>&lt;\x00\ud800]]>"
+)
+
+HOSTILE = replace(
+    PLAN,
+    fingerprint=PROBE,
+    cluster=f"cluster {PROBE}",
+    strategy=PROBE,
+    params={f"blocks.{i}.{PROBE}": Storage("[tp, -]", False, PROBE, 64) for i in range(2)},
+    predicted=replace(PLAN.predicted, memory_parts={PROBE: 4096, f"activations {PROBE}": 4096}),
+    alternatives=(
+        Alternative(PROBE, PROBE, 0.5, 4096, PROBE),
+        Alternative(PROBE, PROBE, None, None, PROBE),
+    ),
+    notes=(PROBE, "a" * 500),
+    hints={PROBE: 1},
+    activations=(
+        Activation(
+            PROBE, f"blocks.{{0,1}}.{PROBE}", f"{PROBE}:1", 2, PROBE, PROBE, PROBE, PROBE, 9
+        ),
+        Activation("add", "x" * 300, "javascript:alert(1)", 1, "", "", "f32[8]", "[dp]", 9),
+    ),
+    traffic=(Traffic(PROBE, PROBE, PROBE, 1, 1),),
+)
