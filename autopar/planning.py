@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .api import undecorated
-from .capture import capture
+from .capture import Capture, capture
 from .cost.cluster import Cluster
 from .errors import UserError
 from .passes.prepare import prepare
@@ -34,22 +34,8 @@ def make_plan(
     it is from then on. `memory_limit` is bytes per device, `optimizer` a name. Raises UserError
     where the module cannot be captured, the strategy does not apply, or nothing fits.
     """
-    if not isinstance(module, nn.Module):
-        raise UserError(
-            f"a plan is made for a torch.nn.Module, not {type(module).__name__}",
-            fix="wrap the function in a module's forward",
-        )
-    undecorated(module)
-    was_training = [m.training for m in module.modules()]
     progress("capturing")
-    try:
-        if not module.training:
-            module.train()
-        with torch.enable_grad():
-            captured = capture(module, args, kwargs)
-    finally:
-        for child, training in zip(module.modules(), was_training, strict=True):
-            child.training = training
+    captured = capture_training(module, args, kwargs)
     progress("searching")
     return search(
         prepare(captured.graph),
@@ -61,3 +47,26 @@ def make_plan(
         optimizer=optimizer,
         progress=progress,
     )
+
+
+def capture_training(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+    """Capture `module(*args, **kwargs)` as it is trained, whatever its present mode.
+
+    A decorated module is captured as its original, which it is from then on. Raises UserError where
+    it cannot be captured.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(
+            f"a plan is made for a torch.nn.Module, not {type(module).__name__}",
+            fix="wrap the function in a module's forward",
+        )
+    undecorated(module)
+    was_training = [m.training for m in module.modules()]
+    try:
+        if not module.training:
+            module.train()
+        with torch.enable_grad():
+            return capture(module, args, kwargs)
+    finally:
+        for child, training in zip(module.modules(), was_training, strict=True):
+            child.training = training
