@@ -139,5 +139,101 @@ def compare(
     compare_files(a, b, json)
 
 
+@app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    op: Annotated[
+        str | None, typer.Option(help="Explain an op: its name, module, source line or a pattern.")
+    ] = None,
+    param: Annotated[str | None, typer.Option(help="Explain how a parameter is stored.")] = None,
+    formula: Annotated[bool, typer.Option("--formula", help="With the op's formulas.")] = False,
+    crossover: Annotated[
+        str | None,
+        typer.Option(help="Where another plan wins: batch, sequence, bandwidth or memory."),
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another plan of the model for --crossover; repeat.")
+    ] = None,
+    level: Annotated[
+        str | None, typer.Option(help="Whose bandwidth --crossover varies; default the outermost.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Price it on this cluster; default the plan's.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Limit per device, such as 80GiB; default the device's.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the answer to this file; - prints it.")
+    ] = None,
+) -> None:
+    """Explain a plan: its costs as formulas, why an op does what it does, where others win."""
+    from autopar.cli_explain import explain_plan
+
+    explain_plan(
+        plan,
+        target,
+        op=op,
+        param=param,
+        formula=formula,
+        crossover=crossover,
+        against=against or [],
+        level=level,
+        inputs=inputs or [],
+        cluster=cluster,
+        memory=memory,
+        optimizer=optimizer,
+        out=json,
+    )
+
+
+@app.command("what-if")
+def what_if(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    batch: Annotated[int | None, typer.Option(help="Another global batch size.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Another sequence length.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Another number of the same devices.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Another cluster, as for plan.")] = None,
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(help="LEVEL=FACTOR or LEVEL=NUMBERGB/s, such as network=2; repeat."),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Another limit per device: 40GiB.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    planned_on: Annotated[
+        str | None, typer.Option(help="Profile of the plan's own cluster, if it is not shipped.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the answer to this file; - prints it.")
+    ] = None,
+) -> None:
+    """Price a plan at another setting, next to the best plan there."""
+    from autopar.cli_what_if import what_if as ask_what_if
+
+    ask_what_if(
+        plan,
+        target,
+        batch=batch,
+        sequence=sequence,
+        devices=devices,
+        cluster=cluster,
+        bandwidth=tuple(bandwidth or ()),
+        memory=memory,
+        inputs=tuple(inputs or ()),
+        planned_on=planned_on,
+        optimizer=optimizer,
+        out=json,
+    )
+
+
 if __name__ == "__main__":
     main()

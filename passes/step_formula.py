@@ -83,11 +83,12 @@ class StepFormula:
 
 @dataclass(frozen=True)
 class Terms:
-    """What `step_formula` was asked for: how a plan runs its assignment."""
+    """How a plan runs its assignment: what `Accounts` has beside the prices."""
 
     micro_batches: int = 1
     modes: Mapping[int, str] | None = None
     overlap: float = 0.0
+    regions: Regions | None = None
 
 
 class _Priced:
@@ -150,7 +151,8 @@ def step_formula(
     A reshard belongs to its readers. Equal terms are counted, not repeated.
     """
     terms = terms or Terms()
-    accounts = symbolic_accounts(formulas, regions_of(formulas.concrete, blocks), terms)
+    regions = terms.regions or regions_of(formulas.concrete, blocks)
+    accounts = symbolic_accounts(formulas, regions, terms)
     priced = {node: symbolic_option(formulas, node, o) for node, o in option.items()}
     found: dict[tuple[str, str], dict[sympy.Expr, int]] = defaultdict(lambda: defaultdict(int))
 
