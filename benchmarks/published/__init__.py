@@ -1,0 +1,1 @@
+"""Predictions of published training runs: models, forced plans, pricing options, scores."""

@@ -1,0 +1,193 @@
+"""Pricing of a published run: the planner's prices with what the row says of its kernels.
+
+Options of pricing, each a fact of the row or of its software (`published.software`):
+
+- `precision`: with fp8 the products with block weights run at the device's fp8 rate, after casts;
+- `attention`: the kernel, relative to FlashAttention 2, whose rate the profiles hold;
+- `fuses`: a chain of pointwise ops reads and writes only what enters and leaves it;
+- states in mixed precision: 16-bit or fp32 parameters, gradients, fp32 moments, ZeRO shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch.fx
+
+from autopar.cost.cluster import Cluster, Device
+from autopar.cost.compute import (
+    LocalOp,
+    backward_bytes,
+    backward_time,
+    forward_time,
+    local_op,
+    op_bytes,
+)
+from autopar.cost.families import canonical_name, op_family, op_name
+from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
+from autopar.ir.mesh import Mesh
+from autopar.ir.rule import Placed
+from autopar.ir.sharding import Sharding
+from autopar.passes.price import Pricer
+
+Node = torch.fx.Node
+
+FUSABLE = ("pointwise", "transcendental", "dropout", "copy", "norm", "create")
+
+# Speed of attention kernels relative to FlashAttention 2 on the same device.
+# flash1: FlashAttention-2 is about 2x as fast (Dao, arXiv:2307.08691, section 4.1: 1.7-3.0x).
+# cudnn: on Hopper cuDNN 9 reaches about 1.5-1.75x (Shah et al., arXiv:2407.08608, figures 5, 6).
+ATTENTION_SPEED: Mapping[str, float] = {"plain": 1.0, "flash1": 0.6, "flash2": 1.0, "cudnn": 1.6}
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What a row and its software say of kernels and states; see the module's text.
+
+    `parameter_bytes`, `gradient_bytes`: of a stored element. `master`: fp32 copies of the
+    parameters beside them. `state_shards`: devices that share the optimizer's state of a
+    parameter beyond those that share the parameter (ZeRO-1), `gradient_shards` its gradient
+    (ZeRO-2).
+    """
+
+    precision: str = "bf16"
+    attention: str = "flash2"
+    fuses: bool = True
+    parameter_bytes: int = 2
+    gradient_bytes: int = 2
+    master: bool = True
+    state_shards: int = 1
+    gradient_shards: int = 1
+
+
+class PublishedPricer(Pricer):
+    """The planner's pricer with the options above."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        mesh: Mesh,
+        pricing: Pricing,
+        never_gather: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(cluster, mesh, "adamw", never_gather)
+        self.pricing = pricing
+        self.fast = _with_fp8(self.device)
+        self._fused: dict[Node, float] = {}
+
+    def compute_times_s(self, node: Node, placed: Placed) -> tuple[float, float]:
+        family = op_family(op_name(node.target))
+        if family == "attention":
+            return self._attention(node, placed)
+        if family == "matmul" and self.pricing.precision.startswith("fp8") and _in_block(node):
+            return self._fp8(node, placed)
+        forward, backward = super().compute_times_s(node, placed)
+        if self.pricing.fuses and family in FUSABLE:
+            share = self._fused_share(node)
+            return forward * share, backward * share
+        return forward, backward
+
+    def _op(self, node: Node, placed: Placed) -> LocalOp:
+        return local_op(
+            node,
+            [
+                self._local(value_of(s), p)
+                for s, p in zip(tensor_inputs(node), placed.inputs, strict=True)
+            ],
+            [self._local(v, p) for v, p in zip(values_of(node), placed.outputs, strict=True)],
+        )
+
+    def _attention(self, node: Node, placed: Placed) -> tuple[float, float]:
+        """Fused attention under a causal mask that is shared out evenly: half of the work."""
+        op = self._op(node, placed)
+        op = replace(op, info={**op.info, "causal": False})
+        speed = 2 * ATTENTION_SPEED[self.pricing.attention]
+        return (
+            float(forward_time(self.device, op)) / speed,
+            float(backward_time(self.device, op)) / speed,
+        )
+
+    def _fp8(self, node: Node, placed: Placed) -> tuple[float, float]:
+        """A product at the fp8 rate, and the casts of its operands and of the gradient.
+
+        A cast reads 2 bytes twice (for the scale, then to write) and writes 1 byte twice (the
+        second time transposed): 6 bytes per element.
+        """
+        op = self._op(node, placed)
+        rowwise = self.pricing.precision.endswith("rowwise")
+        device = self.device if rowwise else self.fast
+        if rowwise:
+            device = self.fast
+        bandwidth = self.device.bandwidth_curve("copy")
+
+        def cast(elements: float) -> float:
+            return 6.0 * elements / float(bandwidth(6.0 * elements))
+
+        inputs = sum(float(spec.numel) for spec in op.inputs[:2])
+        forward = float(forward_time(device, op)) + cast(inputs)
+        backward = 0.0
+        if any(v.requires_grad for v in values_of(node)):
+            backward = float(backward_time(device, op)) + cast(float(op.outputs[0].numel))
+        return forward, backward
+
+    def _fused_share(self, node: Node) -> float:
+        """Share of an op's traffic that is left when chains of pointwise ops are one kernel.
+
+        An input made by a fusable op, and an output that only fusable ops read, stay in registers.
+        """
+        if node not in self._fused:
+            op = local_op(node)
+            whole = float(op_bytes(op) + backward_bytes(op))
+            saved = 0.0
+            for source, spec in zip(tensor_inputs(node), op.inputs, strict=True):
+                if _fusable(source):
+                    saved += float(spec.bytes)
+            users = [u for u in node.users if u.op == "call_function"]
+            if users and all(_fusable(u) for u in users):
+                saved += sum(float(spec.bytes) for spec in op.outputs)
+            forward = float(op_bytes(op))
+            self._fused[node] = max(0.0, 1.0 - saved / forward) if forward and whole else 1.0
+        return self._fused[node]
+
+    # -- states ---------------------------------------------------------------------------------
+
+    def stored_bytes(self, value: Value, sharding: Sharding) -> float:
+        elements = self.local_bytes(value, sharding) / value.dtype.itemsize
+        if not value.requires_grad:
+            return super().stored_bytes(value, sharding)
+        p = self.pricing
+        state = 12.0 if p.master else 8.0
+        return elements * (
+            p.parameter_bytes + p.gradient_bytes / p.gradient_shards + state / p.state_shards
+        )
+
+    def optimizer_time_s(self, value: Value, sharding: Sharding) -> float:
+        """Reads and writes of Adam in fp32: 4 x 4 bytes read, 3 x 4 and the 16-bit copy written."""
+        if not value.requires_grad:
+            return 0.0
+        elements = self.local_bytes(value, sharding) / value.dtype.itemsize
+        nbytes = elements * (30.0 if self.pricing.master else 28.0) / self.pricing.state_shards
+        return nbytes / float(self.device.bandwidth_curve("adamw")(nbytes))
+
+
+def _fusable(node: Node) -> bool:
+    return node.op == "call_function" and op_family(op_name(node.target)) in FUSABLE
+
+
+def _in_block(node: Node) -> bool:
+    """Whether a product is of a layer: the head stays in 16 bits, and so do attention's."""
+    name = canonical_name(op_name(node.target))
+    return name == "linear" and "head" not in str(tensor_inputs(node)[1].name)
+
+
+def _with_fp8(device: Device) -> Device:
+    """The device with its fp8 rates where 16-bit rates are looked up."""
+    table = dict(device.rates["matmul"])
+    fast = table.get("float8_e4m3fn", table.get("bfloat16"))
+    if fast is None:
+        return device
+    rates = dict(device.rates)
+    rates["matmul"] = {**table, "bfloat16": fast, "float16": fast}
+    rates.pop("matmul_backward", None)
+    return replace(device, rates=rates)
