@@ -1,8 +1,9 @@
 """`autopar calibrate`: measure this machine and write its cluster profile.
 
 Every number is a median taken while all ranks work at once, because they share memory bandwidth and
-the loopback device. The same compute is measured once more in one process with all threads, so that
-the plan "one process" can be priced.
+caches. A step waits for the slowest rank wherever ranks meet: the rates of a rank are those of the
+last one, its `skew` behind the middle one. The same compute is measured once more in one process
+with all threads, so that the plan "one process" can be priced.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,8 @@ from autopar.cost.comm import fit_collective
 from autopar.cost.curve import Curve
 from autopar.cost.profile import save_profile
 from autopar.errors import UserError
-from autopar.runtime.calibrate_worker import Sample
+
+from .calibrate_collectives import Sample
 
 # Page faults otherwise dominate: a 64 MB clone takes 60 to 205 ms instead of 14 to 20.
 RANK_ENVIRONMENT = {
@@ -33,6 +36,8 @@ RANK_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
 WIDE = 128  # the narrowest dim of the products that give the rates
+ROUNDS = {False: (4, 2), True: (2, 1)}  # by `quick`: on the ranks, and in one process
+FOREIGN_SHARE = 0.1  # of the cores: the user hears of other programs that use more
 MEMORY_SHARE = 0.85  # of the machine's memory, for all ranks together
 
 
@@ -41,7 +46,7 @@ def calibrate(
 ) -> Cluster:
     """Measure `nproc` ranks of this machine; write the profile to `out` and return the cluster.
 
-    Takes up to 3 minutes, with `quick` up to 30 s. Raises UserError for a device that cannot be
+    Takes about 90 s, with `quick` up to 30 s. Raises UserError for a device that cannot be
     measured, a count below 2, or ranks that fail.
     """
     if device != "cpu":
@@ -55,9 +60,19 @@ def calibrate(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     ) as progress:
         task = progress.add_task("starting", total=None)
-        ranks = _run(nproc, 1, quick, lambda what: progress.update(task, description=what))
-        single = _run(1, cores, quick, lambda what: progress.update(task, description=what))
+        on_ranks, alone = ROUNDS[quick]
+
+        def step(what: str) -> None:
+            progress.update(task, description=what)
+
+        ranks, foreign = _run(nproc, 1, quick, on_ranks, step)
+        single, _ = _run(1, cores, quick, alone, step)
         progress.update(task, description="done", total=1, completed=1)
+        if foreign > FOREIGN_SHARE:
+            progress.console.print(
+                f"[yellow]other programs used {foreign:.0%} of the processors meanwhile: "
+                "calibrate again when the machine is quiet[/yellow]"
+            )
     where = f"{_cpu_name()}, {cores} cores, torch {torch.__version__.split('+')[0]}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE
     source = f"autopar calibrate, {nproc} ranks at once: {where}"
@@ -84,8 +99,10 @@ def _cpu_name() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _run(nproc: int, threads: int, quick: bool, step: Callable[[str], None]) -> list[Sample]:
-    """Start the ranks and collect rank 0's results; ends them all when one fails."""
+def _run(
+    nproc: int, threads: int, quick: bool, rounds: int, step: Callable[[str], None]
+) -> tuple[list[Sample], float]:
+    """Start the ranks; rank 0's results and the foreign load; ends them all when one fails."""
     title = f"{nproc} ranks" if nproc > 1 else f"one process with {threads} threads"
     with tempfile.TemporaryDirectory(prefix="autopar-calibrate-") as folder:
         processes: list[subprocess.Popen[str]] = []
@@ -100,6 +117,7 @@ def _run(nproc: int, threads: int, quick: bool, step: Callable[[str], None]) -> 
                             "nproc": nproc,
                             "threads": threads,
                             "quick": quick,
+                            "rounds": rounds,
                             "store": f"{folder}/store",
                         }
                     )
@@ -114,6 +132,7 @@ def _run(nproc: int, threads: int, quick: bool, step: Callable[[str], None]) -> 
                     )
                 )
             results: list[Sample] = []
+            foreign = 0.0
             assert processes[0].stdout is not None
             for line in processes[0].stdout:
                 message = json.loads(line)
@@ -121,12 +140,13 @@ def _run(nproc: int, threads: int, quick: bool, step: Callable[[str], None]) -> 
                     step(f"{title}: {message['progress']}")
                 else:
                     results = [(str(k), float(x), float(t)) for k, x, t in message["results"]]
+                    foreign = float(message["foreign"])
             codes = [process.wait() for process in processes]
             if any(codes) or not results:
                 errors = [(Path(folder) / f"{rank}.err").read_text() for rank in range(nproc)]
                 last = next((e.strip().splitlines()[-1] for e in errors if e.strip()), "no message")
                 raise UserError(f"calibration failed on {title}: {last}")
-            return results
+            return results, foreign
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -137,20 +157,26 @@ def _run(nproc: int, threads: int, quick: bool, step: Callable[[str], None]) -> 
 def device_from_samples(
     name: str, samples: Sequence[Sample], memory_bytes: float, source: str
 ) -> Device:
-    """Curves of one device from timings; the op overhead is taken out of every one of them."""
-    overhead = min((t for key, _, t in samples if key == "overhead"), default=1e-6)
+    """Curves of one device from timings; the op overhead is taken out of every one of them.
+
+    All are slowed down by the ranks' skew, where there is any.
+    """
+    skew = skew_of(samples)
+    slow = [(k, x, t * (1.0 + skew)) for k, x, t in samples if not k.startswith(_NOT_OPS)]
+    overhead = min((t for key, _, t in slow if key == "overhead"), default=1e-6)
     rates: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     bandwidth: dict[str, list[tuple[float, float]]] = defaultdict(list)
     narrow: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for key, x, seconds in samples:
+    for key, x, seconds in slow:
         rate = x / max(seconds - overhead, 0.2 * seconds)
         family, _, rest = key.partition(":")
         if family == "bandwidth":
             bandwidth[rest].append((x, rate))
         elif family == "narrow":
             narrow[int(rest)].append((x, rate))
-        elif family not in ("overhead", "collective"):
+        elif family not in ("overhead", "optimizer"):
             rates[family][rest].append((x, rate))
+    source += f"; rates of the last rank, {1.0 + skew:.3f} x the middle one's times" * (skew > 0)
     curves = {
         family: {dtype: Curve.of(points, source) for dtype, points in table.items()}
         for family, table in rates.items()
@@ -164,8 +190,17 @@ def device_from_samples(
         curves,
         {family: Curve.of(points, source) for family, points in bandwidth.items()},
         _narrow_curve(narrow, matmul, source),
-        {"memory_bytes": source, "op_overhead_s": source},
+        max((t for key, _, t in slow if key == "optimizer"), default=0.0),
+        dict.fromkeys(("memory_bytes", "op_overhead_s", "optimizer_overhead_s"), source),
     )
+
+
+_NOT_OPS = ("collective:", "skew")
+
+
+def skew_of(samples: Sequence[Sample]) -> float:
+    """How much longer the last rank computes than the middle one, as a fraction; 0 if unknown."""
+    return statistics.median([t for key, _, t in samples if key == "skew"] or [0.0])
 
 
 def _narrow_curve(

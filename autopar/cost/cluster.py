@@ -27,12 +27,14 @@ class Device:
     """What one rank computes with.
 
     `memory_bytes`: what the plan may use at most. `op_overhead_s`: time of an op on tiny tensors
-    (launch, dispatch), paid by every op that is not a view.
+    (launch, dispatch), paid by every op that is not a view. `optimizer_overhead_s`: what the update
+    of a parameter takes whatever its size.
     `rates`: family ("matmul" always, "conv", "attention", and these + "_backward") -> dtype name ->
     flop/s as a function of the op's flops. `narrow`: the smallest of m, n, k of a matmul ->
     fraction of that rate. `bandwidth`: op family -> bytes/s as a function of bytes moved;
     "default" always exists.
-    On a host whose ranks share memory all of these are measured with all ranks busy.
+    On a host whose ranks share memory all of these are measured with all ranks busy, and are those
+    of the last of them, for which the others wait.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Device:
     rates: Mapping[str, Mapping[str, Curve]] = field(hash=False)
     bandwidth: Mapping[str, Curve] = field(hash=False)
     narrow: Curve = field(default=Curve.constant(1.0), hash=False)
+    optimizer_overhead_s: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 
     def peak(self, dtype: str) -> float:

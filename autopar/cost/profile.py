@@ -5,6 +5,7 @@ Layout (version 1): numbers are `{"value": 1.0, "source": "..."}`, curves
 
     {"version": 1, "name": "8xH100",
      "device": {"name": "H100", "memory_bytes": number, "op_overhead_s": number,
+                "optimizer_overhead_s": number (may be absent: 0),
                 "rates": {family: {dtype: curve}}, "narrow": curve, "bandwidth": {family: curve}},
      "single": device or null,
      "levels": [{"name": "host", "size": 8,
@@ -29,6 +30,7 @@ from .cluster import COLLECTIVE_KINDS, Cluster, CollectiveCurve, Device, Level
 from .curve import Curve
 
 VERSION = 1
+OPTIONAL_FIGURES = ("optimizer_overhead_s",)  # of a device; 0 where a profile has none
 T = TypeVar("T")
 
 
@@ -75,17 +77,21 @@ def _device_to_json(device: Device) -> dict[str, Any]:
     def table(curves: Mapping[str, Curve]) -> dict[str, Any]:
         return {key: _curve_to_json(curve) for key, curve in curves.items()}
 
+    optional = {name: number(name) for name in OPTIONAL_FIGURES if getattr(device, name)}
     return {
         "name": device.name,
         "memory_bytes": number("memory_bytes"),
         "op_overhead_s": number("op_overhead_s"),
+        **optional,
         "rates": {family: table(curves) for family, curves in device.rates.items()},
         "narrow": _curve_to_json(device.narrow),
         "bandwidth": table(device.bandwidth),
     }
 
 
-def _fields(data: object, where: str, names: Iterable[str]) -> dict[str, Any]:
+def _fields(
+    data: object, where: str, names: Iterable[str], optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _MalformedError(f"{where} is not an object")
     wanted = list(names)
@@ -93,7 +99,7 @@ def _fields(data: object, where: str, names: Iterable[str]) -> dict[str, Any]:
         if name not in data:
             raise _MalformedError(f"{where} has no {name!r}")
     for name in data:
-        if name not in wanted:
+        if name not in wanted and name not in optional:
             raise _MalformedError(f"{where} has an unknown entry {name!r}")
     return data
 
@@ -146,9 +152,11 @@ def _table(data: object, where: str, read: Callable[[object, str], T]) -> dict[s
 
 def _device(data: object, where: str) -> Device:
     names = ("name", "memory_bytes", "op_overhead_s", "rates", "narrow", "bandwidth")
-    fields = _fields(data, where, names)
+    fields = _fields(data, where, names, OPTIONAL_FIGURES)
     memory, memory_source = _fact(fields["memory_bytes"], f"{where}.memory_bytes")
     overhead, overhead_source = _fact(fields["op_overhead_s"], f"{where}.op_overhead_s")
+    given = [name for name in OPTIONAL_FIGURES if name in fields]
+    optional = {name: _fact(fields[name], f"{where}.{name}") for name in given}
     rates = _table(fields["rates"], f"{where}.rates", lambda d, at: _table(d, at, _curve))
     bandwidth = _table(fields["bandwidth"], f"{where}.bandwidth", _curve)
     if not rates.get("matmul"):
@@ -162,7 +170,12 @@ def _device(data: object, where: str) -> Device:
         rates=rates,
         narrow=_curve(fields["narrow"], f"{where}.narrow"),
         bandwidth=bandwidth,
-        sources={"memory_bytes": memory_source, "op_overhead_s": overhead_source},
+        sources={
+            "memory_bytes": memory_source,
+            "op_overhead_s": overhead_source,
+            **{name: source for name, (_, source) in optional.items()},
+        },
+        **{name: value for name, (value, _) in optional.items()},
     )
 
 

@@ -3,14 +3,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from autopar.cost.cluster import COLLECTIVE_KINDS, Cluster, Level
 from autopar.cost.comm import collective_time
-from autopar.cost.compute import LocalOp, TensorSpec, forward_time
+from autopar.cost.compute import LocalOp, TensorSpec, forward_time, optimizer_time
 from autopar.cost.profile import load_profile
 from autopar.errors import UserError
-from autopar.runtime.calibrate import calibrate, collectives_from_samples, device_from_samples
-from autopar.runtime.calibrate_worker import compute_work, group_sizes
+from autopar.runtime.calibrate import (
+    calibrate,
+    collectives_from_samples,
+    device_from_samples,
+    skew_of,
+)
+from autopar.runtime.calibrate_collectives import KINDS, collective_call, group_sizes
+from autopar.runtime.calibrate_ops import compute_work, optimizer_work
+from autopar.runtime.group import ThreadWorld, run_threads
 
 
 def test_curves_give_back_the_timings() -> None:
@@ -71,7 +79,42 @@ def test_what_cannot_be_calibrated(kwargs: dict[str, object], message: str) -> N
 def test_every_workload_runs() -> None:
     for work in compute_work(quick=True):
         if work.x < 1e7:
+            assert all(tensor.numel() for tensor in work.hot or ())
             work.fn()
+
+
+def test_the_optimizer_steps_on_every_parameter() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    (work,) = optimizer_work(parameters)
+    work.fn()
+    assert work.times == 4
+    assert all((p < 1).all() and p.grad is None for p in parameters)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 10, 1 << 16, 1 << 24])
+def test_collectives_run_in_every_form(nbytes: int) -> None:
+    world = ThreadWorld(2)
+
+    def run(rank: int) -> None:
+        for kind in KINDS:
+            collective_call(kind, world.group(rank), nbytes)()
+
+    run_threads(world, run)
+
+
+def test_the_last_rank_sets_the_rates() -> None:
+    samples = [
+        ("overhead", 1.0, 1e-6),
+        ("matmul:float32", 1e9, 0.1),
+        ("bandwidth:pointwise", 12e6, 2e-3),
+        ("optimizer", 1.0, 3e-5),
+    ]
+    alone = device_from_samples("cpu", samples, 1e9, "")
+    apart = device_from_samples("cpu", [*samples, *(("skew", w, 0.25) for w in (1, 2, 3))], 1e9, "")
+    assert skew_of(samples) == 0.0
+    assert apart.peak("float32") == pytest.approx(alone.peak("float32") / 1.25)
+    assert apart.op_overhead_s == pytest.approx(1.25 * alone.op_overhead_s)
+    assert optimizer_time(apart, 0.0) == pytest.approx(1.25 * 3e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,160 @@
+"""What `autopar calibrate` times among ranks: collectives, and how far ranks drift apart.
+
+The collectives are those of a training step: typed, differentiable, packed into one message and
+taken apart again (`autopar.runtime.collectives`). What one takes is counted from the moment when
+the last member arrives: waiting for it is the members' skew, which is measured by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.ir.lowered import ShardSpec, SwapSpec
+
+from .calibrate_clock import Clock
+from .collectives import close, open_
+from .group import Group
+from .shared_memory import make_group
+
+Sample = tuple[str, float, float]  # key, x (flops or bytes), seconds
+
+KB, MB = 1 << 10, 1 << 20
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+BUCKET_FROM = 16 * MB  # larger messages are buckets of parameters, smaller ones single activations
+BUCKET_TENSORS = 16
+WINDOWS_S = (2e-3, 1e-2, 4e-2)  # of compute between two meetings of the ranks
+CALL_S = 0.05  # what a collective may take per round, compute in between left out
+
+
+def group_sizes(nproc: int) -> list[int]:
+    """2, 4, … and all of them."""
+    sizes = {1 << i for i in range(1, nproc.bit_length()) if 1 << i <= nproc}
+    return sorted(sizes | ({nproc} if nproc > 1 else set()))
+
+
+def make_groups(nproc: int) -> dict[int, Group | None]:
+    """This rank's group of every size; disjoint groups of one size work at once."""
+    made: dict[int, Group | None] = {}
+    for members in group_sizes(nproc):
+        made[members] = None
+        for first in range(0, nproc - members + 1, members):
+            ranks = list(range(first, first + members))
+            handle = dist.new_group(ranks)  # a collective: every rank makes every group
+            if dist.get_rank() in ranks:
+                made[members] = make_group(handle)
+    return made
+
+
+def collective_call(kind: str, group: Group, nbytes: int) -> Callable[[], Any]:
+    """A call, waited for, whose byte count by the convention of cost.comm is `nbytes`."""
+    n = group.size
+    tensors = BUCKET_TENSORS if nbytes >= BUCKET_FROM else 1
+    rows = 64 if nbytes >= 64 * KB else 4
+    columns = max(nbytes // 4 // tensors // rows // n, 1)
+    if kind == "broadcast":
+        return partial(_broadcast, group, torch.ones(rows, columns * n))
+    if kind == "all_reduce":
+        return _typed("psum", None, group, [torch.ones(rows, columns * n)] * tensors)
+    if kind == "all_to_all":  # from rows of the whole to columns of the whole
+        swap = SwapSpec(_even(0, rows * n, n), _even(1, columns * n, n))
+        return _typed("swap", swap, group, [torch.ones(rows, columns * n)] * tensors)
+    # Parameters are divided by rows, activations mostly not.
+    dim = 0 if tensors > 1 else 1
+    shape = (rows * n, columns) if dim == 0 else (rows, columns * n)
+    spec = _even(dim, shape[dim], n)
+    if kind == "reduce_scatter":
+        return _typed("scatter_sum", spec, group, [torch.ones(shape)] * tensors)
+    shard = torch.ones(shape).chunk(n, dim)[0].contiguous()
+    return _typed("gather_vary", spec, group, [shard] * tensors)
+
+
+def _even(dim: int, size: int, members: int) -> ShardSpec:
+    return ShardSpec(dim, (size // members,) * members)
+
+
+def _typed(name: str, spec: Any, group: Group, tensors: list[Tensor]) -> Callable[[], Any]:
+    inputs = [x.clone().requires_grad_() for x in tensors]
+    specs = (spec,) * len(inputs)
+
+    def call() -> Any:
+        with torch.enable_grad():
+            *edges, pending = open_(name, specs, group, *inputs)
+            return close(name, specs, group, pending, *edges)
+
+    return call
+
+
+def _broadcast(group: Group, x: Tensor) -> Tensor:
+    return group.broadcast(x).wait()
+
+
+def run_collectives(
+    clock: Clock, groups: dict[int, Group | None], sizes: list[int]
+) -> Iterator[Sample]:
+    """Times of every collective in all disjoint groups of each size at once."""
+    for members, group in groups.items():
+        for kind in KINDS:
+            clock.report(f"{kind} among {members}")
+            for nbytes in sizes:
+                call = collective_call(kind, group, nbytes) if group else _nothing
+                calls = min(max(int(CALL_S / (3e-3 + nbytes / 1e9)), 3), 12)
+                spans = clock.collective(call, calls)
+                seconds = _after_last_arrival(spans, members)
+                yield f"collective:{kind}:{members}", float(nbytes), seconds
+
+
+def _nothing() -> None:
+    """What a rank does that is in no group."""
+
+
+def _after_last_arrival(spans: list[tuple[float, float]], members: int) -> float:
+    """Median over calls and groups of: the last end - the last start. Clocks are the host's."""
+    mine = torch.tensor(spans, dtype=torch.float64)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    ranks = torch.stack(every)  # rank, call, (start, end)
+    whole = len(every) // members * members  # ranks in no group made no call
+    last = ranks[:whole].view(-1, members, *mine.shape).amax(1)
+    return float((last[..., 1] - last[..., 0]).median())
+
+
+def run_skew(group: Group, windows: int) -> Iterator[Sample]:
+    """How much longer than the middle rank the last one computes, between two meetings.
+
+    Key `skew`, x the window's seconds, and the fraction in place of a time.
+    """
+    x, big = torch.full((256, 256), 1e-3), torch.zeros(1 << 18)
+    token = torch.ones(8)
+
+    def unit() -> None:
+        torch.mm(x, x)
+        big.add_(1.0)
+
+    unit()
+    start = time.perf_counter()
+    for _ in range(20):
+        unit()
+    each = torch.tensor([(time.perf_counter() - start) / 20], dtype=torch.float64)
+    dist.all_reduce(each)
+    unit_s = float(each) / dist.get_world_size()
+    for window in WINDOWS_S:
+        spans = []
+        for _ in range(windows):
+            group.all_reduce(token).wait()
+            start = time.perf_counter()
+            for _ in range(max(int(window / unit_s), 1)):
+                unit()
+            spans.append(time.perf_counter() - start)
+        mine = torch.tensor(spans, dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        ranks = torch.stack(every)
+        middle = float(ranks.median())
+        yield "skew", window, max(float(ranks.amax(0).median()) / middle - 1.0, 0.0)
