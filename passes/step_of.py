@@ -15,7 +15,7 @@ from autopar.cost.families import canonical_name, op_family, op_name
 from autopar.cost.memory import saved, state_bytes
 from autopar.cost.step import COMPUTE, Part, Segment, Step
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
-from autopar.ir.lowered import GATHER_VARY, PVARY
+from autopar.ir.lowered import GATHER_VARY
 from autopar.ir.registry import rule_for
 from autopar.ir.rule import Placed
 from autopar.ir.sharding import Sharding
@@ -360,7 +360,7 @@ class _Builder:
             level=self.pricer.mesh[c.axis].level,
             sent_bytes=c.sent_bytes,
             backward_sent_bytes=c.backward_sent_bytes,
-            output_bytes=0.0 if c.op is PVARY else c.whole_bytes / shards,
+            output_bytes=c.whole_bytes / shards,
             deps=deps,
             param=param,
             once=bool(param) and not regather,

@@ -21,12 +21,21 @@ class Part:
     communicates), `backward_kind` the dual collective. `level` is the level of the cluster that
     the group crosses (-1: compute), `axis` its mesh axis. Times in seconds, sizes in bytes:
     `sent_bytes` and `backward_sent_bytes` are what one device puts on the wire, `output_bytes`
-    what the part makes, `saved_bytes` what it keeps from its forward until its backward.
+    what the part makes (where `kind` is "" it is the input itself), `saved_bytes` what it keeps
+    from its forward until its backward.
 
     `deps` are indices, within the segment, of the parts whose result this one needs; -1 is the
     value that enters the segment. `param` names the stored parameter that a collective gathers
     or whose gradient it reduces; `once` says that it happens once per step and not once per
     micro-batch, `regather` that the forward collective is repeated in the backward (ZeRO-3).
+
+    `saved_from` says which of the saved bytes are outputs of other parts, as (index, bytes); the
+    rest are tensors of its own. `freed_by` is the part after whose forward nothing holds the output
+    any more (its own index: the output is saved by itself or only a view; the number of parts: it
+    outlives the segment), and `leaves` says that a later segment reads it. `weight_s` is the share
+    of `backward_s` that makes gradients of parameters, which nothing but their reduction waits for;
+    `gradient_bytes` what is stored of them. `recomputable` is false of what selective recomputation
+    keeps: matrix products, convolutions, fused attention.
     """
 
     name: str

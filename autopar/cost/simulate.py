@@ -1,0 +1,274 @@
+"""Simulate a priced step on one device: copies of blocks and micro-batches that repeat are reused.
+
+After every copy of a segment (and every micro-batch) the state of the machine is compared with that
+after the one before: work left in flight, buckets being filled, gathers ahead. Where it is the
+same, so is everything that follows, and the remaining copies are the last one again, later: this is
+exact up to rounding. Where micro-batches never reach such a state (a growing backlog of
+reductions), the last one of a few stands for the rest, and the timeline says `exact=False`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cluster import Cluster
+from .links import Flow
+from .simulator import Gathered, How, Machine, Prepared, prepare
+from .step import Step
+from .timeline import Points, Span, Timeline
+
+MOST_RECORDED = 60_000  # spans or memory events that repeated micro-batches may add
+MOST_MICRO_BATCHES = 8  # simulated one by one before the last stands for the rest
+
+Signature = tuple[Any, ...]
+
+
+def how_for(cluster: Cluster | None, how: How | None = None) -> How:
+    """What to simulate a step with on a cluster.
+
+    Ranks that are threads of a CPU communicate on the cores that compute: nothing overlaps. A
+    device may say by how much communication slows compute down (`overlap_slowdown`).
+    """
+    made = how or How()
+    if cluster is None:
+        return made
+    if how is None:
+        made = replace(made, slowdown=float(getattr(cluster.device, "overlap_slowdown", 0.0)))
+    if cluster.single is not None:
+        made = replace(made, overlap=False)
+    return made if made.overlap else replace(made, prefetch=0)
+
+
+def simulate(
+    step: Step, cluster: Cluster | None = None, *, how: How | None = None, flat: bool = False
+) -> Timeline:
+    """One training step on one device over time.
+
+    `cluster` says whether communication overlaps with compute (`how_for`); without one it does.
+    `flat` simulates every copy and every micro-batch by itself.
+    """
+    return _Run(step, how_for(cluster, how), flat).timeline()
+
+
+@dataclass
+class _Mark:
+    """The machine's books at some moment."""
+
+    time: float
+    numbers: tuple[float, float, float]
+    exposed: dict[tuple[str, str], float]
+    busy: dict[tuple[str, str], float]
+    spans: int
+    memory: int
+
+
+@dataclass
+class _Run:
+    step: Step
+    how: How
+    flat: bool
+    machine: Machine = field(init=False)
+    units: list[tuple[Prepared, int]] = field(init=False)
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        self.machine = Machine(self.how)
+        self.units = [
+            (prepare(segment, i, self.how), segment.copies)
+            for i, segment in enumerate(self.step.segments)
+        ]
+
+    def timeline(self) -> Timeline:
+        machine, step = self.machine, self.step
+        self._micro_batches()
+        machine.drain()
+        end = machine.time + step.optimizer_s
+        if self.how.record and step.optimizer_s:
+            machine.spans.append(Span("optimizer", "compute", machine.time, end, "optimizer"))
+        memory = staircase(machine.memory, base_bytes(step), end)
+        peak = int(np.argmax(memory[:, 1]))
+        return Timeline(
+            end,
+            machine.compute_s,
+            step.optimizer_s,
+            _named(machine.exposed),
+            _named(machine.links.busy_s),
+            float(memory[peak, 1]),
+            float(memory[peak, 0]),
+            _phase_at(machine.spans, float(memory[peak, 0])),
+            memory,
+            recompute_s=machine.recompute_s,
+            slowdown_s=machine.slowdown_s,
+            micro_batches=step.micro_batches,
+            spans=tuple(machine.spans),
+            exact=self.exact,
+        )
+
+    # -- repetition -----------------------------------------------------------------------------
+
+    def _micro_batches(self) -> None:
+        count = self.step.micro_batches
+        done = 0
+        before: Signature | None = None
+        before_s = 0.0
+        while done < count:
+            mark = self._mark()
+            self._micro_batch(done == 0, done == count - 1)
+            done += 1
+            now, elapsed = self._signature(()), self.machine.time - mark.time
+            left = count - 1 - done  # the last one is different
+            if left > 0 and done > 1 and not self.flat:
+                periodic = now == before
+                if periodic or (done >= MOST_MICRO_BATCHES and abs(elapsed - before_s) < 1e-6):
+                    self.exact &= periodic
+                    self._repeat(mark, left)
+                    done += left
+                elif done >= 4 * MOST_MICRO_BATCHES:
+                    self.exact = False
+                    self._repeat(mark, left)
+                    done += left
+            before, before_s = now, elapsed
+
+    def _micro_batch(self, first: bool, last: bool) -> None:
+        self.machine.carried = ()
+        self._pass(self.units, False, first, last)
+        self.machine.carried = ()
+        self._pass(self.units[::-1], True, first, last)
+        self.machine.flush()
+
+    def _pass(
+        self, units: Sequence[tuple[Prepared, int]], backward: bool, first: bool, last: bool
+    ) -> None:
+        """Forward or backward through all copies, gathers of parameters some copies ahead."""
+        machine, ahead = self.machine, self.how.prefetch
+        order = [unit for unit, copies in units for _ in range(copies)]
+        gathered: deque[Gathered] = deque()
+        asked = 0
+
+        def ask(until: int) -> None:
+            nonlocal asked
+            while asked <= min(until, len(order) - 1):
+                gathered.append(machine.gather(order[asked], backward, first))
+                asked += 1
+
+        at = 0
+        for unit, copies in units:
+            before: Signature | None = None
+            copy = 0
+            while copy < copies:
+                mark = self._mark()
+                ask(at + ahead)
+                if backward:
+                    machine.backward(unit, gathered.popleft(), first, last)
+                else:
+                    machine.forward(unit, gathered.popleft())
+                at, copy = at + 1, copy + 1
+                if copies < 4 or self.flat:
+                    continue
+                now = self._signature(gathered)
+                left = copies - copy - ahead
+                if now == before and left > 0:
+                    self._repeat(mark, left)
+                    at, copy, asked = at + left, copy + left, asked + left
+                before = now
+
+    def _signature(self, gathered: Sequence[Gathered] | deque[Gathered]) -> Signature:
+        """The state of the machine without names and times: equal states go on equally."""
+        machine = self.machine
+        place: dict[int, tuple[str, int]] = {
+            id(flow): (axis, i)
+            for axis, queue in machine.links.queues.items()
+            for i, flow in enumerate(queue)
+        }
+        filling = tuple(
+            (key, round(flow.work_s, 13), flow.nbytes, flow.held_bytes, flow.gradient_bytes)
+            for key, flow in sorted(machine.filling.items())
+        )
+
+        def where(flow: Flow) -> tuple[str, int] | None:
+            return place.get(id(flow))
+
+        return (
+            machine.links.signature(),
+            filling,
+            tuple(map(where, machine.carried)),
+            tuple(tuple((i, where(f)) for i, f in g.items()) for g in gathered),
+        )
+
+    def _mark(self) -> _Mark:
+        m = self.machine
+        return _Mark(
+            m.time,
+            (m.compute_s, m.recompute_s, m.slowdown_s),
+            dict(m.exposed),
+            dict(m.links.busy_s),
+            len(m.spans),
+            len(m.memory),
+        )
+
+    def _repeat(self, mark: _Mark, times: int) -> None:
+        """Go on as if what happened since the mark had happened so many times more."""
+        m = self.machine
+        period = m.time - mark.time
+        for name, then in zip(
+            ("compute_s", "recompute_s", "slowdown_s"), mark.numbers, strict=True
+        ):
+            now = getattr(m, name)
+            setattr(m, name, now + times * (now - then))
+        for books, old in ((m.exposed, mark.exposed), (m.links.busy_s, mark.busy)):
+            for key, seconds in list(books.items()):
+                books[key] = seconds + times * (seconds - old.get(key, 0.0))
+        spans, events = m.spans[mark.spans :], m.memory[mark.memory :]
+        if len(spans) * times <= MOST_RECORDED:
+            for k in range(1, times + 1):
+                late = k * period
+                m.spans += [replace_times(span, late) for span in spans]
+        if len(events) * times <= MOST_RECORDED:
+            for k in range(1, times + 1):
+                late = k * period
+                m.memory += [(at + late, nbytes) for at, nbytes in events]
+        elif net := sum(nbytes for _, nbytes in events):
+            m.memory.append((m.time, net * times))
+        m.time += times * period
+        m.links.shift(times * period)
+
+
+def replace_times(span: Span, late: float) -> Span:
+    """The same span, later."""
+    return Span(
+        span.name, span.stream, span.start_s + late, span.end_s + late, span.phase, span.nbytes
+    )
+
+
+def base_bytes(step: Step) -> float:
+    """What is in memory before the step: state, without the gradients that the step makes."""
+    made = sum(s.copies * p.gradient_bytes for s, p in step.parts())
+    return sum(step.state_bytes.values()) - made
+
+
+def staircase(events: Sequence[tuple[float, float]], base: float, end: float) -> Points:
+    """Bytes in use from every moment on, given what is taken and given back when."""
+    if not events:
+        return np.array([[0.0, base], [end, base]])
+    changes: NDArray[np.float64] = np.array(events)
+    changes = changes[np.argsort(changes[:, 0], kind="stable")]
+    level = base + np.cumsum(changes[:, 1])
+    # Of several changes at one moment all count for the peak: what is taken is taken before.
+    made = np.column_stack([changes[:, 0], level])
+    return np.vstack([[0.0, base], made, [end, level[-1]]])
+
+
+def _named(books: dict[tuple[str, str], float]) -> dict[str, float]:
+    return {f"{kind} {axis}": seconds for (kind, axis), seconds in sorted(books.items())}
+
+
+def _phase_at(spans: Sequence[Span], at: float) -> str:
+    """What the compute stream does at a moment."""
+    running = [s for s in spans if s.stream == "compute" and s.start_s <= at <= s.end_s]
+    return running[-1].phase if running else ""

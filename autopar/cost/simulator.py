@@ -1,0 +1,446 @@
+"""One device over time: a compute stream, collectives in flight, and memory as it comes and goes.
+
+The machine runs one copy of a segment at a time, forward or backward, in program order. Compute
+waits only for what it needs: an activation's collective blocks its readers, gathers of parameters
+are issued a block ahead, and gradients are reduced in buckets that nothing waits for before the
+optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .links import Flow, Links
+from .recompute import FULL, NONE, kept_bytes, own_bytes, recomputed_parts
+from .step import Part, Segment
+from .timeline import Span
+
+BUCKET_BYTES = 25 * 2**20  # of passes/bucket_collectives.py, and of DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class How:
+    """What a step is simulated with.
+
+    `overlap`: whether collectives run beside compute at all. `prefetch`: blocks by which gathers of
+    parameters are ahead. `slowdown`: how much longer compute takes while something is in flight
+    (0.1: a tenth). `reduce_every`: whether gradients are reduced in every micro-batch (None: those
+    of parameters that are gathered anew in each, ZeRO-3, are). `split_backward`: whether gradients
+    of inputs come before those of weights, so that their collectives overlap.
+    """
+
+    overlap: bool = True
+    prefetch: int = 1
+    bucket_bytes: float = BUCKET_BYTES
+    slowdown: float = 0.0
+    reduce_every: bool | None = None
+    split_backward: bool = True
+    most_s_per_byte: float | None = None
+    record: bool = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A segment with what the simulation asks of every part, worked out once."""
+
+    segment: Segment
+    index: int
+    again: frozenset[int]
+    kept: float
+    readers: tuple[tuple[int, ...], ...]
+    freed: tuple[tuple[int, ...], ...]
+    held: frozenset[int]
+    buckets: tuple[tuple[int, ...], ...]
+
+    @property
+    def mode(self) -> str:
+        return self.segment.recompute
+
+
+def prepare(segment: Segment, index: int, how: How) -> Prepared:
+    """Work out who reads what, what is freed when, and which gathers share a message."""
+    parts = segment.parts
+    readers: list[list[int]] = [[] for _ in parts]
+    freed: list[list[int]] = [[] for _ in range(len(parts) + 1)]
+    for i, part in enumerate(parts):
+        for dep in part.deps:
+            if dep >= 0:
+                readers[dep].append(i)
+    # What is kept anyway is counted as kept.
+    held = {
+        i
+        for i, part in enumerate(parts)
+        if part.kind and not part.param and not (0 < part.output_bytes <= own_bytes(part))
+    }
+    for i in sorted(held):
+        freed[max(i, parts[i].freed_by)].append(i)
+    return Prepared(
+        segment,
+        index,
+        recomputed_parts(segment, None, how.most_s_per_byte),
+        kept_bytes(segment, None, how.most_s_per_byte),
+        tuple(map(tuple, readers)),
+        tuple(map(tuple, freed)),
+        frozenset(held),
+        tuple(_buckets(parts, how.bucket_bytes)),
+    )
+
+
+def _buckets(parts: Sequence[Part], limit: float) -> list[tuple[int, ...]]:
+    """Gathers of parameters that travel together: one kind, axis and depth, up to the limit."""
+    found: list[list[int]] = []
+    open_: dict[tuple[str, str, bool, bool], tuple[list[int], float]] = {}
+    for i, part in enumerate(parts):
+        if not part.param or not part.forward_s:
+            continue
+        key = (part.kind, part.axis, part.regather, bool(part.deps))
+        bucket, size = open_.get(key, ([], 0.0))
+        if not bucket or size + part.output_bytes > limit:
+            bucket, size = [], 0.0
+            found.append(bucket)
+        bucket.append(i)
+        open_[key] = (bucket, size + part.output_bytes)
+    return [tuple(bucket) for bucket in found]
+
+
+Gathered = dict[int, Flow]
+
+
+@dataclass(slots=True)
+class Machine:
+    """A device in the middle of a step. `time` is when its compute stream is free."""
+
+    how: How
+    time: float = 0.0
+    links: Links = field(default_factory=Links)
+    compute_s: float = 0.0
+    recompute_s: float = 0.0
+    slowdown_s: float = 0.0
+    exposed: dict[tuple[str, str], float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    filling: dict[tuple[str, str, bool], Flow] = field(default_factory=dict)
+    before: dict[str, Flow] = field(default_factory=dict)
+    carried: tuple[Flow, ...] = ()
+    phase: str = "forward"
+
+    # -- streams --------------------------------------------------------------------------------
+
+    def compute(self, name: str, seconds: float) -> None:
+        """Run an op on the compute stream, slower while anything is in flight."""
+        if seconds <= 0:
+            return
+        start = self.time
+        if self.how.slowdown and any(self.links.queues.values()):
+            self._slowed(seconds)
+        else:
+            self.time += seconds
+        self.compute_s += self.time - start
+        if self.phase == "recompute":
+            self.recompute_s += self.time - start
+        if self.how.record:
+            self.spans.append(Span(name, "compute", start, self.time, self.phase))
+
+    def _slowed(self, seconds: float) -> None:
+        left = seconds
+        while left > 0:
+            self.links.advance(self.time)
+            rate = 1 / (1 + self.how.slowdown) if self.links.active() else 1.0
+            until = self.time + left / rate
+            if rate == 1.0 or not self.links.step(until):
+                self.slowdown_s += (until - self.time) * (1 - rate)
+                self.time = until
+                return
+            self.slowdown_s += (self.links.now - self.time) * (1 - rate)
+            left -= (self.links.now - self.time) * rate
+            self.time = self.links.now
+
+    def issue(self, flow: Flow) -> None:
+        """Start a collective; where nothing overlaps, also wait for it."""
+        self.links.issue(flow, self.time)
+        if not self.how.overlap:
+            self.wait(flow)
+
+    def wait(self, flow: Flow) -> None:
+        """Hold the compute stream until a collective is done."""
+        if flow.done and flow.end <= self.time:
+            return
+        if not flow.done:
+            self.links.advance(self.time)
+        end = self.links.wait(flow)
+        if end > self.time:
+            key = (flow.kind, flow.axis)
+            self.exposed[key] = self.exposed.get(key, 0.0) + end - self.time
+            if self.how.record:
+                self.spans.append(Span(flow.name, "compute", self.time, end, "wait"))
+            self.time = end
+
+    def hold(self, nbytes: float) -> None:
+        """Take memory from now on; give it back where negative."""
+        if nbytes:
+            self.memory.append((self.time, nbytes))
+
+    def settle(self) -> None:
+        """Follow the links to the present, and book what finished."""
+        self.links.advance(self.time)
+        for flow in self.links.finished:
+            if flow.held_bytes or flow.gradient_bytes:
+                self.memory.append((flow.end, flow.gradient_bytes - flow.held_bytes))
+            if self.how.record:
+                stream = f"level {flow.level} {flow.axis}"
+                self.spans.append(
+                    Span(flow.name, stream, flow.start, flow.end, flow.phase, flow.nbytes)
+                )
+        self.links.finished.clear()
+
+    # -- parameters -----------------------------------------------------------------------------
+
+    def gather(self, unit: Prepared, backward: bool, first: bool) -> Gathered:
+        """Issue the gathers of the parameters of one copy, in buckets."""
+        flows: Gathered = {}
+        parts = unit.segment.parts
+        for bucket in unit.buckets:
+            part = parts[bucket[0]]
+            if (backward and not part.regather) or (part.once and not first):
+                continue
+            nbytes = sum(parts[i].output_bytes for i in bucket)
+            flow = Flow(
+                _bucket_name(parts, bucket),
+                part.kind,
+                part.axis,
+                part.level,
+                sum(parts[i].forward_s for i in bucket),
+                "backward" if backward else "forward",
+                sum(parts[i].sent_bytes for i in bucket),
+                tuple(flows[d] for i in bucket for d in parts[i].deps if d in flows),
+            )
+            flows.update(dict.fromkeys(bucket, flow))
+            self.hold(nbytes)
+            self.issue(flow)
+        return flows
+
+    def _release(self, unit: Prepared, gathered: Gathered, keep: bool) -> None:
+        """Give back what was gathered for one copy; `keep`: what is saved stays."""
+        parts = unit.segment.parts
+        self.hold(
+            -sum(parts[i].output_bytes - (parts[i].saved_bytes if keep else 0.0) for i in gathered)
+        )
+
+    # -- forward --------------------------------------------------------------------------------
+
+    def forward(self, unit: Prepared, gathered: Gathered) -> None:
+        """Run one copy's forward."""
+        self.phase = "forward"
+        self.carried = self._run(unit, gathered, None, saving=unit.mode == NONE)
+        if unit.mode != NONE:
+            self.hold(unit.kept)
+        self._release(unit, gathered, keep=True)
+        self.settle()
+
+    def _run(
+        self, unit: Prepared, gathered: Gathered, only: frozenset[int] | None, saving: bool
+    ) -> tuple[Flow, ...]:
+        """Run parts in forward order; the collectives still in flight that leave the copy."""
+        parts = unit.segment.parts
+        pending: dict[int, tuple[Flow, ...]] = {i: (flow,) for i, flow in gathered.items()}
+        pending[-1] = self.carried if only is None else ()
+        leaving: list[Flow] = []
+        for i, part in enumerate(parts):
+            if part.param or (only is not None and i not in only):
+                self._free(unit, i, only)
+                continue
+            before = tuple(f for d in part.deps for f in pending.get(d, ()) if not f.done)
+            held = part.output_bytes if i in unit.held else 0.0
+            if part.is_compute:
+                for flow in before:
+                    self.wait(flow)
+                self.hold(held + (part.saved_bytes if saving else 0.0))
+                self.compute(part.name, part.forward_s)
+            elif part.forward_s:
+                flow = self._flow(part, False, before)
+                self.hold(held)
+                self.issue(flow)
+                pending[i] = (flow,)
+            else:
+                pending[i] = before
+            if part.leaves:
+                leaving.extend(pending.get(i, ()))
+            self._free(unit, i, only)
+        self._free(unit, len(parts), only)
+        return tuple(f for f in leaving if not f.done)
+
+    def _free(self, unit: Prepared, at: int, only: frozenset[int] | None) -> None:
+        parts = unit.segment.parts
+        freed = (j for j in unit.freed[at] if only is None or j in only)
+        self.hold(-sum(parts[j].output_bytes for j in freed))
+
+    def _flow(self, part: Part, backward: bool, before: tuple[Flow, ...]) -> Flow:
+        return Flow(
+            part.name,
+            part.backward_kind if backward else part.kind,
+            part.axis,
+            part.level,
+            part.backward_s if backward else part.forward_s,
+            self.phase,
+            part.backward_sent_bytes if backward else part.sent_bytes,
+            before,
+        )
+
+    # -- backward -------------------------------------------------------------------------------
+
+    def backward(self, unit: Prepared, gathered: Gathered, first: bool, last: bool) -> None:
+        """Run one copy's backward, its recomputation before it.
+
+        `first` and `last` say which micro-batch it is: gradients appear in the first, and are
+        reduced in the last.
+        """
+        parts = unit.segment.parts
+        working = 0.0
+        if unit.mode != NONE:
+            self.phase = "recompute"
+            entering, self.carried = self.carried, ()
+            only = None if unit.mode == FULL else unit.again
+            self._run(unit, gathered, only, saving=False)
+            self.carried = entering
+            working = sum(p.saved_bytes for p in parts if not p.param) - unit.kept
+            self.hold(max(working, 0.0))
+        self.phase = "backward"
+        self._backward_parts(unit, gathered, first, last)
+        if unit.mode != NONE:
+            self.hold(-max(working, 0.0) - unit.kept)
+        if last:  # what stayed gathered over the micro-batches
+            self.hold(-sum(p.saved_bytes for p in parts if p.param and p.once))
+        self._release(unit, gathered, keep=False)
+        self.settle()
+
+    def _backward_parts(self, unit: Prepared, gathered: Gathered, first: bool, last: bool) -> None:
+        parts = unit.segment.parts
+        waits: dict[int, list[Flow]] = {}
+        open_readers = [len(readers) for readers in unit.readers]
+        issued: set[int] = set()
+        gradients: dict[int, float] = {}  # of outputs, held until their part has run
+        for i in reversed(range(len(parts))):
+            part = parts[i]
+            if part.leaves:
+                waits.setdefault(i, []).extend(self.carried)
+            if part.param:
+                self._reduce(part, first, last)
+            elif part.is_compute:
+                self._backward_compute(unit, i, gathered, waits, open_readers, issued, gradients)
+                if first:
+                    self.hold(part.gradient_bytes)
+                if unit.mode == NONE:
+                    self.hold(-part.saved_bytes)
+            elif i not in issued:
+                self._backward_collective(part, i, waits)
+            self.hold(-gradients.pop(i, 0.0))
+        self.hold(-sum(gradients.values()))
+        self.carried = tuple(f for f in waits.get(-1, ()) if not f.done)
+
+    def _backward_compute(
+        self,
+        unit: Prepared,
+        i: int,
+        gathered: Gathered,
+        waits: dict[int, list[Flow]],
+        open_readers: list[int],
+        issued: set[int],
+        gradients: dict[int, float],
+    ) -> None:
+        parts = unit.segment.parts
+        part = parts[i]
+        split = part.weight_s if self.how.split_backward else 0.0
+        if part.backward_s:
+            for flow in (*waits.get(i, ()), *(gathered[d] for d in part.deps if d in gathered)):
+                self.wait(flow)
+            for d in part.deps:
+                if d >= 0 and d not in gradients and not parts[d].param:
+                    gradients[d] = parts[d].output_bytes if parts[d].backward_s else 0.0
+                    self.hold(gradients[d])
+            self.compute(part.name, part.backward_s - split)
+        else:
+            for d in part.deps:
+                waits.setdefault(d, []).extend(waits.get(i, ()))
+        for d in part.deps:
+            if d < 0:
+                continue
+            open_readers[d] -= 1
+            ready = open_readers[d] == 0 and not parts[d].leaves
+            if split and ready and not parts[d].is_compute and not parts[d].param:
+                self._backward_collective(parts[d], d, waits)
+                issued.add(d)
+        self.compute(f"{part.name} weights", split)
+
+    def _backward_collective(self, part: Part, i: int, waits: dict[int, list[Flow]]) -> None:
+        """Issue the collective that a gradient goes through; what made the value waits for it."""
+        before = tuple(f for f in waits.get(i, ()) if not f.done)
+        passed = before
+        if part.backward_s:
+            flow = self._flow(part, True, before)
+            self.issue(flow)
+            passed = (flow,)
+        for d in part.deps:
+            waits.setdefault(d, []).extend(passed)
+
+    def _reduce(self, part: Part, first: bool, last: bool) -> None:
+        """Send the gradient of a parameter, or put it into the bucket that is being filled.
+
+        The gradient of a gathered parameter is whole until it is reduced to the stored shard; that
+        of a parameter that is stored whole is reduced in place.
+        """
+        every = self.how.reduce_every if self.how.reduce_every is not None else not part.once
+        in_place = not part.kind or part.backward_s == 0
+        if in_place and first:
+            self.hold(part.gradient_bytes)
+        if not in_place and (every or first):
+            self.hold(part.output_bytes)
+        if part.backward_s == 0 or not (every or last):
+            return
+        key = (part.backward_kind, part.axis, bool(part.deps))
+        bucket = self.filling.get(key)
+        if bucket is not None and bucket.nbytes + part.output_bytes > self.how.bucket_bytes:
+            self._send(key)
+            bucket = None
+        if bucket is None:
+            bucket = self.filling[key] = Flow(
+                part.name, part.backward_kind, part.axis, part.level, 0.0, "backward"
+            )
+        bucket.work_s += part.backward_s
+        bucket.nbytes += part.output_bytes
+        if not in_place:
+            bucket.held_bytes += part.output_bytes
+            bucket.gradient_bytes += part.gradient_bytes if first or not every else 0.0
+        if part.deps:
+            self.before[part.param] = bucket
+        elif part.param in self.before:  # on its way through several axes
+            bucket.waits_for = (*bucket.waits_for, self.before.pop(part.param))
+        if bucket.nbytes >= self.how.bucket_bytes:
+            self._send(key)
+
+    def _send(self, key: tuple[str, str, bool]) -> None:
+        flow = self.filling.pop(key)
+        for waited in flow.waits_for:
+            for other, filling in list(self.filling.items()):
+                if filling is waited:
+                    self._send(other)
+        self.issue(flow)
+
+    def flush(self) -> None:
+        """Send every bucket that is not full."""
+        while self.filling:
+            self._send(next(iter(self.filling)))
+
+    def drain(self) -> None:
+        """Wait for everything that is in flight."""
+        self.links.advance(self.time)
+        for flow in sorted(
+            (f for queue in self.links.queues.values() for f in queue), key=lambda f: f.axis
+        ):
+            self.wait(flow)
+        self.settle()
+
+
+def _bucket_name(parts: Sequence[Part], bucket: tuple[int, ...]) -> str:
+    more = f" and {len(bucket) - 1} more" if len(bucket) > 1 else ""
+    return parts[bucket[0]].name + more
