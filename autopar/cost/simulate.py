@@ -232,9 +232,9 @@ class _Run:
         if len(events) * times <= MOST_RECORDED:
             for k in range(1, times + 1):
                 late = k * period
-                m.memory += [(at + late, nbytes) for at, nbytes in events]
-        elif net := sum(nbytes for _, nbytes in events):
-            m.memory.append((m.time, net * times))
+                m.memory += [(at + late, order, nbytes) for at, order, nbytes in events]
+        elif net := sum(nbytes for _, _, nbytes in events):
+            m.memory.append((m.time, 0.0, net * times))
         m.time += times * period
         m.links.shift(times * period)
 
@@ -252,14 +252,18 @@ def base_bytes(step: Step) -> float:
     return sum(step.state_bytes.values()) - made
 
 
-def staircase(events: Sequence[tuple[float, float]], base: float, end: float) -> Points:
-    """Bytes in use from every moment on, given what is taken and given back when."""
+def staircase(events: Sequence[tuple[float, float, float]], base: float, end: float) -> Points:
+    """Bytes in use from every moment on, of (when, late, bytes that are taken or given back).
+
+    Of events at one moment (up to rounding) those with `late` set come last: what a collective
+    gives back when it is done is still there when an op takes memory at the same time.
+    """
     if not events:
         return np.array([[0.0, base], [end, base]])
     changes: NDArray[np.float64] = np.array(events)
-    changes = changes[np.argsort(changes[:, 0], kind="stable")]
-    level = base + np.cumsum(changes[:, 1])
-    # Of several changes at one moment all count for the peak: what is taken is taken before.
+    moment = np.round(changes[:, 0] / max(end * 1e-10, 1e-300))
+    changes = changes[np.lexsort((changes[:, 1], moment))]
+    level = base + np.cumsum(changes[:, 2])
     made = np.column_stack([changes[:, 0], level])
     return np.vstack([[0.0, base], made, [end, level[-1]]])
 

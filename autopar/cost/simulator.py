@@ -119,7 +119,7 @@ class Machine:
     slowdown_s: float = 0.0
     exposed: dict[tuple[str, str], float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[float, float, float]] = field(default_factory=list)  # when, late, bytes
     filling: dict[tuple[str, str, bool], Flow] = field(default_factory=dict)
     before: dict[str, Flow] = field(default_factory=dict)
     carried: tuple[Flow, ...] = ()
@@ -179,14 +179,14 @@ class Machine:
     def hold(self, nbytes: float) -> None:
         """Take memory from now on; give it back where negative."""
         if nbytes:
-            self.memory.append((self.time, nbytes))
+            self.memory.append((self.time, 0.0, nbytes))
 
     def settle(self) -> None:
         """Follow the links to the present, and book what finished."""
         self.links.advance(self.time)
         for flow in self.links.finished:
             if flow.held_bytes or flow.gradient_bytes:
-                self.memory.append((flow.end, flow.gradient_bytes - flow.held_bytes))
+                self.memory.append((flow.end, 1.0, flow.gradient_bytes - flow.held_bytes))
             if self.how.record:
                 stream = f"level {flow.level} {flow.axis}"
                 self.spans.append(
