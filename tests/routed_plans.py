@@ -1,0 +1,85 @@
+"""Plans by decree that route: tokens split on an axis, rows of tables and experts on the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.fx
+
+from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.mesh import Mesh
+from autopar.ir.rule import Choice, ShardingRule
+from autopar.ir.sharding import Sharding, Split
+from autopar.passes.options import place_call
+from autopar.passes.programme import edges_of, is_getitem, producer_of
+from tests.simulate import Decisions
+
+Node = torch.fx.Node
+
+
+def routing(graph: Graph, rules: Mapping[str, ShardingRule], mesh: Mesh, axis: str) -> Decisions:
+    """Split dim 0 of all user inputs on `axis`, route whatever can be, and follow.
+
+    An op that may route does (floating values only: positions are looked up whole); any other
+    splits the first factor that its inputs are split along, or else runs replicated. Parameters
+    are stored as their first reader wants them.
+    """
+    shardings: dict[tuple[Node, int], Sharding] = {}
+    for node in graph.placeholders():
+        for value in values_of(node):
+            split = node.meta["role"] == "input" and value.rank > 0
+            first = (Split((axis,)),) if split else ()
+            rest = (Split(),) * (value.rank - len(first))
+            shardings[node, 0] = Sharding((*first, *rest))
+    chosen: dict[str, dict[str, Choice]] = {}
+    for node in graph.calls():
+        if is_getitem(node):
+            continue
+        rule = rules[node.name]
+        routed = rule.routes[:1] if values_of(node)[0].dtype.is_floating_point else ()
+        chosen[node.name] = {}
+        for factor in (*routed, *_followed(node, rule, axis, shardings)):
+            tried = {axis: Choice(factor=factor)}
+            if place_call(node, rule, mesh, tried, uneven=True) is not None:
+                chosen[node.name] = tried
+                break
+        placed = place_call(node, rule, mesh, chosen[node.name], uneven=True)
+        assert placed is not None
+        shardings.update({(node, i): s for i, s in enumerate(placed.outputs)})
+    storage: dict[str, Sharding] = {}
+    for edge in edges_of(graph):
+        name = edge.producer.name
+        if edge.producer.meta.get("role") != "param" or name in storage:
+            continue
+        consumer = edge.consumer
+        placed = place_call(
+            consumer, rules[consumer.name], mesh, chosen[consumer.name], uneven=True
+        )
+        assert placed is not None
+        want = placed.inputs[edge.slot].without_varying()
+        storage[name] = want if not want.partial else Sharding.replicated(want.rank)
+    for node in graph.placeholders("param"):
+        storage.setdefault(node.name, Sharding.replicated(value_of(node).rank))
+    return Decisions(mesh, chosen, storage)
+
+
+def _followed(
+    node: Node, rule: ShardingRule, axis: str, shardings: Mapping[tuple[Node, int], Sharding]
+) -> list[str]:
+    """Factors along which the node's inputs are split on the axis."""
+    found: dict[str, None] = {}
+    for i, source in enumerate(tensor_inputs(node)):
+        dim = shardings[producer_of(source)].dim_of(axis)
+        if dim is not None:
+            found.update(dict.fromkeys(f for f in rule.inputs[i][dim] if f not in rule.whole))
+    return list(found)
+
+
+def routed_choices(decisions: Decisions) -> dict[str, str]:
+    """Which ops route, and how."""
+    return {
+        name: choice.factor
+        for name, chosen in decisions.choices.items()
+        for choice in chosen.values()
+        if ">" in choice.factor
+    }
