@@ -7,7 +7,7 @@ import math
 from autopar.plan import Alternative, Plan
 from autopar.units import bytes_text, seconds_text
 
-from .charts import Point, scatter
+from .charts import Point, drawable, scatter
 from .markup import Child, Markup, element, join, table
 from .shapes import coloured
 
@@ -24,7 +24,7 @@ def candidates_section(plan: Plan) -> Markup:
         ),
     ]
     limit = memory_limit(plan)
-    has_chart = any(point.time_s > 0 and point.memory_bytes > 0 for point in points)
+    has_chart = any(drawable(point) for point in points)
     ranked = sorted(plan.alternatives, key=lambda a: math.inf if a.time_s is None else a.time_s)
     chosen = (
         element("strong", plan.strategy),

@@ -70,9 +70,14 @@ def ticks(scale_low: float, scale_high: float, log: bool, base: float = 10.0) ->
     return [step * i for i in range(1, int(scale_high / step) + 1)]
 
 
+def drawable(point: Point) -> bool:
+    """Whether both figures are large enough for an axis."""
+    return point.time_s > 1e-12 and point.memory_bytes >= 1
+
+
 def scatter(points: Sequence[Point], limit_bytes: float | None) -> Markup:
     """Time across, memory up; the limit as a line; the chosen point marked; labels that fit."""
-    shown = [p for p in points if p.time_s > 0 and p.memory_bytes > 0]
+    shown = [p for p in points if drawable(p)]
     memories = [p.memory_bytes for p in shown] + ([limit_bytes] if limit_bytes else [])
     x = _scale([p.time_s for p in shown], _LEFT, _WIDTH - _RIGHT)
     y = _scale(memories, _HEIGHT - _BOTTOM, _TOP)

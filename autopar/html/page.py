@@ -17,7 +17,7 @@ from .markup import Child, Markup, element, join, table, verbatim
 from .memory_tree import memory_section
 from .modules import main_file, parameter_groups
 from .shapes import coloured, placed
-from .timeline import timeline_section
+from .timeline import timeline_of, timeline_section
 
 
 def report_page(plan: Plan, sources: Mapping[str, Sequence[str]] | None = None) -> str:
@@ -67,7 +67,7 @@ def _sections(plan: Plan, lines: Mapping[str, str]) -> list[tuple[str, str, Chil
     found: list[tuple[str, str, Child]] = [
         ("model", "Model", blocks_section(plan, lines)),
         ("memory", "Memory", memory_section(plan)),
-        ("timeline", "Timeline", timeline_section(plan)),
+        ("timeline", "Timeline", timeline_section(timeline_of(plan))),
         ("candidates", "Candidates", candidates_section(plan)),
         ("parameters", "Parameters", _parameters(plan)),
         ("collectives", "Collectives", _traffic(plan)),
@@ -105,6 +105,7 @@ def _header(plan: Plan) -> Markup:
             "0 (proven the best of the candidates)" if plan.gap < 1e-4 else f"{plan.gap:.1%}",
         ),
         ("model", _model(plan)),
+        *_extras(plan),
     ]
     step = {"compute": p.compute_s, "communication": p.comm_s, "optimizer": p.optimizer_s}
     return element(
@@ -121,6 +122,21 @@ def _header(plan: Plan) -> Markup:
             class_="figures",
         ),
     )
+
+
+def _extras(plan: Plan) -> list[tuple[str, Child]]:
+    """Micro-batches and recomputation, where the plan has any."""
+    found: list[tuple[str, Child]] = []
+    micro_batches = getattr(plan, "micro_batches", 1)
+    if isinstance(micro_batches, int) and micro_batches > 1:
+        found.append(("micro-batches", str(micro_batches)))
+    for r in plan.recompute:
+        parts = [(r.full, "in full"), (r.selective, "but matrix products and attention")]
+        text = ", ".join(f"{n} {how}" for n, how in parts if n)
+        block = element("code", r.block)
+        if text:
+            found.append(("recomputed", [f"of {r.copies} blocks from ", block, f": {text}"]))
+    return found
 
 
 def _figure(name: str, value: str) -> Markup:

@@ -140,7 +140,7 @@ def _drawn(tree: Tree, box: Box, colour: str, depth: int, path: str) -> Iterator
 def _label(tree: Tree, box: Box, depth: int) -> Iterator[Markup]:
     """The name, and the size where there is room: beside it, or on a second line of a leaf."""
     room = int((box.width - 8) / _CHARACTER)
-    if room < 3 or box.height < FONT + 4:
+    if room < 4 or box.height < FONT + 4:
         return
     beside = len(tree.name) + len(tree.detail) + 2 <= room
     text = f"{tree.name}  {tree.detail}" if beside else _shortened(tree.name, room)
@@ -153,4 +153,4 @@ def _shortened(name: str, room: int) -> str:
     """The name, else its last component, cut at the end if it is still too long."""
     if len(name) > room:
         name = name.rpartition(".")[2]
-    return name if len(name) <= room else name[: room - 1] + "…"
+    return name if len(name) <= room else name[: room - 2] + "…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autopar.cost.timeline import TimelineSummary
 from autopar.ir.mesh import Axis, Mesh
 from autopar.plan import Activation, Alternative, Plan, Prediction, Storage, Traffic
 
@@ -63,6 +64,38 @@ PLAN = Plan(
     ),
 )
 
+
+# Two steps of the same length: one with all its spans, one with short ones left out.
+def _spans(scale: float) -> tuple[tuple[str, str, float, float, str], ...]:
+    compute = [
+        (f"linear_{i}", "compute", i * 1e-3, i * 1e-3 + 0.9e-3 * scale, "forward") for i in range(5)
+    ] + [
+        (f"linear_{i}", "compute", i * 1e-3, i * 1e-3 + 0.9e-3 * scale, "backward")
+        for i in range(5, 11)
+    ]
+    return (
+        *compute,
+        ("add:tp", "level 0 tp", 0.9e-3, 1.4e-3, "forward"),
+        ("gradients:dp", "level 1 dp", 9e-3, 11.6e-3, "backward"),
+        ("gradients:dp", "compute", 11e-3, 11.6e-3, "wait"),
+        ("optimizer", "compute", 11.6e-3, 12e-3, "optimizer"),
+    )
+
+
+TIMELINE = TimelineSummary(
+    12e-3, 9.9e-3, {"tp": 0.0, "dp": 0.6e-3}, 0.0, 0.4e-3, 1300 * KIB, _spans(1.0),
+    tuple((i * 1e-3, (400 + 180 * min(i, 12 - i)) * KIB) for i in range(12)),
+)  # fmt: skip
+SPARSE = replace(TIMELINE, spans=_spans(0.05))
+
+
+def with_timeline(plan: Plan, timeline: TimelineSummary) -> Plan:
+    """The plan with a timeline, as a field or beside its fields."""
+    made = replace(plan)
+    object.__setattr__(made, "timeline", timeline)
+    return made
+
+
 # Every way out of an attribute, an element, a style sheet and a script, and what UTF-8 cannot hold.
 PROBE = (
     "</style></script></title></svg>\"'><script>window.probed = 1</script>"
@@ -89,4 +122,10 @@ HOSTILE = replace(
         Activation("add", "x" * 300, "javascript:alert(1)", 1, "", "", "f32[8]", "[dp]", 9),
     ),
     traffic=(Traffic(PROBE, PROBE, PROBE, 1, 1),),
+)
+HOSTILE = with_timeline(
+    HOSTILE,
+    replace(
+        TIMELINE, exposed_s={PROBE: 1.0}, spans=((PROBE, PROBE, 0.0, 1e-3, PROBE), *TIMELINE.spans)
+    ),
 )

@@ -11,7 +11,7 @@ from autopar.html.page import report_page
 from autopar.plan import Plan
 
 from .browser import Browser, browser, find_chromium
-from .plans import HOSTILE, PLAN
+from .plans import HOSTILE, PLAN, SPARSE, TIMELINE, with_timeline
 
 CHROMIUM = find_chromium()
 
@@ -49,7 +49,11 @@ def count(page_of: Browser, selector: str) -> int:
     return int(page_of.evaluate(f"document.querySelectorAll({selector!r}).length"))
 
 
-@pytest.mark.parametrize("plan", [PLAN, HOSTILE], ids=["ordinary", "hostile"])
+@pytest.mark.parametrize(
+    "plan",
+    [PLAN, HOSTILE, with_timeline(PLAN, SPARSE)],
+    ids=["ordinary", "hostile", "timeline"],
+)
 @pytest.mark.parametrize("width", [1280, 1024, 800])
 def test_no_complaint_no_request_no_overflow(
     page_of: Browser, plan: Plan, width: int, tmp_path: Path
@@ -80,9 +84,11 @@ def test_an_injected_script_would_be_refused_and_seen(page_of: Browser, tmp_path
     assert page_of.blocked == ["csp"]
 
 
-@pytest.mark.parametrize("selector", [".treemap rect", ".scatter circle", ".bar rect", ".chain li"])
+@pytest.mark.parametrize(
+    "selector", [".treemap rect", ".scatter circle", ".bar rect", ".chain li", ".span", ".memory"]
+)
 def test_shapes_can_be_seen(page_of: Browser, selector: str, tmp_path: Path) -> None:
-    show(page_of, PLAN, tmp_path)
+    show(page_of, with_timeline(PLAN, SPARSE), tmp_path)
     assert count(page_of, selector) >= 3
     assert page_of.evaluate(EMPTY.replace("SELECTOR", repr(selector))) == 0
 
@@ -96,6 +102,17 @@ def test_labels_of_the_treemap_stay_in_their_boxes(page_of: Browser, tmp_path: P
       return text.getBoundingClientRect().right > box.getBoundingClientRect().right + 1;
     }).map(text => text.textContent)
     """
+    assert page_of.evaluate(outside) == []
+
+
+def test_labels_of_the_timeline_stay_in_their_spans(page_of: Browser, tmp_path: Path) -> None:
+    show(page_of, with_timeline(PLAN, TIMELINE), tmp_path)
+    outside = """
+    [...document.querySelectorAll(".timeline .label")].filter(text =>
+      text.getBoundingClientRect().right > text.previousElementSibling.getBoundingClientRect().right
+    ).map(text => text.textContent)
+    """
+    assert count(page_of, ".timeline .label") >= 11
     assert page_of.evaluate(outside) == []
 
 
