@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
 from torch.utils import swap_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "TORCH_VERSION",
@@ -24,6 +25,7 @@ __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
     "StridedShard",
+    "TorchDispatchMode",
     "c10d_functional",
     "dynamo_graph_capture_for_export",
     "dynamo_ignores",
@@ -227,6 +229,17 @@ def any_arguments() -> Iterator[None]:
         yield
     finally:
         eval_frame.check_user_input_output = check
+
+
+@contextlib.contextmanager
+def pretend_compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling()` be true, so that code runs as it would be captured."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager

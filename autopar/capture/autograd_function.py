@@ -33,6 +33,12 @@ class AutogradFunctionOp:
         self.backward = backward
         self.options = options
 
+    def renamed(self, name: str) -> AutogradFunctionOp:
+        """The same function under another name."""
+        if name == self.__name__:
+            return self
+        return AutogradFunctionOp(name, self.forward, self.backward, self.options)
+
     @property
     def non_differentiable(self) -> tuple[int, ...]:
         return tuple(self.options.get("non_differentiable_idx") or ())
@@ -45,10 +51,22 @@ class AutogradFunctionOp:
 
     def text(self) -> str:
         """The code of both directions, for fingerprints."""
-        return f"{self.forward.code}\n{self.backward.code}\n{sorted(self.options.items())}"
+        return f"{_text(self.forward)}\n{_text(self.backward)}\n{sorted(self.options.items())}"
 
     def __repr__(self) -> str:
         return self.__name__
+
+
+def _text(module: torch.fx.GraphModule) -> str:
+    """The code of a graph, whose variables are named after the caller's, with names of its own."""
+    graph = torch.fx.Graph()
+    env: dict[torch.fx.Node, torch.fx.Node] = {}
+    for number, node in enumerate(module.graph.nodes):
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        target = f"v{number}" if node.op == "placeholder" else node.target
+        env[node] = graph.create_node(node.op, target, args, kwargs, f"v{number}")
+    parts = [_text(m) for m in module.children() if isinstance(m, torch.fx.GraphModule)]
+    return "\n".join([str(graph), *parts])
 
 
 class TracedFunctions:

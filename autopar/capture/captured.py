@@ -19,13 +19,17 @@ from autopar.ir.graph import Graph, Size, Value, value_of
 
 from .explain import explain
 from .fingerprint import fingerprint, renumbered
+from .fold import plan_folding
+from .repeats import KEPT, Run, shortened
 from .side_effects import Attribute
 from .stand_ins import StandIns, device_of, need_stand_ins, replaced
 from .structure import Structure, paths, rebuild, take_apart
 from .symbols import guards_of, name_symbols
+from .tandem import CannotFoldError
 from .torch_level import TorchGraph, bind_arguments, capture_torch_graph
 from .trace import trace
 from .typed import Role, typed_graph
+from .unfold import unfold
 
 
 class CaptureMismatchError(ValueError):
@@ -51,6 +55,7 @@ class Capture:
     arguments: Structure
     result: Structure
     attributes: tuple[Attribute, ...]
+    notes: tuple[str, ...] = ()
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call of the module, in the order of `graph.placeholders("input")`.
@@ -94,6 +99,7 @@ def capture(
     kwargs: Mapping[str, Any],
     *,
     dynamic_batch: bool = True,
+    fold: bool = False,
 ) -> Capture:
     """Capture `module(*args, **kwargs)` in its present mode; the module is left as it was.
 
@@ -101,6 +107,10 @@ def capture(
     `dynamic_batch`, dim 0 of the first tensor argument, and of all others whose dim 0 is as large,
     becomes a symbol where forward allows it. Raises `UserError` where forward cannot be captured
     as one graph.
+
+    With `fold`, a model that repeats a block is captured with three copies of it, from which the
+    rest is made: the same graph and fingerprint in a time that hardly grows with the depth. Where
+    layers do not all do the same, all are captured; `notes` says what happened.
     """
     signature = inspect.signature(module.forward)
     try:
@@ -108,8 +118,10 @@ def capture(
     except TypeError as error:
         raise UserError(f"{type(module).__name__}.forward: {error}") from error
     tensors, structure = take_apart(arguments)
+    notes: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_undisturbed(module))
+        runs = _runs(module, args, kwargs, notes) if fold else ()
         if need_stand_ins(module, tensors):
             stand_ins = StandIns(device_of(module, tensors))
             tensors = [stand_ins.of(tensor) for tensor in tensors]
@@ -118,16 +130,26 @@ def capture(
             args, kwargs = bound.args, bound.kwargs
             stack.enter_context(replaced(module, stand_ins))
         call = _Call(module, tuple(args), dict(kwargs), signature, tensors, structure)
-        batched = _batched(tensors) if dynamic_batch else []
-        if batched:
+        attempts = [_batched(tensors)] if dynamic_batch and _batched(tensors) else []
+        for batched in attempts:
             # Whatever goes wrong with a symbolic size may go right with a number.
             with contextlib.suppress(Exception):
-                return _capture(call, batched)
+                return _capture(call, batched, runs, notes)
         try:
-            return _capture(call, [])
+            return _capture(call, [], runs, notes)
         except Exception as error:
             explained = explain(error)
             raise explained from (None if explained is error else error)
+
+
+def _runs(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], notes: list[str]
+) -> tuple[Run, ...]:
+    try:
+        return plan_folding(module, args, kwargs)
+    except CannotFoldError as error:
+        notes.append(f"every layer was captured: {error}")
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +164,28 @@ class _Call:
     structure: Structure
 
 
-def _capture(call: _Call, batched: Sequence[Tensor]) -> Capture:
+def _capture(
+    call: _Call, batched: Sequence[Tensor], runs: Sequence[Run], notes: Sequence[str]
+) -> Capture:
+    """Capture from the shortened module, where that gives the whole graph, or from the whole."""
+    if runs:
+        try:
+            made = _captured(call, batched, runs)
+            copies = ", ".join(f"{run} from {KEPT * run.period}" for run in runs)
+            return dataclasses.replace(made, notes=(*notes, f"layers were copied: {copies}"))
+        except CannotFoldError as error:
+            notes = (*notes, f"every layer was captured: {error}")
+    return dataclasses.replace(_captured(call, batched, ()), notes=tuple(notes))
+
+
+def _captured(call: _Call, batched: Sequence[Tensor], runs: Sequence[Run]) -> Capture:
     module, tensors = call.module, call.tensors
-    captured = capture_torch_graph(module, call.args, call.kwargs, batched)
-    traced = trace(captured, device_of(module, tensors).type)
     owned = _owned(module, tensors, paths(call.structure))
+    module_names = {id(m): name for name, m in module.named_modules()}
+    with shortened(module, runs):
+        captured = capture_torch_graph(module, call.args, call.kwargs, batched)
+        captured = _renamed(captured, module, module_names)
+    traced = trace(captured, device_of(module, tensors).type)
     positions = {id(t): i for i, t in enumerate(captured.inputs)}
     values = [n.meta["val"] for n in traced.graph.graph.nodes if n.op == "placeholder"]
     fakes = [values[positions[id(t)]] if id(t) in positions else None for t in tensors]
@@ -157,9 +196,9 @@ def _capture(call: _Call, batched: Sequence[Tensor]) -> Capture:
         _roles(captured, owned),
         _unused(captured, owned, batched, symbols.hints),
         symbols.rename,
-        {id(m): name for name, m in module.named_modules()},
+        module_names,
     )
-    graph = renumbered(graph)
+    graph = unfold(graph, runs, len(captured.buffers)) if runs else renumbered(graph)
     return Capture(
         graph=graph,
         symbols=symbols.hints,
@@ -170,6 +209,26 @@ def _capture(call: _Call, batched: Sequence[Tensor]) -> Capture:
         arguments=call.structure,
         result=captured.result,
         attributes=captured.attributes,
+    )
+
+
+def _renamed(
+    captured: TorchGraph, module: nn.Module, module_names: Mapping[int, str]
+) -> TorchGraph:
+    """With the names of the whole model: layers that follow dropped ones are numbered anew."""
+    names = {name: module_names[id(child)] for name, child in module.named_modules()}
+
+    def renamed(buffer: str) -> str:
+        path, _, name = buffer.rpartition(".")
+        return f"{names[path]}.{name}" if path else name
+
+    return dataclasses.replace(
+        captured,
+        buffers={renamed(name): number for name, number in captured.buffers.items()},
+        attributes=tuple(
+            dataclasses.replace(attribute, path=names[attribute.path])
+            for attribute in captured.attributes
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from autopar.errors import UserError
 
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -71,7 +71,7 @@ def user_frame(frames: Iterable[tuple[str, int]]) -> str:
     """`"model.py:31"` for the innermost of `(file, line)` outside torch, or ""."""
     chosen = ""
     for file, line in frames:
-        if not file.startswith((_TORCH, _OURS, "<")):
+        if not file.startswith((TORCH, _OURS, "<")):
             chosen = f"{os.path.basename(file)}:{line}"
     return chosen
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import compat
+
+
+class SupportsOf(Protocol):
+    """Gives one stand-in per tensor."""
+
+    def of(self, tensor: Tensor) -> Tensor: ...
 
 
 class StandIns:
@@ -24,6 +30,10 @@ class StandIns:
         self._device = device
         self._mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv(), allow_non_fake_inputs=True)
         self._made: dict[int, tuple[Tensor, Tensor]] = {}  # the original is kept, for its id
+
+    def mode(self) -> contextlib.AbstractContextManager[Any]:
+        """The mode in which operations on these tensors, and on none, compute nothing."""
+        return self._mode
 
     def of(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._made:
@@ -60,7 +70,7 @@ def device_of(module: nn.Module, tensors: Sequence[Tensor]) -> torch.device:
 
 
 @contextlib.contextmanager
-def replaced(module: nn.Module, stand_ins: StandIns) -> Iterator[None]:
+def replaced(module: nn.Module, stand_ins: SupportsOf) -> Iterator[None]:
     """Put stand-ins in the place of all of a module's tensors, for the duration."""
     before: list[tuple[Any, str, Tensor]] = []
     for child in module.modules():
