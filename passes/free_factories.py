@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ FREE: Mapping[Any, Any] = {
 def free_factories(graph: Graph) -> Graph:
     """Replace `new_zeros`, `new_ones` and `new_full` by `zeros`, `ones` and `full`.
 
-    A reader of a split value wants it whole, or in the same pieces, for nothing otherwise. The
-    tensor stays where it was read last: what nothing else reads is erased.
+    Otherwise a split tensor is gathered for nothing. A tensor that nothing else reads is erased.
     """
     new = graph.copy()
     for node in list(new.fx.nodes):
@@ -38,7 +38,7 @@ def free_factories(graph: Graph) -> Graph:
             made = new.fx.call_function(
                 FREE[node.target], tuple(args), {"dtype": value_of(node).dtype}
             )
-        made.meta = dict(node.meta)
+        made.meta = {**node.meta, "value": replace(value_of(node), requires_grad=False)}
         node.replace_all_uses_with(made)
         new.fx.erase_node(node)
         erase_unread(new, source)

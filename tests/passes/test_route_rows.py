@@ -69,9 +69,8 @@ class TestRule(expecttest.TestCase):
         assert placed is not None
         assert [str(s) for s in placed.inputs] == ["[x&y, -]", "[x, -]"]
         assert [str(s) for s in placed.outputs] == ["[x, -, -] +y"]
-        assert (
-            place(rule, sizes, Mesh.of(x=3), {"x": Choice("d>a")}) is None
-        )  # two ids, three ranks
+        # Two ids per bag, three devices.
+        assert place(rule, sizes, Mesh.of(x=3), {"x": Choice("d>a")}) is None
 
     def test_a_dim_that_is_whole_may_be_owned(self) -> None:
         rule = parse_rule("[a]b,c,cb->[a]b; linear(0,2) once(0) route(c>a)")
