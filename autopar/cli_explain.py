@@ -147,7 +147,7 @@ def _step(case: Case) -> dict[str, Any]:
         "predicted_memory_bytes": case.plan.predicted.memory_bytes,
         "overlap": step.overlap,
         "sizes": {str(symbol): size for symbol, size in sizes.items()},
-        "terms": sorted(terms, key=lambda t: (t["unit"], -float(t["value"]))),
+        "terms": sorted(terms, key=lambda t: (t["unit"] != "s", -float(t["value"]))),
     }
 
 
@@ -162,6 +162,8 @@ def _sizes(case: Case) -> dict[sympy.Symbol, int]:
 def _print_step(step: Mapping[str, Any], console: Console) -> None:
     sizes = ", ".join(f"{name} = {size}" for name, size in step["sizes"].items())
     console.print(Text(f"one training step on one device, at {sizes}", style="bold"))
+    said = step["predicted_time_s"], step["predicted_memory_bytes"]
+    console.print(f"the plan says {seconds_text(said[0])} and {bytes_text(said[1])}", style="dim")
     for unit, text, total, title in (
         ("s", seconds_text, step["time_s"], "time"),
         ("B", bytes_text, step["memory_bytes"], "memory per device"),
@@ -333,8 +335,8 @@ def _print_point(point: Mapping[str, Any], formula: bool, console: Console) -> N
     for cost in point["alternatives"][:MOST_ROWS]:
         table.add_row(
             "*" if cost["chosen"] else "",
-            cost["does"],
-            " ".join(cost["gives"]) if "op" in point else "",
+            Text(cost["does"]),  # as it is: brackets are markup otherwise
+            Text(" ".join(cost["gives"]) if "op" in point else ""),
             seconds_text(cost["own_s"]),
             _signed(cost["reshard_delta_s"], seconds_text),
             _signed(cost["delta_s"], seconds_text),

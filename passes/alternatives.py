@@ -41,11 +41,7 @@ class OptionCost:
 
 def op_alternatives(case: Case, node: Node) -> list[OptionCost]:
     """Every legal option of an op, the fastest step first."""
-    mine = case.option[node]
-    found = call_options(
-        node, case.rules[node.name], case.pricer.mesh, case.pricer, lambda *_: True
-    )
-    return _costs(case, node, _with(found, mine))
+    return _costs(case, node, _with(_options(case, node), case.option[node]))
 
 
 def storage_alternatives(case: Case, node: Node) -> list[OptionCost]:
@@ -54,9 +50,17 @@ def storage_alternatives(case: Case, node: Node) -> list[OptionCost]:
     wanted: dict[Sharding, None] = {}
     for edge in edges_of(case.concrete):
         if edge.producer is node:
-            wanted.setdefault(case.option[edge.consumer].wants[edge.slot])
+            for option in _options(case, edge.consumer):
+                wanted.setdefault(option.wants[edge.slot])
     found = param_options(node, wanted, case.pricer.mesh, case.pricer)
     return _costs(case, node, _with(found, mine))
+
+
+def _options(case: Case, node: Node) -> list[Option]:
+    if node.op == "output":
+        return [case.option[node]]
+    rule, pricer = case.rules[node.name], case.pricer
+    return call_options(node, rule, pricer.mesh, pricer, lambda *_: True)
 
 
 def _with(found: Sequence[Option], mine: Option) -> list[Option]:

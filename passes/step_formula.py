@@ -16,7 +16,7 @@ import torch.fx
 from sympy.core.function import AppliedUndef
 
 from autopar.cost.families import op_family, op_name
-from autopar.cost.formula import BUCKETED, ceil, maximum
+from autopar.cost.formula import BUCKETED, ceil, maximum, with_integers
 from autopar.ir.graph import Value, values_of
 from autopar.ir.sharding import Sharding
 
@@ -202,8 +202,7 @@ def _terms(
     smaller = {BATCH: BATCH / MICRO_BATCHES} if micro_batches != 1 else {}
     for (category, label), parts in found.items():
         whole = sympy.Add(*(times * formula for formula, times in parts.items()))
-        floats = {f: sympy.Integer(int(f)) for f in whole.atoms(sympy.Float) if f == int(f)}
-        yield Term(category, label, whole.xreplace({**floats, **smaller}))
+        yield Term(category, label, with_integers(whole).xreplace(smaller))
 
 
 def _collective_of(part: sympy.Expr) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, cast
 
 import numpy as np
@@ -260,8 +260,8 @@ def _namespace(
 def _function(name: str, device: Device, bucket_bytes: float) -> Callable[..., Any]:
     simple: Mapping[str, Callable[..., Any]] = {
         "ceil": np.ceil,
-        "max": np.maximum,
-        "min": np.minimum,
+        "max": lambda *of: reduce(np.maximum, of),
+        "min": lambda *of: reduce(np.minimum, of),
     }
     if name in simple:
         return simple[name]

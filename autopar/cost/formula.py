@@ -115,13 +115,29 @@ _OPERATIONS: Mapping[np.ufunc, Callable[..., Any]] = {
     np.multiply: lambda a, b: a * b,
     np.true_divide: lambda a, b: a / b,
     np.negative: lambda a: -a,
-    np.maximum: maximum,
-    np.minimum: minimum,
+    np.maximum: lambda a, b: _extreme(maximum, max, a, b),
+    np.minimum: lambda a, b: _extreme(minimum, min, a, b),
     np.ceil: ceil,
     np.sqrt: sympy.sqrt,
     np.log2: lambda a: sympy.log(a) / sympy.log(2),
     np.power: lambda a, b: a**b,
 }
+
+
+def _extreme(function: Any, pick: Callable[..., Any], a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """`min(min(a, 64), 32)` as `min(a, 32)`; a size is not compared with 1."""
+    found = [f for e in (a, b) for f in (e.args if e.func == function else (e,))]
+    numbers = [f for f in found if f.is_Number]
+    others = list(dict.fromkeys(f for f in found if not f.is_Number))
+    if not others:
+        return pick(numbers)
+    if numbers:
+        bound, size = pick(numbers), any(f.is_integer and f.is_positive for f in others)
+        if not (pick is max and size and bound <= 1):
+            others.append(bound)
+    return others[0] if len(others) == 1 else function(*others)
+
+
 _COMPARISONS = (
     np.greater,
     np.greater_equal,
@@ -185,6 +201,12 @@ def symbolic_device(like: Device) -> Device:
     return cast(Device, _SymbolicDevice(like))
 
 
+def with_integers(expr: sympy.Expr) -> sympy.Expr:
+    """The same formula with integers in place of floats that are whole."""
+    floats = [f for f in expr.atoms(sympy.Float) if float(f).is_integer()]
+    return expr.xreplace({f: sympy.Integer(int(f)) for f in floats})
+
+
 def readable(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> sympy.Expr:
     """The same formula with plain division wherever it leaves no remainder at these sizes."""
 
@@ -192,7 +214,7 @@ def readable(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> sympy.Expr:
         value = units.subs(hints)
         return units if value.is_Integer else ceil(units)
 
-    return expr.replace(ceil, plain)
+    return with_integers(expr).replace(ceil, plain)
 
 
 def formula_text(expr: sympy.Expr, hints: Mapping[sympy.Symbol, int]) -> str:
