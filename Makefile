@@ -11,7 +11,7 @@ PYTEST_WORKERS ?= 2
 CPU_RANKS := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format verify bench clean
+.PHONY: help venv browser demo test check format verify bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -24,6 +24,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,dev]'
 	touch $@
+
+# Some tests of the report look at it in a browser, and are skipped without one: never a failure here.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+browser:
+	@for name in $(BROWSERS); do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null; then \
+	  echo "no chromium, and no root or apt to install it: tests in a browser will be skipped"; exit 0; \
+	fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	get="timeout 300 apt-get -qq -o DPkg::Lock::Timeout=60 install -y --no-install-recommends chromium"; \
+	$$get >/dev/null 2>&1 || { timeout 120 apt-get -qq update >/dev/null 2>&1; $$get >/dev/null 2>&1; } \
+	  || echo "chromium cannot be installed: tests in a browser will be skipped"
 
 demo: venv
 	$(CPU_RANKS) $(PY) examples/run_demo.py

@@ -24,6 +24,10 @@ def find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+class CannotStartError(Exception):
+    """The browser is there and does not run here."""
+
+
 @dataclass
 class Browser:
     """One page of a running browser.
@@ -56,6 +60,14 @@ class Browser:
         assert "error" not in answer, (method, answer["error"])
         result: dict[str, Any] = answer["result"]
         return result
+
+    def start(self) -> None:
+        """Make a page, and listen to it."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
 
     def open(self, page: Path) -> None:
         """Load a file and wait until it is there."""
@@ -124,7 +136,10 @@ class Browser:
 
 @contextmanager
 def browser(path: str, profile: Path, timeout_s: float = 60.0) -> Iterator[Browser]:
-    """A browser with one empty page; ended, and waited for, on the way out."""
+    """A browser with one empty page; ended, and waited for, on the way out.
+
+    Raises CannotStartError where it ends or hangs before it has shown a page.
+    """
     ours_read, its_write = os.pipe()
     its_read, ours_write = os.pipe()
     # Away from 3 and 4, which the browser reads and writes, before they are put there.
@@ -155,11 +170,10 @@ def browser(path: str, profile: Path, timeout_s: float = 60.0) -> Iterator[Brows
     os.close(its_write)
     made = Browser(ours_write, ours_read, timeout_s)
     try:
-        target = made.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = made.call("Target.attachToTarget", targetId=target, flatten=True)
-        made.session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            made.call(f"{domain}.enable")
+        try:
+            made.start()
+        except (OSError, AssertionError) as error:
+            raise CannotStartError(f"{path} does not start: {error}") from error
         yield made
     finally:
         os.close(ours_write)  # the browser ends when its pipe does

@@ -10,7 +10,7 @@ import pytest
 from autopar.html.page import report_page
 from autopar.plan import Plan
 
-from .browser import Browser, browser, find_chromium
+from .browser import Browser, CannotStartError, browser, find_chromium
 from .plans import HOSTILE, PLAN, SPARSE, TIMELINE, with_timeline
 
 CHROMIUM = find_chromium()
@@ -33,8 +33,11 @@ EMPTY = """
 @pytest.fixture(scope="module")
 def page_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     assert CHROMIUM is not None
-    with browser(CHROMIUM, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
+    try:
+        with browser(CHROMIUM, tmp_path_factory.mktemp("profile")) as opened:
+            yield opened
+    except CannotStartError as error:
+        pytest.skip(str(error))
 
 
 def show(page_of: Browser, plan: Plan, folder: Path, width: int = 1280) -> Path:
