@@ -30,7 +30,7 @@ from .cluster import COLLECTIVE_KINDS, Cluster, CollectiveCurve, Device, Level
 from .curve import Curve
 
 VERSION = 1
-OPTIONAL_FIGURES = ("optimizer_overhead_s",)  # of a device; 0 where a profile has none
+OPTIONAL_FIGURES = ("optimizer_overhead_s", "overlap_slowdown")  # of a device; 0 where a profile has none
 T = TypeVar("T")
 
 
