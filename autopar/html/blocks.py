@@ -10,7 +10,7 @@ from autopar.units import bytes_text
 
 from .markup import Child, Markup, element, join, table
 from .modules import Block, blocks_of, main_file, parameter_groups, split_block
-from .shapes import axis_key, coloured, placed
+from .shapes import axis_key, coloured, placed, whole
 
 _MOST_OPEN = 60  # ops of a block that is shown unfolded
 
@@ -64,7 +64,7 @@ def lines_section(plan: Plan, lines: Lines) -> Markup:
         heavy = [a for a in ops if op_family(a.op) != "view"]
         rows.append(
             [
-                element("code", source),
+                whole(element("code", source)),
                 *([element("code", lines.get(source, ""), class_="src")] if lines else []),
                 ", ".join(dict.fromkeys(a.op for a in heavy or ops)),
                 coloured("; ".join(dict.fromkeys(a.splits or "-" for a in heavy)), plan.mesh.names),
@@ -105,9 +105,9 @@ def _details(plan: Plan, index: int, block: Block, file: str, lines: Lines) -> M
         cells = [
             split_block(a.module)[1] if block.name else a.module,
             _op(a, block),
-            element("code", a.source.removeprefix(file) if file else a.source),
+            whole(element("code", a.source.removeprefix(file) if file else a.source)),
             *([element("code", lines.get(a.source, ""), class_="src")] if lines else []),
-            coloured(a.splits or "-", axes),
+            whole(coloured(a.splits or "-", axes)),
             placed(a.type, a.sharding, axes),
             bytes_text(a.local_bytes),
         ]
@@ -125,7 +125,7 @@ def _details(plan: Plan, index: int, block: Block, file: str, lines: Lines) -> M
 def _op(a: Activation, block: Block) -> Markup:
     """The op's name, its rule as a title, and how often it runs in one copy if more than once."""
     times = a.count // block.copies
-    name = element("span", a.op, title=a.rule or None)
+    name = element("span", a.op, title=a.rule or None, class_="whole")
     if times > 1:
         return Markup(name + element("small", f" × {times}"))
     return name

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from autopar.plan import Plan
 
-from .markup import Markup, element, join
+from .markup import Child, Markup, element, join
 
 COLOURS = 6  # of mesh axes, in style.css
 _SHARDING = re.compile(r"\[(?P<dims>[^\]]*)\](?P<rest>.*)", re.DOTALL)
@@ -39,8 +39,13 @@ def placed(type_: str, sharding: str, axes: Sequence[str]) -> Markup:
                 size if split in ("-", "") else f"{size}/{split}"
                 for size, split in zip(sizes, splits, strict=True)
             )
-            return coloured(f"{kind['dtype']}[{dims}]{where['rest']}", axes)
-    return coloured(f"{type_} {sharding}".strip(), axes)
+            return whole(coloured(f"{kind['dtype']}[{dims}]{where['rest']}", axes))
+    return whole(coloured(f"{type_} {sharding}".strip(), axes))
+
+
+def whole(child: Child) -> Markup:
+    """The text on one line, as wide as it is."""
+    return element("span", child, class_="whole")
 
 
 def axis_key(plan: Plan) -> Markup:

@@ -159,7 +159,7 @@ def test_placed(type_: str, sharding: str, text: str) -> None:
 def test_an_axis_has_its_colour() -> None:
     assert_expected_inline(
         placed("f32[8, 64]", "[dp, tp]", ("dp", "tp")),
-        """f32[8/<b class="axis a0">dp</b>, 64/<b class="axis a1">tp</b>]""",
+        """<span class="whole">f32[8/<b class="axis a0">dp</b>, 64/<b class="axis a1">tp</b>]</span>""",
     )
 
 
