@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .cluster import Cluster
 from .links import Flow
+from .schedules import Schedule
 from .simulator import Gathered, How, Machine, Prepared, prepare
 from .step import Step
 from .timeline import Points, Span, Timeline
@@ -46,14 +47,88 @@ def how_for(cluster: Cluster | None, how: How | None = None) -> How:
 
 
 def simulate(
-    step: Step, cluster: Cluster | None = None, *, how: How | None = None, flat: bool = False
+    step: Step,
+    cluster: Cluster | None = None,
+    *,
+    schedule: Schedule | None = None,
+    how: How | None = None,
+    flat: bool = False,
 ) -> Timeline:
-    """One training step on one device over time.
+    """One training step on one device over time, or on the stages of a pipeline.
 
     `cluster` says whether communication overlaps with compute (`how_for`); without one it does.
     `flat` simulates every copy and every micro-batch by itself.
     """
+    if schedule is not None and schedule.stages > 1:
+        from .pipeline import simulate_pipeline  # built on this module
+
+        return simulate_pipeline(step, schedule, cluster, how=how)
     return _Run(step, how_for(cluster, how), flat).timeline()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one device does with a micro-batch, in the middle of a step and at its ends.
+
+    Seconds; waits for collectives included. `first_s` is what the first micro-batch takes longer
+    (what is gathered once), `tail_s` how long reductions go on after the last backward, `weights_s`
+    the share of `backward_s` that makes gradients of parameters. `saved_bytes` live from a forward
+    to its backward, `state_bytes` always (gradients included), `working_bytes` is what a single
+    micro-batch needs beyond both.
+    """
+
+    forward_s: float
+    backward_s: float
+    weights_s: float
+    first_s: float
+    tail_s: float
+    compute_s: float
+    exposed_s: dict[str, float]
+    last_exposed_s: dict[str, float]
+    saved_bytes: float
+    state_bytes: float
+    working_bytes: float
+
+
+def passes_of(step: Step, how: How) -> Passes:
+    """Simulate four micro-batches of a step: the first, two in the middle, the last."""
+    run = _Run(replace(step, micro_batches=4), replace(how, record=False), False)
+    machine = run.machine
+    times, compute = [0.0], [0.0]
+    exposed: list[dict[tuple[str, str], float]] = [{}]
+    for k in range(4):
+        for backward in (False, True):
+            run.one_way(backward, k == 0, k == 3)
+            times.append(machine.time)
+            exposed.append(dict(machine.exposed))
+            compute.append(machine.compute_s)
+    ended = machine.time
+    machine.drain()
+    taken = np.diff(times)
+    whole = [float(taken[2 * k] + taken[2 * k + 1]) for k in range(4)]
+    saved = sum(unit.kept * copies for unit, copies in run.units)
+    gathered = sum(s.copies * p.saved_bytes for s, p in step.parts() if p.param)
+    state = sum(step.state_bytes.values()) + gathered
+    alone = _Run(replace(step, micro_batches=1), replace(how, record=False), False).timeline()
+    return Passes(
+        float(taken[4]),
+        float(taken[5]),
+        sum(s.copies * p.weight_s for s, p in step.parts()),
+        max(0.0, whole[0] - whole[1]) + max(0.0, whole[3] - whole[2]),
+        machine.time - ended,
+        compute[6] - compute[4],
+        _named(_difference(exposed[6], exposed[4])),
+        _named(_difference(machine.exposed, exposed[6])),
+        saved,
+        state,
+        max(0.0, alone.peak_bytes - state - saved),
+    )
+
+
+def _difference(
+    now: dict[tuple[str, str], float], then: dict[tuple[str, str], float]
+) -> dict[tuple[str, str], float]:
+    return {key: seconds - then.get(key, 0.0) for key, seconds in now.items()}
 
 
 @dataclass
@@ -136,11 +211,15 @@ class _Run:
             before, before_s = now, elapsed
 
     def _micro_batch(self, first: bool, last: bool) -> None:
+        self.one_way(False, first, last)
+        self.one_way(True, first, last)
+
+    def one_way(self, backward: bool, first: bool, last: bool) -> None:
+        """Forward or backward of one micro-batch, through all segments."""
         self.machine.carried = ()
-        self._pass(self.units, False, first, last)
-        self.machine.carried = ()
-        self._pass(self.units[::-1], True, first, last)
-        self.machine.flush()
+        self._pass(self.units[::-1] if backward else self.units, backward, first, last)
+        if backward:
+            self.machine.flush()
 
     def _pass(
         self, units: Sequence[tuple[Prepared, int]], backward: bool, first: bool, last: bool

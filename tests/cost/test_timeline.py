@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -303,7 +304,7 @@ def test_reuse_of_copies_is_exact(made: list[Segment], micro_batches: int, overl
     parts = (flat.compute_s, flat.exposed_total_s, flat.optimizer_s)
     assert sum(parts) == pytest.approx(flat.step_s, rel=1e-9)
     compute = [s for s in flat.spans if s.stream == "compute"]
-    assert all(a.end_s <= b.start_s + 1e-9 for a, b in zip(compute, compute[1:], strict=False))
+    assert all(a.end_s <= b.start_s + 1e-9 for a, b in pairwise(compute))
 
 
 def test_a_deep_model_is_cheap_to_simulate() -> None:
