@@ -131,7 +131,9 @@ def report(
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A.json", help="A plan.")],
     b: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
-    json: Annotated[Path | None, typer.Option(help="Write what differs to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write what differs to this file; - prints it.")
+    ] = None,
 ) -> None:
     """Show what differs between two plans."""
     from autopar.cli_report import compare_files

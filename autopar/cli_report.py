@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -35,12 +36,17 @@ def report_plan(plan_file: Path, out: Path, sources: Sequence[Path] = ()) -> Non
 
 
 def compare_files(first: Path, second: Path, out: Path | None = None) -> None:
-    """Print what differs between two plan files, and write it as JSON if `out` is given."""
-    if out is not None:
+    """Print what differs between two plan files; with `out` write it as JSON, too, with `-` only."""
+    only_json = str(out) == "-"
+    if out is not None and not only_json:
         check_writable(out, first, second)
     compared = compare_plans(load_readable(first), load_readable(second))
+    text = json.dumps(asdict(compared), indent=1) + "\n"
+    if only_json:
+        sys.stdout.write(text)
+        return
     if out is not None:
-        write_whole(out, json.dumps(asdict(compared), indent=1) + "\n")
+        write_whole(out, text)
     console = make_console()
     print_comparison(compared, str(first), str(second), console)
     if out is not None:

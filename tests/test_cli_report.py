@@ -146,6 +146,12 @@ wrote d.json""",
     assert raw["same_model"] and not raw["identical"]
 
 
+def test_compare_prints_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = saved(tmp_path / "a.json", PLAN), saved(tmp_path / "b.json", OTHER)
+    code, out, _ = run_main(capsys, "compare", a, b, "--json", "-")
+    assert code == 0 and json.loads(out)["ops"][1]["op"] == "sum"
+
+
 def test_compare_of_one_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = saved(tmp_path / "a.json", PLAN)
     code, out, _ = run_main(capsys, "compare", path, path)
