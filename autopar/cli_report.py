@@ -36,7 +36,7 @@ def report_plan(plan_file: Path, out: Path, sources: Sequence[Path] = ()) -> Non
 
 
 def compare_files(first: Path, second: Path, out: Path | None = None) -> None:
-    """Print what differs between two plan files; with `out` write it as JSON, too, with `-` only."""
+    """Print what differs between two plan files, and write it to `out` as JSON; `-`: JSON alone."""
     only_json = str(out) == "-"
     if out is not None and not only_json:
         check_writable(out, first, second)

@@ -42,7 +42,6 @@ def candidates_section(plan: Plan) -> Markup:
                 "Candidates: the chosen one, then the fastest first",
                 ("strategy", "mesh", ">step", ">memory", "why not"),
                 [chosen, *(_row(a) for a in ranked)],
-                class_="sortable",
             ),
         ]
     )

@@ -30,7 +30,10 @@ def check_inert(page: str) -> None:
     """One script and one style sheet, allowed by their hashes; no address of anything else."""
     page.encode()
     read = Reader(page)
+    assert read.open == []  # every element is closed, in order
     tags = [tag for tag, _ in read.tags]
+    ids = [a["id"] for _, a in read.tags if "id" in a]
+    assert len(ids) == len(set(ids))
     for tag, number in OWN_TAGS.items():
         assert number is None or tags.count(tag) == number, tag
     for tag, attributes in read.tags:
@@ -41,7 +44,7 @@ def check_inert(page: str) -> None:
                 name,
             )
             if name == "href":
-                assert value and value.startswith("#")
+                assert value and value.startswith("#") and value[1:] in ids
     policy = next(a["content"] for _, a in read.tags if "http-equiv" in a)
     assert policy is not None and policy.startswith("default-src 'none'; ")
     for tag in ("script", "style"):
