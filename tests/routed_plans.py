@@ -20,9 +20,10 @@ Node = torch.fx.Node
 def routing(graph: Graph, rules: Mapping[str, ShardingRule], mesh: Mesh, axis: str) -> Decisions:
     """Split dim 0 of all user inputs on `axis`, route whatever can be, and follow.
 
-    An op that may route does (floating values only: positions are looked up whole); any other
-    splits the first factor that its inputs are split along, or else runs replicated. Parameters
-    are stored as their first reader wants them.
+    An op that may route does (floating values only: positions are looked up whole), one that reads
+    stacked matrices splits the stack, and any other splits a factor that its inputs are split
+    along, if possible no reduction, or else runs replicated. Parameters are stored as their first
+    reader wants them.
     """
     shardings: dict[tuple[Node, int], Sharding] = {}
     for node in graph.placeholders():
@@ -38,7 +39,7 @@ def routing(graph: Graph, rules: Mapping[str, ShardingRule], mesh: Mesh, axis: s
         rule = rules[node.name]
         routed = rule.routes[:1] if values_of(node)[0].dtype.is_floating_point else ()
         chosen[node.name] = {}
-        for factor in (*routed, *_followed(node, rule, axis, shardings)):
+        for factor in (*routed, *_stacked(node, rule), *_followed(node, rule, axis, shardings)):
             tried = {axis: Choice(factor=factor)}
             if place_call(node, rule, mesh, tried, uneven=True) is not None:
                 chosen[node.name] = tried
@@ -72,7 +73,16 @@ def _followed(
         dim = shardings[producer_of(source)].dim_of(axis)
         if dim is not None:
             found.update(dict.fromkeys(f for f in rule.inputs[i][dim] if f not in rule.whole))
-    return list(found)
+    return sorted(found, key=rule.is_reduction)
+
+
+def _stacked(node: Node, rule: ShardingRule) -> list[str]:
+    """The factor that counts the matrices of a stacked parameter: the experts."""
+    return [
+        rule.inputs[i][0][0]
+        for i, source in enumerate(tensor_inputs(node))
+        if source.meta.get("role") == "param" and value_of(source).rank == 3
+    ]
 
 
 def routed_choices(decisions: Decisions) -> dict[str, str]:

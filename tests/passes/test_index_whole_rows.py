@@ -52,7 +52,7 @@ return %index_add_default""",
             %b: (f32[6, 4], i64[18], i64[6], i64[6]) = aten.embedding_bag.padding_idx(%w, %f, %o, False, 1, False, None, False, None)
             %y: f32[6, 4] = getitem(%b, 0)
             return %y
-            """  # noqa: E501  # one op
+            """
         )
         self.assertExpectedInline(
             show(index_whole_rows(graph)),
