@@ -12,7 +12,8 @@ from .markup import Child, Markup, element, join, table
 from .modules import Block, blocks_of, main_file, parameter_groups, split_block
 from .shapes import axis_key, coloured, placed, whole
 
-_MOST_OPEN = 60  # ops of a block that is shown unfolded
+_MOST_OPEN = 60  # ops of a repeated block that is shown unfolded
+_MOST_OPEN_ONCE = 12  # of one that is not repeated
 
 Lines = Mapping[str, str]  # the text of `model.py:31`
 
@@ -118,7 +119,7 @@ def _details(plan: Plan, index: int, block: Block, file: str, lines: Lines) -> M
         element("summary", title, element("small", f" {_counted(block)}")),
         table(f"Ops of {title}", columns, rows, class_="ops"),
         id=f"block-{index}",
-        open=len(block.ops) <= _MOST_OPEN,
+        open=len(block.ops) <= (_MOST_OPEN if block.name else _MOST_OPEN_ONCE),
     )
 
 
