@@ -261,13 +261,18 @@ class _Builder:
                     backward_s=second if both else 0.0,
                     backward_kind=kind if both else "",
                     axis=axis,
-                    level=self.pricer.mesh[axis].level,
+                    level=self._level(axis),
                     sent_bytes=wire * (sizes[0] if both else sum(sizes)),
                     backward_sent_bytes=wire * sizes[1] if both else 0.0,
                     deps=(len(parts) - 1,),
                 )
             )
         return len(parts) - 1
+
+    def _level(self, axis: str) -> int:
+        """The outermost level of the pricer's cluster that groups along an axis cross."""
+        span = group_span(self.pricer.cluster, self.pricer.mesh, (axis,))
+        return max((i for i, members in enumerate(span) if members > 1), default=0)
 
     def _all_reduce_s(self, nbytes: float, axis: str) -> float:
         span = group_span(self.pricer.cluster, self.pricer.mesh, (axis,))
@@ -357,7 +362,7 @@ class _Builder:
             backward_s=c.backward_s,
             backward_kind=(c.op.backward or "") if c.backward_s else "",
             axis=c.axis,
-            level=self.pricer.mesh[c.axis].level,
+            level=self._level(c.axis),
             sent_bytes=c.sent_bytes,
             backward_sent_bytes=c.backward_sent_bytes,
             output_bytes=c.whole_bytes / shards,

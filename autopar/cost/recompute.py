@@ -8,7 +8,10 @@ softmax and what surrounds it for the same reason: much memory, few flops).
 
 from __future__ import annotations
 
-from .step import Part, Segment
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .step import Part, Segment, Step
 
 NONE, SELECTIVE, FULL = "none", "selective", "full"
 
@@ -94,3 +97,26 @@ def recompute_s(
     """Seconds that one copy's backward spends on running parts again."""
     again = recomputed_parts(segment, mode, most_s_per_byte)
     return sum(segment.parts[i].forward_s for i in again)
+
+
+def with_recompute(step: Step, modes: Mapping[str, tuple[int, int]]) -> Step:
+    """The same step with activations recomputed: block -> copies in full, copies selectively.
+
+    The first copies of a block are recomputed in full, the next selectively, the rest not.
+    """
+    segments: list[Segment] = []
+    done: dict[str, int] = {}
+    for segment in step.segments:
+        full, selective = modes.get(segment.block, (0, 0)) if segment.block else (0, 0)
+        first = done.get(segment.block, 0)
+        done[segment.block] = end = first + segment.copies
+        bounds = (
+            (0, full, FULL),
+            (full, full + selective, SELECTIVE),
+            (full + selective, end, NONE),
+        )
+        for low, high, mode in bounds:
+            copies = min(high, end) - max(low, first)
+            if copies > 0:
+                segments.append(replace(segment, copies=copies, recompute=mode))
+    return replace(step, segments=tuple(segments))

@@ -242,6 +242,8 @@ class _Run:
             copy = 0
             while copy < copies:
                 mark = self._mark()
+                machine.segment = unit.segment.name
+                machine.copy = copies - 1 - copy if backward else copy
                 ask(at + ahead)
                 if backward:
                     machine.backward(unit, gathered.popleft(), first, last)
@@ -253,7 +255,7 @@ class _Run:
                 now = self._signature(gathered)
                 left = copies - copy - ahead
                 if now == before and left > 0:
-                    self._repeat(mark, left)
+                    self._repeat(mark, left, -1 if backward else 1)
                     at, copy, asked = at + left, copy + left, asked + left
                 before = now
 
@@ -266,7 +268,7 @@ class _Run:
             for i, flow in enumerate(queue)
         }
         filling = tuple(
-            (key, round(flow.work_s, 13), flow.nbytes, flow.held_bytes, flow.gradient_bytes)
+            (key, round(flow.work_s, 13), flow.size_bytes, flow.held_bytes, flow.gradient_bytes)
             for key, flow in sorted(machine.filling.items())
         )
 
@@ -291,8 +293,11 @@ class _Run:
             len(m.memory),
         )
 
-    def _repeat(self, mark: _Mark, times: int) -> None:
-        """Go on as if what happened since the mark had happened so many times more."""
+    def _repeat(self, mark: _Mark, times: int, copies: int = 0) -> None:
+        """Go on as if what happened since the mark had happened so many times more.
+
+        `copies` is by how much the number of the copy changes each time.
+        """
         m = self.machine
         period = m.time - mark.time
         for name, then in zip(
@@ -306,8 +311,7 @@ class _Run:
         spans, events = m.spans[mark.spans :], m.memory[mark.memory :]
         if len(spans) * times <= MOST_RECORDED:
             for k in range(1, times + 1):
-                late = k * period
-                m.spans += [replace_times(span, late) for span in spans]
+                m.spans += [later(span, k * period, k * copies) for span in spans]
         if len(events) * times <= MOST_RECORDED:
             for k in range(1, times + 1):
                 late = k * period
@@ -318,11 +322,11 @@ class _Run:
         m.links.shift(times * period)
 
 
-def replace_times(span: Span, late: float) -> Span:
-    """The same span, later."""
-    return Span(
-        span.name, span.stream, span.start_s + late, span.end_s + late, span.phase, span.nbytes
-    )
+def later(span: Span, seconds: float, copies: int) -> Span:
+    """The same span later, of another copy."""
+    start, end = span.start_s + seconds, span.end_s + seconds
+    copy = span.copy + copies
+    return Span(span.name, span.stream, start, end, span.phase, span.nbytes, span.segment, copy)
 
 
 def base_bytes(step: Step) -> float:

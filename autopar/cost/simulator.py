@@ -124,6 +124,8 @@ class Machine:
     before: dict[str, Flow] = field(default_factory=dict)
     carried: tuple[Flow, ...] = ()
     phase: str = "forward"
+    segment: str = ""
+    copy: int = 0
 
     # -- streams --------------------------------------------------------------------------------
 
@@ -140,7 +142,11 @@ class Machine:
         if self.phase == "recompute":
             self.recompute_s += self.time - start
         if self.how.record:
-            self.spans.append(Span(name, "compute", start, self.time, self.phase))
+            self._span(name, start, self.time, self.phase)
+
+    def _span(self, name: str, start: float, end: float, phase: str) -> None:
+        span = Span(name, "compute", start, end, phase, 0.0, self.segment, self.copy)
+        self.spans.append(span)
 
     def _slowed(self, seconds: float) -> None:
         left = seconds
@@ -158,6 +164,7 @@ class Machine:
 
     def issue(self, flow: Flow) -> None:
         """Start a collective; where nothing overlaps, also wait for it."""
+        flow.segment, flow.copy = self.segment, self.copy
         self.links.issue(flow, self.time)
         if not self.how.overlap:
             self.wait(flow)
@@ -173,7 +180,7 @@ class Machine:
             key = (flow.kind, flow.axis)
             self.exposed[key] = self.exposed.get(key, 0.0) + end - self.time
             if self.how.record:
-                self.spans.append(Span(flow.name, "compute", self.time, end, "wait"))
+                self._span(flow.name, self.time, end, "wait")
             self.time = end
 
     def hold(self, nbytes: float) -> None:
@@ -189,8 +196,9 @@ class Machine:
                 self.memory.append((flow.end, 1.0, flow.gradient_bytes - flow.held_bytes))
             if self.how.record:
                 stream = f"level {flow.level} {flow.axis}"
+                where = (flow.segment, flow.copy)
                 self.spans.append(
-                    Span(flow.name, stream, flow.start, flow.end, flow.phase, flow.nbytes)
+                    Span(flow.name, stream, flow.start, flow.end, flow.phase, flow.nbytes, *where)
                 )
         self.links.finished.clear()
 
@@ -399,7 +407,7 @@ class Machine:
             return
         key = (part.backward_kind, part.axis, bool(part.deps))
         bucket = self.filling.get(key)
-        if bucket is not None and bucket.nbytes + part.output_bytes > self.how.bucket_bytes:
+        if bucket is not None and bucket.size_bytes + part.output_bytes > self.how.bucket_bytes:
             self._send(key)
             bucket = None
         if bucket is None:
@@ -407,7 +415,8 @@ class Machine:
                 part.name, part.backward_kind, part.axis, part.level, 0.0, "backward"
             )
         bucket.work_s += part.backward_s
-        bucket.nbytes += part.output_bytes
+        bucket.size_bytes += part.output_bytes
+        bucket.nbytes += part.backward_sent_bytes
         if not in_place:
             bucket.held_bytes += part.output_bytes
             bucket.gradient_bytes += part.gradient_bytes if first or not every else 0.0
@@ -415,7 +424,7 @@ class Machine:
             self.before[part.param] = bucket
         elif part.param in self.before:  # on its way through several axes
             bucket.waits_for = (*bucket.waits_for, self.before.pop(part.param))
-        if bucket.nbytes >= self.how.bucket_bytes:
+        if bucket.size_bytes >= self.how.bucket_bytes:
             self._send(key)
 
     def _send(self, key: tuple[str, str, bool]) -> None:

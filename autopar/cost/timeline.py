@@ -17,7 +17,8 @@ class Span:
     """Something that a stream did: `compute`, or a collective on the stream of a mesh axis.
 
     Times in seconds from the start of the step; `phase` is forward, recompute, backward, optimizer
-    or wait (the compute stream waits for a collective), `nbytes` what the device sends.
+    or wait (the compute stream waits for a collective), `nbytes` what the device sends. `segment`
+    and `copy` say where compute was when it was issued.
     """
 
     name: str
@@ -26,6 +27,8 @@ class Span:
     end_s: float
     phase: str
     nbytes: float = 0.0
+    segment: str = ""
+    copy: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,12 @@ class TimelineSummary:
 
 
 def summarise(timeline: Timeline, most_points: int = 200, most_spans: int = 400) -> TimelineSummary:
-    """A timeline in short; of many spans the longest stay."""
-    spans = sorted(timeline.spans, key=lambda s: s.start_s - s.end_s)[:most_spans]
+    """A timeline in short: of every segment what its first copy does, the longest spans of that."""
+    first: dict[tuple[str, str, str, str], Span] = {}
+    for span in timeline.spans:
+        if span.copy == 0 and span.end_s > span.start_s:
+            first.setdefault((span.segment, span.name, span.stream, span.phase), span)
+    spans = sorted(first.values(), key=lambda s: s.start_s - s.end_s)[:most_spans]
     return TimelineSummary(
         timeline.step_s,
         timeline.compute_s,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.cost.cluster import parse_cluster
-from autopar.cost.recompute import kept_bytes, recompute_s, recomputed_parts
+from autopar.cost.recompute import kept_bytes, recompute_s, recomputed_parts, with_recompute
 from autopar.cost.simulate import how_for, simulate
 from autopar.cost.simulator import How
 from autopar.cost.step import COMPUTE, Part, Segment, Step
@@ -220,6 +220,14 @@ def test_selective_recomputation_keeps_products_and_collectives() -> None:
     assert recomputed_parts(cheap, most_s_per_byte=1e9) == {1}  # no other frees anything
 
 
+def test_the_first_copies_are_recomputed() -> None:
+    whole = with_recompute(step(attention(copies=4), attention(copies=3)), {"block": (3, 2)})
+    assert [(s.copies, s.recompute) for s in whole.segments] == [
+        (3, "full"), (1, "selective"), (1, "selective"), (2, "none")
+    ]  # fmt: skip
+    assert with_recompute(whole, {}).segments[0].recompute == "none"
+
+
 # Memory ---------------------------------------------------------------------------------------
 
 
@@ -318,6 +326,14 @@ def test_a_deep_model_is_cheap_to_simulate() -> None:
     assert len(made.spans) < 200_000
 
 
+def test_copies_are_numbered() -> None:
+    layer = block(op("a"), copies=9)
+    for flat in (False, True):
+        made = simulate(step(layer, micro_batches=3), flat=flat)
+        numbers = [s.copy for s in made.spans]
+        assert numbers == 3 * [*range(9), *reversed(range(9))]
+
+
 # Summary --------------------------------------------------------------------------------------
 
 
@@ -329,5 +345,10 @@ def test_summary_round_trip() -> None:
     assert len(short.memory) <= 20
     assert max(n for _, n in short.memory) == made.peak_bytes == short.peak_bytes
     assert short.exposed_s == {"dp": pytest.approx(1.0)}
+    names = [(name, phase) for name, _, _, _, phase in short.spans]
+    assert sorted(names) == [
+        ("a", "backward"), ("a", "forward"), ("optimizer", "optimizer"), ("w:dp", "backward"),
+        ("w:dp", "wait"),
+    ]  # fmt: skip
     times = np.array([t for t, _ in short.memory])
     assert (np.diff(times) >= 0).all()
