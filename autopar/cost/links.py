@@ -27,12 +27,12 @@ class Flow:
     work_s: float
     phase: str = ""
     nbytes: float = 0.0
-    size_bytes: float = 0.0
     waits_for: tuple[Flow, ...] = ()
     held_bytes: float = 0.0
     gradient_bytes: float = 0.0
     segment: str = ""
     copy: int = 0
+    size_bytes: float = 0.0
     started: bool = False
     start: float = 0.0
     end: float = 0.0

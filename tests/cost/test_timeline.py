@@ -135,6 +135,21 @@ def test_axes_of_one_level_share_it() -> None:
     assert two(1).exposed_total_s == pytest.approx(1.0)
 
 
+def test_one_collective_after_another() -> None:
+    """Two steps of one reshard on two axes of two levels: the second needs the first's result."""
+    second = Part("h:dp", "", "all_gather", 1.0, 0.5, "reduce_scatter", "dp", 1, deps=(1,))
+    first = psum(1.0, deps=(0,), backward_kind="all_reduce")
+    made = simulate(
+        step(block(op("a"), replace(first, backward_s=0.5), second, op("b", deps=(2,))))
+    )
+    assert made.step_s == pytest.approx(6.0 + 2.0 + 1.0)
+    # Parameters that are gathered on two axes, and their gradients on the way back.
+    gather = gathered(0.25)
+    then = gathered(0.5, axis="tp", level=1, deps=(0,))
+    made = simulate(step(block(gather, then, op("a", deps=(1,)))))
+    assert made.step_s == pytest.approx(3.0 + 3 * 0.75)
+
+
 def test_one_axis_is_a_queue() -> None:
     """Two sums on one axis run one after the other: the reader of the first goes on at once."""
     other = Part("y:tp", "", "all_reduce", 1.0, 0.0, axis="tp", level=0, deps=(0,))
