@@ -21,12 +21,13 @@ from .errors import ShardingWarning, UserError
 from .ir.rule import Choice
 from .ir.sharding import Sharding
 from .ir.text import parse_sharding
+from .passes.mark_recompute import matching_recompute
 from .passes.pipeline import Stage, lowering, run_passes
 from .passes.prepare import prepare
 from .passes.rules_of import rules_of
 from .passes.search import choose_for, search
 from .passes.specialise import specialise
-from .plan import Plan, plan_from_json
+from .plan import Plan, Recompute, plan_from_json
 from .runtime import agree, world
 from .runtime.group import Group
 from .runtime.locals import local_tensors
@@ -315,6 +316,13 @@ class Session:
         assert self.plan is not None
         return all(mine.get(name) == planned.get(name) for name in self.plan.choices)
 
+    def _recompute(self, made: Capture, sizes: Mapping[Any, int]) -> tuple[Recompute, ...]:
+        """What of a capture the backward computes again: the plan names blocks of its own."""
+        assert self.plan is not None
+        if made.fingerprint == self.plan.fingerprint or not self.plan.recompute:
+            return self.plan.recompute
+        return matching_recompute(specialise(made.graph, sizes), self.plan.recompute)
+
     def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
         key = tuple(sizes[symbol] for symbol in captured.capture.symbols)
         if key not in captured.programs:
@@ -333,7 +341,14 @@ class Session:
                 if stored.regather:
                     regather.add(node.name)
         passes = lowering(
-            plan.mesh, self.rank, sizes, rules_of, captured.choices, storage, frozenset(regather)
+            plan.mesh,
+            self.rank,
+            sizes,
+            rules_of,
+            captured.choices,
+            storage,
+            frozenset(regather),
+            self._recompute(captured.capture, sizes),
         )
         self.stages = run_passes(graph, passes, plan.mesh)
         lowered = self.stages[-1].graph

@@ -11,6 +11,7 @@ import torch.fx
 from autopar.ir.graph import Graph, value_of
 from autopar.ir.lowered import BUCKET, COLLECTIVE, GATHER_VARY, PVARY, Collective
 from autopar.ir.mesh import Mesh
+from autopar.ir.recomputed import mark_of
 
 Node = torch.fx.Node
 
@@ -21,13 +22,14 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
     """Merge the collectives that parameters go through before their first use into buckets.
 
     Parameters share a bucket if they make the same step (collective, axis, dtype) at the same depth
-    from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`).
+    from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`)
+    and, if they are, in the region that is recomputed with them there.
     A bucket holds about `limit_bytes` of local data, in the order of first use, so that its
     gradients are complete together.
     """
     new = graph.copy()
     order = {node: i for i, node in enumerate(new.fx.nodes)}
-    groups: dict[tuple[int, Collective, str, torch.dtype, bool], list[Node]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
     depth: dict[Node, int] = dict.fromkeys(new.placeholders("param"), 0)
     regathered = {node for node in depth if node.meta.get("regather")}
     for node in new.fx.nodes:
@@ -35,18 +37,25 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
             op, axis, source = node.args
             depth[node] = depth[source] + 1
             if op in (PVARY, GATHER_VARY) and value_of(node).requires_grad:
-                key = (depth[node], op, axis, value_of(node).dtype, source in regathered)
+                together = (True, _region(node)) if source in regathered else (False, "")
+                key = (depth[node], op, axis, value_of(node).dtype, *together)
                 groups[key].append(node)
 
     def first_use(node: Node) -> int:
         users = [order[u] if u not in depth else first_use(u) for u in node.users]
         return min(users, default=len(order))
 
-    for (_, op, axis, _, _), nodes in sorted(groups.items(), key=lambda g: g[0][0]):
+    for (_, op, axis, *_), nodes in sorted(groups.items(), key=lambda g: g[0][0]):
         for bucket in _packed(sorted(nodes, key=first_use), mesh, limit_bytes):
             if len(bucket) > 1:
                 _merge(new, op, axis, bucket)
     return _sorted(new)
+
+
+def _region(node: Node) -> str:
+    """The recomputed region that reads a gathered parameter first, or nothing."""
+    marks = [mark_of(reader) for reader in node.users]
+    return marks[0].region if marks and marks[0] is not None else ""
 
 
 def _packed(nodes: list[Node], mesh: Mesh, limit_bytes: int) -> list[list[Node]]:

@@ -6,6 +6,7 @@ import torch.fx
 
 from autopar.ir.graph import Graph, tensor_inputs, value_of
 from autopar.ir.lowered import RESHARD
+from autopar.ir.recomputed import MARK, common_mark
 from autopar.ir.sharding import Sharding
 
 Node = torch.fx.Node
@@ -14,7 +15,8 @@ Node = torch.fx.Node
 def insert_reshards(graph: Graph) -> Graph:
     """Insert `reshard(x, sharding)` on every edge whose two ends differ.
 
-    Readers that want the same sharding share one reshard, placed before the first of them.
+    Readers that want the same sharding share one reshard, placed before the first of them. It is
+    recomputed if producer and reader are, in one region.
     Consumes `meta["wants"]`. Establishes: what an op reads is sharded as it wants.
     """
     new = graph.copy()
@@ -35,6 +37,7 @@ def insert_reshards(graph: Graph) -> Graph:
                 reshard.meta = {
                     "value": value.with_sharding(want),
                     "source": node.meta.get("source", ""),
+                    MARK: common_mark(source, node),
                 }
                 made[source, want] = reshard
             replacement.append(made[source, want])

@@ -9,6 +9,7 @@ import torch.fx
 
 from autopar.ir.graph import Graph, values_of
 from autopar.ir.lowered import CLOSE, EXCHANGE, OPEN
+from autopar.ir.recomputed import MARK, mark_of
 
 Node = torch.fx.Node
 
@@ -61,8 +62,8 @@ def _split(graph: Graph, node: Node) -> None:
         end = graph.fx.call_function(CLOSE, (op, specs, group, pending, *edges))
     for edge, tensor in zip(edges, tensors, strict=True):
         assert isinstance(tensor, torch.fx.Node)
-        edge.meta = {"value": values_of(tensor)[0]}
-    pending.meta = {"value": None}
+        edge.meta = {"value": values_of(tensor)[0], MARK: mark_of(node)}
+    pending.meta = {"value": None, MARK: mark_of(node)}
     start.meta = {**node.meta, "value": (*(e.meta["value"] for e in edges), None)}
     end.meta = node.meta
     node.replace_all_uses_with(end)

@@ -18,11 +18,13 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Choice, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.verify import verify
+from autopar.plan import Recompute
 
 from .bucket_collectives import bucket_collectives
 from .insert_reshards import insert_reshards
 from .localise_shapes import localise_shapes
 from .lower_collectives import lower_collectives
+from .mark_recompute import mark_recompute, settle_recompute
 from .overlap_collectives import overlap_collectives
 from .propagate import propagate
 from .specialise import specialise
@@ -55,10 +57,12 @@ def lowering(
     choices: Mapping[str, Mapping[str, Choice]],
     storage: Mapping[str, Sharding],
     regather: frozenset[str] = frozenset(),
+    recompute: tuple[Recompute, ...] = (),
 ) -> list[Pass]:
     """The lowering of a captured graph to the program of one rank."""
     return [
         Pass("specialise", partial(specialise, symbols=symbols), ("typed", "functional")),
+        Pass("mark_recompute", partial(mark_recompute, recompute=recompute)),
         Pass(
             "propagate",
             lambda g: propagate(g, mesh, rules(g), choices, storage, regather),
@@ -67,6 +71,7 @@ def lowering(
         Pass("insert_reshards", insert_reshards, ("resharded",)),
         Pass("lower_collectives", partial(lower_collectives, mesh=mesh), ("types_follow",)),
         Pass("bucket_collectives", partial(bucket_collectives, mesh=mesh)),
+        Pass("settle_recompute", partial(settle_recompute, mesh=mesh)),
         Pass(
             "localise_shapes",
             partial(localise_shapes, mesh=mesh, rank=rank),

@@ -50,15 +50,3 @@ def unsharded_ops(graph: Graph, rules: Mapping[str, ShardingRule], pricer: Price
         f"{text}; {len(times)} call(s), {sum(times) * 1e3:.3g} ms per step if whole ({where[text]})"
         for text, times in cost.items()
     ]
-
-
-def checkpoints_not_applied(graph: Graph) -> list[str]:
-    """A sentence if the user asked for activation checkpointing, which programs do not do yet."""
-    kept = [n for n in graph.calls() if n.meta.get("region") is not None]
-    if not kept:
-        return []
-    where = kept[0].meta.get("source", "")
-    return [
-        f"activation checkpointing is not applied: the activations of {len(kept)} ops are kept "
-        f"for the backward (first at {where})"
-    ]

@@ -27,7 +27,7 @@ from .families import FAMILIES, Family, batch_factors
 from .options import Option, call_options, param_options, place_call
 from .price import Pricer
 from .programme import Assignment, edges_of, is_getitem, solve
-from .rules_of import checkpoints_not_applied, rules_of, unsharded_ops
+from .rules_of import rules_of, unsharded_ops
 from .specialise import specialise
 
 Node = torch.fx.Node
@@ -257,10 +257,7 @@ def _to_plan(
         params=params,
         predicted=predict(problem.graph, option, best.pricer),
         alternatives=tuple(_alternatives(problem, best, tried)),
-        notes=(
-            *unsharded_ops(problem.graph, problem.rules, best.pricer),
-            *checkpoints_not_applied(problem.graph),
-        ),
+        notes=tuple(unsharded_ops(problem.graph, problem.rules, best.pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=best.assignment.gap,
         activations=describe_activations(problem.graph, problem.rules, option, best.pricer, rename),

@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
+_make_library: Any = torch.library.Library  # untyped
+_library = _make_library("autopar", "FRAGMENT")  # owns the registrations; must stay alive
+_library.define(
+    "causal_rows(Tensor query, Tensor key, Tensor value, int start, float? scale) "
+    "-> (Tensor, Tensor)"
+)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -68,6 +74,24 @@ def _takes_flash(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
     )
 
 
+def _causal_rows(
+    query: Tensor, key: Tensor, value: Tensor, start: int, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp. One op, so that selective recomputation keeps them and no parts."""
+    before, triangle = _parts(query, key, value, start)
+    out, log_sum = _flash(query, *triangle, 0.0, True, scale=scale)
+    if not start:
+        return out, log_sum
+    other, other_log = _flash(query, *before, 0.0, False, scale=scale)
+    total = torch.logaddexp(log_sum, other_log)
+    share = (other_log - total).exp_().unsqueeze(-1)
+    merged = torch.lerp(out.to(total.dtype), other.to(total.dtype), share)
+    return merged.to(out.dtype), total
+
+
+_library.impl("causal_rows", _causal_rows, "CPU")
+
+
 class _CausalRows(torch.autograd.Function):
     """The keys before the rows in one fused call, the triangle in another, put together.
 
@@ -82,16 +106,8 @@ class _CausalRows(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, start: int, scale: float | None
     ) -> Tensor:
         ctx.start, ctx.scale = start, scale
-        _, triangle = _parts(query, key, value, start)
         out: Tensor
-        out, log_sum = _flash(query, *triangle, 0.0, True, scale=scale)
-        if start:
-            before, _ = _parts(query, key, value, start)
-            other, other_log = _flash(query, *before, 0.0, False, scale=scale)
-            total = torch.logaddexp(log_sum, other_log)
-            share = (other_log - total).exp_().unsqueeze(-1)
-            merged: Tensor = torch.lerp(out.to(total.dtype), other.to(total.dtype), share)
-            out, log_sum = merged.to(out.dtype), total
+        out, log_sum = torch.ops.autopar.causal_rows(query, key, value, start, scale)
         ctx.save_for_backward(query, key, value, out, log_sum)
         return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch.fx
 
 from autopar.ir.graph import Graph
 from autopar.ir.lowered import GroupRef, LoweredOp
+from autopar.ir.recomputed import SELECTIVE
 
 from .group import Group
+from .recompute import run_region
+from .regions import Region, Step, kept_by, steps_of
 
 Node = torch.fx.Node
 
@@ -33,25 +36,30 @@ def compile_graph(
     bind: Callable[[LoweredOp], Callable[..., Any]],
     groups: Mapping[tuple[str, ...], Group],
     name: str = "forward",
+    run: Callable[..., tuple[Any, ...]] = run_region,
 ) -> Compiled:
     """Generate and compile the function of a lowered graph.
 
     `bind` gives the implementation of a lowered op and `groups` the live group of a `GroupRef`.
+    Regions that the backward recomputes become functions of their own, which `run` calls.
     """
     writer = _Writer(bind, groups)
     names = {node: f"v_{node.name}" for node in graph.fx.nodes}
-    last = _last_uses(graph)
+    steps = steps_of(graph)
     parameters = ", ".join(names[n] for n in graph.placeholders())
+    functions: list[str] = []
     lines = [f"def {name}({parameters}):"]
-    for node in graph.fx.nodes:
-        if node.op == "call_function":
-            lines.append(f"    {names[node]} = {writer.call(node, names)}{_comment(node)}")
-            dead = [names[n] for n in last.get(node, ()) if n.op != "output"]
-            if dead:
-                lines.append(f"    del {', '.join(dead)}")
-        elif node.op == "output":
-            lines.append(f"    return {writer.text(tuple(node.args[0]), names)}")
-    source = "\n".join(lines) + "\n"
+    for step, dead in zip(steps, _dead_after(steps), strict=True):
+        if isinstance(step, Region):
+            functions += _region_function(step, writer, names)
+            lines.append(f"    {_region_call(step, writer, names, run)}")
+        elif step.op == "call_function":
+            lines.append(f"    {names[step]} = {writer.call(step, names)}{_comment(step)}")
+        elif step.op == "output":
+            results: Any = step.args[0]
+            lines.append(f"    return {writer.text(tuple(results), names)}")
+        lines += _deletion(dead, names)
+    source = "\n".join([*functions, *lines]) + "\n"
     filename = f"<autopar {name} {id(writer):x}>"
     namespace = dict(writer.globals)
     exec(compile(source, filename, "exec"), namespace)
@@ -59,18 +67,52 @@ def compile_graph(
     return Compiled(namespace[name], source)
 
 
-def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
-    """Which values are used for the last time by each node; never used ones die at birth."""
-    last: dict[Node, Node] = {}
-    for node in graph.fx.nodes:
-        if node.op == "call_function":
-            last[node] = node
-        for source in node.all_input_nodes:
-            last[source] = node
-    found: dict[Node, list[Node]] = {}
-    for value, user in last.items():
-        found.setdefault(user, []).append(value)
+def _region_function(region: Region, writer: _Writer, names: Mapping[Node, str]) -> list[str]:
+    """The lines of a region's function; a selective one takes what keeps values first."""
+    kept = kept_by(region)
+    parameters = ["kept"] if region.mark.mode == SELECTIVE else []
+    parameters += [names[n] for n in region.inputs]
+    lines = [f"def {region.mark.region}({', '.join(parameters)}):"]
+    for node, dead in zip(region.nodes, _dead_after(region.nodes, region.outputs), strict=True):
+        call = writer.call(node, names, f"kept.{kept[node]}" if node in kept else "")
+        lines.append(f"    {names[node]} = {call}{_comment(node)}")
+        lines += _deletion([n for n in dead if n not in region.inputs], names)
+    return [*lines, f"    return {writer.text(region.outputs, names)}", ""]
+
+
+def _region_call(
+    region: Region, writer: _Writer, names: Mapping[Node, str], run: Callable[..., Any]
+) -> str:
+    mark = region.mark
+    flags = (mark.mode == SELECTIVE, mark.to_the_end, region.is_random)
+    arguments = [mark.region, *map(str, flags), *(names[n] for n in region.inputs)]
+    call = f"{writer.constant(run, 'run_region')}({', '.join(arguments)})"
+    return f"{writer.text(region.outputs, names)} = {call}" if region.outputs else call
+
+
+def _dead_after(steps: Sequence[Step], kept: Sequence[Node] = ()) -> list[list[Node]]:
+    """Which values no later step needs, by step; those that nothing needs die at birth."""
+    last: dict[Node, int] = {}
+    for i, step in enumerate(steps):
+        if isinstance(step, Region):
+            last.update(dict.fromkeys((*step.outputs, *step.inputs), i))
+        elif step.op == "call_function":
+            last.update(dict.fromkeys((step, *step.all_input_nodes), i))
+    found: list[list[Node]] = [[] for _ in steps]
+    returned = {
+        n
+        for step in steps
+        if isinstance(step, torch.fx.Node) and step.op == "output"
+        for n in step.all_input_nodes
+    }
+    for value, i in last.items():
+        if value not in kept and value not in returned:
+            found[i].append(value)
     return found
+
+
+def _deletion(dead: Sequence[Node], names: Mapping[Node, str]) -> list[str]:
+    return [f"    del {', '.join(names[n] for n in dead)}"] if dead else []
 
 
 def _comment(node: Node) -> str:
@@ -90,7 +132,8 @@ class _Writer:
         self.groups = groups
         self.globals: dict[str, Any] = {}
 
-    def call(self, node: Node, names: Mapping[Node, str]) -> str:
+    def call(self, node: Node, names: Mapping[Node, str], through: str = "") -> str:
+        """The node's call; `through` is a function that takes what is called first."""
         if node.target is operator.getitem:
             return f"{self.text(node.args[0], names)}[{self.text(node.args[1], names)}]"
         target: Any = node.target
@@ -103,6 +146,8 @@ class _Writer:
         spot = self.constant(function, re.sub(r"\W+", "_", label.replace("aten::", "")))
         arguments = [self.text(arg, names) for arg in node.args]
         arguments += [f"{key}={self.text(value, names)}" for key, value in node.kwargs.items()]
+        if through:
+            spot, arguments = through, [spot, *arguments]
         return f"{spot}({', '.join(arguments)})"
 
     def constant(self, value: Any, label: str) -> str:

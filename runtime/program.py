@@ -21,10 +21,12 @@ from autopar.ir.lowered import (
     GroupRef,
     LoweredOp,
 )
+from autopar.ir.recomputed import mark_of
 
 from .bindings import BINDINGS, close_one, exchange
 from .codegen import compile_graph
 from .group import Group
+from .recompute import run_region
 from .regather import Regather
 
 
@@ -67,7 +69,7 @@ def load_program(
     if keeper is not None:
         graph = _mark_regathered(graph, dropped)
         bindings.update(_regathering(keeper))
-    if backend in (None, "eager"):
+    if backend is None or backend == "eager":
         compiled = compile_graph(graph, bindings.__getitem__, groups)
         run = compiled.run
     else:
@@ -77,7 +79,9 @@ def load_program(
             op: torch.compiler.disable(call)  # type: ignore[no-untyped-call]
             for op, call in bindings.items()
         }
-        compiled = compile_graph(graph, left_alone.__getitem__, groups)
+        compiled = compile_graph(
+            graph, left_alone.__getitem__, groups, run=_running_compiled(backend)
+        )
         run = torch.compile(compiled.run, backend=backend, dynamic=False)
     if keeper is not None:
         run = _saving(run, keeper)
@@ -97,15 +101,31 @@ def load_program(
 
 
 def schedule_of(graph: Graph) -> str:
-    """Digest of the collectives that a program issues, in order: op, group axes and dtypes."""
+    """Digest of the collectives that a program issues, in order: op, group axes and dtypes.
+
+    And of the region that issues them again in the backward.
+    """
     digest = hashlib.sha256()
     for node in graph.calls():
         if isinstance(node.target, LoweredOp):
             arguments: list[Any] = list(node.args)
             parts = [str(a) for a in arguments if isinstance(a, (Collective, GroupRef))]
             dtypes = [str(v.dtype) for v in values_of(node)]
-            digest.update(f"{node.target.name} {parts} {dtypes}\n".encode())
+            digest.update(f"{node.target.name} {parts} {dtypes} {mark_of(node)}\n".encode())
     return digest.hexdigest()
+
+
+def _running_compiled(backend: str) -> Callable[..., tuple[Any, ...]]:
+    """`run_region` of compiled bodies, but selective ones: their kernels are watched."""
+    compiled: dict[Any, Any] = {}
+
+    def run(body: Any, selective: bool, *rest: Any) -> tuple[Any, ...]:
+        if not selective and body not in compiled:
+            compiled[body] = torch.compile(body, backend=backend, dynamic=False)
+        return run_region(compiled.get(body, body), selective, *rest)
+
+    left_alone: Callable[..., tuple[Any, ...]] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return left_alone
 
 
 def _on_device(graph: Graph, device: torch.device) -> Graph:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from autopar.ir.lowered import Collective
 
@@ -35,11 +36,19 @@ class _Handle:
     offset: int
 
 
+def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+def _is_freed(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
+
+
 class Regather:
     """Keeps track of gathered parameters in one forward, so that autograd saves handles to them."""
 
     def __init__(self) -> None:
-        self._by_storage: dict[int, tuple[_Bucket, int, Tensor]] = {}
+        self._by_storage: dict[int, tuple[_Bucket, int, StorageWeakRef]] = {}
         self._last: _Bucket | None = None
 
     def register(
@@ -60,8 +69,8 @@ class Regather:
 
         bucket = _Bucket(gather)
         for i, tensor in enumerate(gathered):
-            # The tensor itself is kept until the forward ends: its address must stay its own.
-            self._by_storage[tensor.untyped_storage().data_ptr()] = (bucket, i, tensor)
+            storage = tensor.untyped_storage()
+            self._by_storage[storage.data_ptr()] = (bucket, i, _weak(storage))
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -85,7 +94,9 @@ class Regather:
         found = self._by_storage.get(tensor.untyped_storage().data_ptr())
         if found is None:
             return tensor
-        bucket, index, _ = found
+        bucket, index, storage = found
+        if _is_freed(storage):  # freed, and its memory is another tensor's now
+            return tensor
         return _Handle(bucket, index, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Any) -> Tensor:

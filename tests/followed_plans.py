@@ -84,4 +84,5 @@ def plan_of_decisions(subject: Subject, decisions: Decisions, strategy: str = "a
         choices,
         params,
         Prediction(0.0, 0.0, 0.0, 0.0, 0),
+        recompute=decisions.recompute,
     )

@@ -31,7 +31,7 @@ from autopar.passes.prepare import prepare
 from autopar.passes.rules_of import rules_of
 from autopar.passes.search import search
 from autopar.passes.specialise import specialise
-from autopar.plan import Plan
+from autopar.plan import Plan, Recompute
 from autopar.runtime.eager_random import PartitionInvariantDropout
 from autopar.runtime.group import Group, ThreadWorld, run_threads
 from autopar.runtime.placements import local_shard
@@ -53,6 +53,7 @@ class Decisions:
     choices: Choices
     storage: Mapping[str, Sharding]
     regather: frozenset[str] = frozenset()
+    recompute: tuple[Recompute, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def decisions_of(subject: Subject, plan: Plan) -> Decisions:
         name: {axis: Choice.parse(text) for axis, text in chosen.items()}
         for name, chosen in plan.choices.items()
     }
-    return Decisions(plan.mesh, choices, storage, frozenset(regather))
+    return Decisions(plan.mesh, choices, storage, frozenset(regather), plan.recompute)
 
 
 # Running --------------------------------------------------------------------------------------
@@ -253,6 +254,7 @@ def lower_all(
             decisions.choices,
             decisions.storage,
             decisions.regather,
+            decisions.recompute,
         )
         cut = next(i for i, p in enumerate(passes) if p.name == "localise_shapes")
         if common is None:

@@ -50,7 +50,7 @@ _FAMILY_NAMES = {
         slice_inv""",
     "matmul": "linear mm bmm matmul addmm baddbmm einsum mv addmv dot",
     "conv": "convolution conv_transpose1d conv_transpose2d conv_transpose3d",
-    "attention": "scaled_dot_product_attention",
+    "attention": "scaled_dot_product_attention causal_attention",
     "transcendental": """gelu silu tanh sigmoid exp exp2 expm1 log log2 log1p erf cos sin pow
         softplus mish hardswish elu celu selu logsigmoid log_sigmoid rsqrt atan2 logit""",
     "reduction": """sum mean amax amin max min var std var_mean norm linalg_vector_norm argmax

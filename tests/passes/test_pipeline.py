@@ -101,10 +101,12 @@ def test_the_lowering_is_the_table_of_contents() -> None:
     passes = mlp_lowering(0)
     assert [p.name for p in passes] == [
         "specialise",
+        "mark_recompute",
         "propagate",
         "insert_reshards",
         "lower_collectives",
         "bucket_collectives",
+        "settle_recompute",
         "localise_shapes",
         "overlap_collectives",
     ]
