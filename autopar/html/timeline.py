@@ -24,6 +24,7 @@ _CHARACTER = 7.4  # mean advance of a letter of a label
 _PHASES = ("forward", "backward", "recompute", "optimizer", "wait")
 _TELLING = 36.0  # units of the drawing from which a span has room for its name
 _MOST_ZOOM = 400.0
+_MOST_RUNS = 6
 _SHORTEST_S = 1e-12
 _LEAST_GAP = 0.004  # of the width: a shorter pause is not hatched
 _MOST_ROWS = 40
@@ -139,11 +140,22 @@ def _gaps(spans: Sequence[Span], window: _Window) -> list[tuple[float, float]]:
 
 
 def _windows(spans: Sequence[Span], end_s: float) -> list[_Window]:
-    """Where to look closer: the densest stretch of forward and of backward, and the step's end.
+    """Where to look closer: the stretches that are listed if they are a few short ones.
 
-    So long that half of the spans of compute have room for a name; none if they have it in the
-    whole step.
+    Else the densest stretch of forward and of backward, and the step's end, so long that half of
+    the spans of compute have room for a name; none if they have it in the whole step.
     """
+    gaps = _gaps(spans, _Window(0.0, end_s))
+    edges = [0.0, *(at for gap in gaps for at in gap), end_s]
+    runs = [_Window(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    runs = [run for run in runs if run.end_s - run.start_s > end_s / _MOST_ZOOM]
+    if gaps and len(runs) <= _MOST_RUNS and all(r.end_s - r.start_s < end_s / 3 for r in runs):
+        return runs
+    return _densest(spans, end_s)
+
+
+def _densest(spans: Sequence[Span], end_s: float) -> list[_Window]:
+    """A window each for forward, backward and the end; none if the whole step is as readable."""
     lengths = [end - start for _, stream, start, end, _ in spans if stream == COMPUTE]
     if not lengths:
         return []

@@ -150,7 +150,10 @@ def _label(tree: Tree, box: Box, depth: int) -> Iterator[Markup]:
 
 
 def _shortened(name: str, room: int) -> str:
-    """The name, else its last component, cut at the end if it is still too long."""
+    """The name, else its last components from a word on, cut at the end if it is still too long."""
     if len(name) > room:
-        name = name.rpartition(".")[2]
+        parts = name.split(".")
+        start = max((i for i, part in enumerate(parts) if part[:1].isalpha()), default=0)
+        tail = ".".join(parts[start:])
+        name = tail if len(tail) <= room else name
     return name if len(name) <= room else name[: room - 2] + "…"

@@ -52,6 +52,10 @@ def test_nothing_to_draw() -> None:
 def test_names_are_cut_to_their_boxes() -> None:
     drawn = treemap([Tree("layers.attention.query", 1, detail="1 B")], 60, 40, "x")
     assert ">query</text>" in drawn and "layers.attention.query: 1 B" in drawn
+    drawn = treemap([Tree("blocks.layers.{0..3}", 1, detail="1 B")], 110, 40, "x")
+    assert ">layers.{0..3}</text>" in drawn
+    drawn = treemap([Tree("layers.{0..3}", 1, detail="1 B")], 60, 40, "x")
+    assert ">laye…</text>" in drawn
 
 
 def test_memory_of_a_plan_adds_up() -> None:
