@@ -179,7 +179,7 @@ def _print_step(step: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"\nParameter communication hides behind {step['overlap']:.0%} of the compute: "
             f"time = compute + communication + optimizer + max(0, parameter communication - "
-            f"{step['overlap']:g} compute)"
+            f"{step['overlap']:g} (compute + communication inside ops))"
         )
     console.print(Text("\nformulas", style="bold"))
     for term in step["terms"]:

@@ -41,14 +41,15 @@ class Case:
     """A plan's assignment at one setting.
 
     `symbolic` is the captured graph and `concrete` the same at the sizes of one micro-batch;
-    `hints` are the sizes of the whole batch. `option` is what every node does. Nodes that stand for
-    each other in `blocks` do the same under this plan.
+    `hints` are the sizes of the whole batch. `option` is what every node does. `layers` are the
+    repeated blocks as found; in `blocks` only nodes that do the same stand for each other.
     """
 
     plan: Plan
     symbolic: Graph
     concrete: Graph
     rules: Mapping[str, ShardingRule]
+    layers: Blocks
     blocks: Blocks
     option: Mapping[Node, Option]
     accounts: Accounts
@@ -94,6 +95,7 @@ class Case:
             self.pricer.mesh,
             self.pricer.device,
             self.optimizer,
+            self.layers,
         )
 
     @cached_property
@@ -149,14 +151,16 @@ def make_case(
         sizes[BATCH] //= micro_batches
     concrete = specialise(symbolic, sizes)
     rules = rules_of(concrete)
-    blocks = find_blocks(concrete)
+    layers = find_blocks(concrete)
     pricer = Pricer(cluster, plan.mesh, optimizer)
-    option = assignment_of(concrete, rules, plan, pricer, blocks)
-    regions, modes = _recomputed(plan, regions_of(concrete, blocks), blocks)
-    blocks = _told_apart(blocks, option, regions)
+    option = assignment_of(concrete, rules, plan, pricer, layers)
+    regions, modes = _recomputed(plan, regions_of(concrete, layers), layers)
+    blocks = _told_apart(layers, option, regions)
     regions = replace(regions_of(concrete, blocks), of=regions.of, copies=regions.copies)
     accounts = Accounts(pricer, regions, micro_batches, modes, overlap_of(cluster))
-    return Case(plan, symbolic, concrete, rules, blocks, option, accounts, dict(hints), optimizer)
+    return Case(
+        plan, symbolic, concrete, rules, layers, blocks, option, accounts, dict(hints), optimizer
+    )
 
 
 def _recomputed(plan: Plan, regions: Regions, blocks: Blocks) -> tuple[Regions, dict[int, str]]:

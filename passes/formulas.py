@@ -47,6 +47,7 @@ from autopar.ir.reshard import reshard_steps
 from autopar.ir.rule import Choice, Dims, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding
 
+from .blocks import Blocks
 from .own_formulas import own_messages
 
 Node = torch.fx.Node
@@ -122,7 +123,8 @@ class Formulas:
     """Formulas of the nodes of one graph on one mesh; each is made once.
 
     `symbolic` is the captured graph, `concrete` the same one at the sizes `hints` (with the same
-    node names), `like` a device with the figures that all profiles have.
+    node names), `like` a device with the figures that all profiles have. An op costs what the one
+    that stands for it in `blocks` does.
     """
 
     def __init__(
@@ -134,12 +136,14 @@ class Formulas:
         mesh: Mesh,
         like: Device,
         optimizer: str = "adamw",
+        blocks: Blocks | None = None,
     ) -> None:
         self.concrete, self.rules, self.mesh, self.optimizer = concrete, rules, mesh, optimizer
         self.hints = dict(hints)
         self.sizes = {**hints, **{axis_size(axis.name): axis.size for axis in mesh}}
         self._values = {n.name: values_of(n) for n in symbolic.fx.nodes}
         self._device = symbolic_device(like)
+        self._stands_for = blocks.representative if blocks is not None else {}
         self._ops: dict[tuple[object, ...], OpFormula] = {}
         self._edges: dict[tuple[object, ...], EdgeFormula] = {}
         self._stored: dict[tuple[object, ...], StoredFormula] = {}
@@ -150,6 +154,7 @@ class Formulas:
 
     def op(self, node: Node, chosen: Chosen) -> OpFormula:
         """An op of `concrete` under some choices."""
+        node = self._stands_for.get(node, node)
         key = (self._signature(node), chosen)
         if key not in self._ops:
             self._ops[key] = self._find_op(node, dict(chosen))

@@ -31,6 +31,7 @@ Node = torch.fx.Node
 
 COMPUTE, OPTIMIZER = "compute", "optimizer"
 COMMUNICATION, PARAMETERS = "communication", "parameter communication"
+INSIDE = "communication inside ops"
 STATE, SAVED = "state", "saved"
 MICRO_BATCHES = sympy.Symbol("k", integer=True, positive=True)
 BATCH = sympy.Symbol("b", integer=True, positive=True)
@@ -64,7 +65,7 @@ class StepFormula:
     def seconds(self) -> sympy.Expr:
         """Seconds per step."""
         hidden = self.total(PARAMETERS)
-        compute = self.total(COMPUTE)
+        compute = self.total(COMPUTE, INSIDE)
         if self.overlap and hidden != 0:
             hidden = maximum(0, hidden - self.overlap * compute)
         return compute + self.total(COMMUNICATION, OPTIMIZER) + hidden
@@ -164,7 +165,7 @@ def step_formula(
         for part in sympy.Add.make_args(sympy.expand_mul(sympy.sympify(seconds), deep=False)):
             sent = _collective_of(part)
             add(
-                *((COMMUNICATION if category == COMPUTE else category), sent)
+                *((INSIDE if category == COMPUTE else category), sent)
                 if sent
                 else (category, label),
                 part,
