@@ -12,7 +12,7 @@ from .markup import Markup, element
 
 _WIDTH, _HEIGHT = 960, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 24, 16, 48
-_CHARACTER = 6.6  # mean advance of a letter of a label
+_CHARACTER = 7.2  # mean advance of a letter of a label, bold ones included
 _LONGEST = 44  # letters of a label
 _LOG_FROM = 8.0  # largest over smallest value from which an axis is logarithmic
 
@@ -49,7 +49,10 @@ def _scale(values: Sequence[float], start: float, end: float) -> _Scale:
     low, high = min(values), max(values)
     if low > 0 and high / low >= _LOG_FROM:
         return _Scale(low / 1.3, high * 1.3, start, end, True)
-    return _Scale(0.0, high * 1.12 or 1.0, start, end, False)
+    around = 0.2 * (high - low)
+    if not around:
+        return _Scale(0.0, high * 1.5 or 1.0, start, end, False)
+    return _Scale(max(0.0, low - around), high + around, start, end, False)
 
 
 def ticks(scale_low: float, scale_high: float, log: bool, base: float = 10.0) -> list[float]:
@@ -67,7 +70,8 @@ def ticks(scale_low: float, scale_high: float, log: bool, base: float = 10.0) ->
     raw = (scale_high - scale_low) / 6
     power = base ** math.floor(math.log(raw, base))
     step = next((s * power for s in steps if s * power >= raw), base * power)
-    return [step * i for i in range(1, int(scale_high / step) + 1)]
+    first = max(1, math.ceil(scale_low / step - 1e-9))
+    return [step * i for i in range(first, int(scale_high / step + 1e-9) + 1)]
 
 
 def drawable(point: Point) -> bool:
@@ -85,6 +89,8 @@ def scatter(points: Sequence[Point], limit_bytes: float | None) -> Markup:
         (x(p.time_s) - 6, y(p.memory_bytes) - 6, x(p.time_s) + 6, y(p.memory_bytes) + 6)
         for p in shown
     ]
+    if limit_bytes:  # the place of the limit's label
+        boxes.append((_WIDTH - 150, y(limit_bytes) - 18, _WIDTH, y(limit_bytes) + 1))
     order = sorted(shown, key=lambda p: (not p.chosen, p.time_s))
     return element(
         "svg",

@@ -96,6 +96,19 @@ def with_timeline(plan: Plan, timeline: TimelineSummary) -> Plan:
     return made
 
 
+def crowded() -> Plan:
+    """The plan with forty candidates close to each other, and a limit."""
+    found = tuple(
+        Alternative(
+            f"zero {i}", f"dp={i}", 0.013 + 0.0004 * (i * 7 % 11), (3 + i * 5 % 13) << 17, "slower"
+        )
+        for i in range(40)
+    )
+    made = replace(PLAN, alternatives=found)
+    object.__setattr__(made, "memory_limit", 1.8 * 2**20)
+    return made
+
+
 # Every way out of an attribute, an element, a style sheet and a script, and what UTF-8 cannot hold.
 PROBE = (
     "</style></script></title></svg>\"'><script>window.probed = 1</script>"

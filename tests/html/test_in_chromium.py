@@ -11,7 +11,7 @@ from autopar.html.page import report_page
 from autopar.plan import Plan
 
 from .browser import Browser, CannotStartError, browser, find_chromium
-from .plans import HOSTILE, PLAN, SPARSE, TIMELINE, with_timeline
+from .plans import HOSTILE, PLAN, SPARSE, TIMELINE, crowded, with_timeline
 
 CHROMIUM = find_chromium()
 
@@ -117,6 +117,26 @@ def test_labels_of_the_timeline_stay_in_their_spans(page_of: Browser, tmp_path: 
     """
     assert count(page_of, ".timeline .label") >= 11
     assert page_of.evaluate(outside) == []
+
+
+def test_labels_of_crowded_candidates_do_not_overlap(page_of: Browser, tmp_path: Path) -> None:
+    show(page_of, crowded(), tmp_path)
+    overlapping = """
+    (() => {
+      const shown = [...document.querySelectorAll(".point text:not(.crowded), .limit-label")]
+        .map(text => text.getBoundingClientRect());
+      const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 &&
+        a.top < b.bottom - 4 && b.top < a.bottom - 4;  // boxes of text include the line's height
+      return [shown.length, shown.flatMap((a, i) => shown.slice(i + 1).filter(b => meet(a, b))).length];
+    })()
+    """
+    labels, pairs = page_of.evaluate(overlapping)
+    assert 6 <= labels < 42 and pairs == 0
+    assert count(page_of, ".point") == 41 and count(page_of, ".limit") == 1
+    hidden = "getComputedStyle(document.querySelector('.crowded')).visibility"
+    assert page_of.evaluate(hidden) == "hidden"
+    page_of.evaluate("document.querySelector('.point:has(.crowded)').focus()")
+    assert page_of.evaluate(hidden) == "visible"
 
 
 def test_pointing_and_the_keyboard_tell_the_same(page_of: Browser, tmp_path: Path) -> None:

@@ -168,5 +168,6 @@ def test_an_axis_has_its_colour() -> None:
 
 def test_ticks_are_round() -> None:
     assert ticks(0.0, 1.0, False) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(12.5, 17.0, False) == pytest.approx([13, 14, 15, 16, 17])
     assert ticks(0.5, 60.0, True) == pytest.approx([0.5, 1, 2, 5, 10, 20, 50])
     assert ticks(2**30, 2**33, True, 1024.0) == [2**30, 2**31, 2**32, 2**33]
