@@ -237,5 +237,105 @@ def what_if(
     )
 
 
+@app.command()
+def timeline(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace for ui.perfetto.dev to this file.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Simulate it on this cluster; default the plan's.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; - prints them.")
+    ] = None,
+) -> None:
+    """Simulate a plan's step: what overlaps, what is waited for, memory over time."""
+    from autopar.cli_timeline import show_timeline
+
+    show_timeline(
+        plan,
+        target,
+        inputs=tuple(inputs or ()),
+        cluster=cluster,
+        optimizer=optimizer,
+        trace=trace,
+        out=json,
+    )
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    cluster: Annotated[str | None, typer.Option(help="Another cluster, as for plan.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Another global batch size.")] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(help="Micro-batches that the batch is divided into.")
+    ] = None,
+    stages: Annotated[int, typer.Option(help="Pipeline stages, each on a mesh of its own.")] = 1,
+    chunks: Annotated[int, typer.Option(help="Pieces of the model per pipeline stage.")] = 1,
+    schedule: Annotated[
+        str | None, typer.Option(help="gpipe, 1f1b, interleaved or zero_bubble.")
+    ] = None,
+    overlap: Annotated[
+        bool | None,
+        typer.Option("--overlap/--no-overlap", help="Whether collectives run beside compute."),
+    ] = None,
+    slowdown: Annotated[
+        float | None, typer.Option(help="How much slower compute is meanwhile: 0.1 is a tenth.")
+    ] = None,
+    prefetch: Annotated[
+        int | None, typer.Option(help="Blocks by which gathers of parameters are ahead.")
+    ] = None,
+    reduce_every: Annotated[
+        bool | None,
+        typer.Option(
+            "--reduce-every/--reduce-last",
+            help="Reduce gradients in every micro-batch or in the last one.",
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace for ui.perfetto.dev to this file.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; - prints them.")
+    ] = None,
+) -> None:
+    """Simulate a plan elsewhere or otherwise: cluster, batch, micro-batches, pipeline, overlap."""
+    from autopar.cli_timeline import Changes, simulate_plan
+
+    changes = Changes(
+        cluster,
+        batch,
+        micro_batches,
+        schedule,
+        stages,
+        chunks,
+        overlap,
+        slowdown,
+        prefetch,
+        reduce_every,
+    )
+    simulate_plan(
+        plan,
+        target,
+        changes,
+        inputs=tuple(inputs or ()),
+        optimizer=optimizer,
+        trace=trace,
+        out=json,
+    )
+
+
 if __name__ == "__main__":
     main()
