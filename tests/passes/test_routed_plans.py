@@ -29,7 +29,7 @@ def planned(module: nn.Module, batch: tuple[Tensor, ...], cluster: str) -> Plan:
 def moe_plan(dispatch: Dispatch, cluster: str, experts: int, dim: int, batch: int) -> Plan:
     with torch.device("meta"):
         build = partial(RoutedMoE, dispatch, dim, 4 * dim, experts, vocab=32000)
-        module = build(layers=2).bfloat16()
+        module = build(layers=1).bfloat16()
     ids = torch.zeros(batch, 512, dtype=torch.long)
     return planned(module, (ids, ids), cluster)
 

@@ -63,7 +63,7 @@ ALL_RUNS = tuple(
 def test_zoo(name: str) -> None:
     """Eight ranks and odd counts; batches that do not divide, and smaller than the mesh."""
     subject = zoo_subject(name)
-    large = name.startswith("hf_") or name == "moe_index"
+    large = name.startswith(("hf_", "moe_"))
     for ranks, strategy, batch in ALL_RUNS if MORE > 1 else LARGE_RUNS if large else RUNS:
         decisions = decisions_of(subject, plan_of(subject, ranks, strategy))
         check_zoo(name, decisions, batch, f"{strategy}, batch {batch}")
