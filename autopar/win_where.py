@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,14 +99,14 @@ def _values(
                 f"the captured model has a fixed {SIZE_NAMES[name]}",
                 fix="ask about another variable, or compare plans made at other sizes",
             )
-        units = {1} if variable == "batch" else {max(1, known[name] // 64)}
+        units = set() if variable == "batch" else {max(1, known[name] // 64)}
         for case in cases.values():
             k = case.accounts.micro_batches if variable == "batch" else 1
             sizes = [axis.size for axis in case.pricer.mesh]
-            units.update(k * n for n in sizes)
-            units.add(k * int(np.prod(sizes)))
-        high = 64 * max(known[name], *units)
-        return allowed_sizes(sorted(units), 1, high), "", True
+            units |= {k * n for n in (*sizes, math.prod(sizes)) if k * n > 1}
+        high = 64 * max(known[name], *units, 1)
+        values = allowed_sizes(sorted(units or {1}), 1, high)
+        return np.union1d(values, [1.0, known[name]]), "", True
     if variable == "bandwidth":
         level_of(question.cluster, level)
         return np.geomspace(1 / 64, 64, POINTS), "B/s", False
@@ -181,7 +182,9 @@ def sentences(
     for i, span in enumerate(spans):
         low, high = (value_text(v * scale, variable) for v in (span.low, span.high))
         first, last = i == 0, i == len(spans) - 1
-        if first and last:
+        if span.low == span.high:
+            where = f"at {what} {low}"
+        elif first and last:
             where = f"at every {what} tried, {low} to {high}"
         elif first:
             where = f"up to {what} {high}"
