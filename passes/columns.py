@@ -82,13 +82,14 @@ class Columns:
 
     `first[node]` is the first column of a node, in the order of `options[node]`; `spans` are the
     ranges of columns of which exactly one is 1: those of every node and of every edge. `flows` are
-    what the terms of `time` and `memory` price.
+    what the terms of `time` and `memory` price. `one_of` are the rows "one option".
     """
 
     options: Mapping[Node, Sequence[Option]]
     count: Mapping[Node, int]
     first: Mapping[Node, int]
     spans: tuple[tuple[int, int], ...]
+    one_of: Ints
     flows: tuple[Flow, ...]
     time: Terms
     memory: Terms
@@ -175,10 +176,19 @@ def reading_patterns(graph: Graph, blocks: Blocks) -> dict[frozenset[Edge], int]
     return patterns
 
 
-Admits = Callable[[Edge, Sharding, Sharding, bool, float], bool]
+def times_read(patterns: Mapping[frozenset[Edge], int]) -> dict[Edge, int]:
+    """How many copies of every edge there are."""
+    found: dict[Edge, int] = defaultdict(int)
+    for pattern, times in patterns.items():
+        for edge in pattern:
+            found[edge] += times
+    return found
 
 
-def build_columns(  # noqa: C901  # one straight line through the equations, in their order
+Admits = Callable[[Edge, Sharding, Sharding, bool], bool]
+
+
+def build_columns(  # one straight line through the equations, in their order
     patterns: Mapping[frozenset[Edge], int],
     options: Mapping[Node, Sequence[Option]],
     count: Mapping[Node, int],
@@ -188,7 +198,7 @@ def build_columns(  # noqa: C901  # one straight line through the equations, in 
 ) -> Columns | None:
     """The programme's structure, or None where an edge has no way at all.
 
-    `admits(edge, source, want, regather, times)` says whether a reshard may be considered,
+    `admits(edge, source, want, regather)` says whether a reshard may be considered,
     `shrinks` whether it leaves less of the value on every device, `saves(consumer, slot)` whether
     autograd keeps that input.
     """
@@ -200,14 +210,9 @@ def build_columns(  # noqa: C901  # one straight line through the equations, in 
         columns = [made.column() for _ in found]
         spans.append((columns[0], made.size))
         made.row(1, 1, columns)
+    one_of = np.arange(len(options))
 
-    times_read: dict[Edge, int] = defaultdict(int)
-    shared_value: set[Edge] = set()
-    for pattern, times in patterns.items():
-        for edge in pattern:
-            times_read[edge] += times
-            if len(pattern) > 1:
-                shared_value.add(edge)
+    shared_value = {edge for pattern in patterns if len(pattern) > 1 for edge in pattern}
     ordered = sorted(patterns.items(), key=lambda p: sorted(map(edge_key, p[0])))
     edge_flows: dict[Edge, dict[tuple[Sharding, Sharding, bool], int]] = {}
     for pattern, _ in ordered:
@@ -216,7 +221,7 @@ def build_columns(  # noqa: C901  # one straight line through the equations, in 
                 continue
             waits = edge not in shared_value and _may_wait(edge)
             begin = made.size
-            flow = _add_edge(made, edge, options, first, admits, shrinks, times_read[edge], waits)
+            flow = _add_edge(made, edge, options, first, admits, shrinks, waits)
             if not flow:
                 return None
             edge_flows[edge] = flow
@@ -257,6 +262,7 @@ def build_columns(  # noqa: C901  # one straight line through the equations, in 
         count,
         first,
         tuple(spans),
+        one_of,
         tuple(flows),
         time,
         memory,
@@ -294,7 +300,6 @@ def _add_edge(
     first: Mapping[Node, int],
     admits: Admits,
     shrinks: Callable[[Sharding, Sharding], bool],
-    times: int,
     waits: bool,
 ) -> dict[tuple[Sharding, Sharding, bool], int]:
     """Flow columns of one edge between what its producer gives and what its consumer wants.
@@ -315,7 +320,7 @@ def _add_edge(
         for want in wants:
             if waits and source != want and source in wants and not shrinks(source, want):
                 continue
-            if not admits(edge, source, want, regather, times):
+            if not admits(edge, source, want, regather):
                 continue
             flow[source, want, regather] = column = made.column()
             out.append(column)

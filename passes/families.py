@@ -1,9 +1,9 @@
-"""Families of plans: what an axis may be used for, and which dims are the batch."""
+"""Families of plans: what an axis may be used for, and which dims are batch, sequence, experts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.fx
 
@@ -11,8 +11,8 @@ from autopar.ir.graph import Graph, Value, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 
+from .columns import is_getitem, producer_of
 from .options import Option
-from .programme import is_getitem, producer_of
 
 Node = torch.fx.Node
 
@@ -27,25 +27,47 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+# Roles of three axes in the automatic search, outermost first, with the names of the axes.
+THREE_AXES: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("dp", "batch"), ("cp", "sequence"), ("tp", "feature")),
+    (("dp", "batch"), ("ep", "expert"), ("tp", "feature")),
+    (("dp", "batch"), ("fsdp", "batch"), ("tp", "feature")),
+)
+
+Factors = Mapping[Node, frozenset[str]]
+
+
 @dataclass(frozen=True)
 class Family:
     """Restrictions of one candidate: the role of every mesh axis.
 
-    `any`: no restriction. `data`: the batch is split wherever it can be, nothing else is, and
-    parameters are whole. `zero`: the same, parameters stored sharded. `tensor`: anything but the
-    batch may be split, parameters are never gathered, and every matrix that can be is split.
+    `any`: no restriction. `batch`, `sequence`: only those dims are split. `expert`: the batch or
+    the dim of stacked experts. `feature`: anything but the batch.
+    `data`: the batch is split wherever it can be, nothing else is, and parameters are whole.
+    `zero`: the same, parameters stored sharded. `tensor`: anything but the batch may be split,
+    parameters are never gathered, and every matrix that can be is split.
     """
 
     name: str
     role: Mapping[str, str]
-    batch: Mapping[Node, frozenset[str]]
+    batch: Factors
+    sequence: Factors = field(default_factory=dict)
+    expert: Factors = field(default_factory=dict)
 
     def allows(self, node: Node, axis: str, choice: Choice) -> bool:
         role = self.role[axis]
         if role == "any" or not choice.factor:
             return True
         on_batch = choice.factor in self.batch.get(node, frozenset())
-        return on_batch if role in ("data", "zero") else not on_batch
+        if role in ("data", "zero", "batch"):
+            return on_batch
+        if role == "sequence":
+            return choice.factor in self.sequence.get(node, frozenset())
+        if role == "expert":
+            parts = set(choice.factor.split(">"))
+            both = self.batch.get(node, frozenset()) | self.expert.get(node, frozenset())
+            return parts <= both
+        return not on_batch
 
     def keeps(self, node: Node, options: list[Option]) -> list[Option]:
         """The options of an op that do what the family is for, if there are any."""
@@ -87,16 +109,75 @@ def batch_factors(
     """Per op, the factors of its rule that are the user's batch.
 
     The batch enters through the dims of the user's inputs whose size is a symbol of the captured
-    graph (`symbolic`, with the same node names), else through dim 0, and follows the rules.
+    graph (`symbolic`, with the same node names) that dim 0 of an input has, else through dim 0, and
+    follows the rules.
     """
-    dims: dict[tuple[Node, int], set[int]] = {}
-    symbols = {n.name: n.meta["value"] for n in symbolic.placeholders("input")}
+    inputs = {n.name: n.meta["value"] for n in symbolic.placeholders("input")}
+    shapes = [v.shape for v in inputs.values() if isinstance(v, Value) and v.shape]
+    batch = {shape[0] for shape in shapes if not isinstance(shape[0], int)}
+    starts: dict[tuple[Node, int], set[int]] = {}
     for node in graph.placeholders("input"):
-        original = symbols.get(node.name)
+        original = inputs.get(node.name)
         sizes = original.shape if isinstance(original, Value) else ()
-        found = {d for d, size in enumerate(sizes) if not isinstance(size, int)}
-        rank = values_of(node)[0].rank
-        dims[node, 0] = found or ({0} if rank else set())
+        found = {d for d, size in enumerate(sizes) if not isinstance(size, int) and size in batch}
+        starts[node, 0] = found or ({0} if values_of(node)[0].rank else set())
+    return follow(graph, rules, starts)
+
+
+def sequence_factors(
+    graph: Graph, rules: Mapping[str, ShardingRule], symbolic: Graph
+) -> dict[Node, frozenset[str]]:
+    """Per op, the factors of its rule that are positions of the user's sequences.
+
+    They enter through dim 1 of the inputs: of token ids `[batch, sequence]` and of embeddings
+    `[batch, sequence, features]`; of other inputs where they have the same size.
+    """
+    starts: dict[tuple[Node, int], set[int]] = {}
+    inputs = graph.placeholders("input")
+    lengths = {
+        value_of(n).int_shape()[1]
+        for n in inputs
+        if value_of(n).rank == (3 if value_of(n).dtype.is_floating_point else 2)
+    }
+    for node in inputs:
+        shape = value_of(node).int_shape()
+        if 2 <= len(shape) <= 3 and shape[1] in lengths:
+            starts[node, 0] = {1}
+    return follow(graph, rules, starts)
+
+
+def expert_factors(
+    graph: Graph, rules: Mapping[str, ShardingRule], symbolic: Graph
+) -> dict[Node, frozenset[str]]:
+    """Per op, the factors of its rule that count experts: dim 0 of parameters of three dims."""
+    starts: dict[tuple[Node, int], set[int]] = {}
+    for node in graph.placeholders("param"):
+        if value_of(node).rank == 3 and value_of(node).requires_grad:
+            starts[node, 0] = {0}
+    found = follow(graph, rules, starts)
+    # What carries experts forward is split where it is made, too: one step back from each reader.
+    for node in reversed(list(graph.calls())):
+        rule = rules.get(node.name)
+        for i, source in enumerate(tensor_inputs(node)):
+            producer, port = producer_of(source)
+            if rule is None or producer not in found or not found.get(node):
+                continue
+            dims = {d for d, dim in enumerate(rule.inputs[i]) if dim and dim[0] in found[node]}
+            made = rules[producer.name].outputs[port]
+            found[producer] |= {made[d][0] for d in dims if made[d]}
+    return found
+
+
+def follow(
+    graph: Graph,
+    rules: Mapping[str, ShardingRule],
+    starts: Mapping[tuple[Node, int], set[int]],
+) -> dict[Node, frozenset[str]]:
+    """Per op, the factors that the dims in `starts` ((placeholder, 0) -> dims) become.
+
+    A dim is followed through the major factor of every dim that it is in.
+    """
+    dims = {key: set(found) for key, found in starts.items()}
     factors: dict[Node, frozenset[str]] = {}
     for node in graph.calls():
         if is_getitem(node):

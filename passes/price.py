@@ -6,7 +6,7 @@ shards, all memory is bytes on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,9 @@ from .route_costs import route_messages
 
 Node = torch.fx.Node
 
+
+# Ops that reduce statistics over the axes that split them.
+REDUCES_INSIDE = ("cross_entropy", "cross_entropy_loss", "batch_norm")
 
 _SHRINKING = (SCATTER_SUM, SLICE_INV, SLICE_VARY)
 
@@ -104,17 +107,28 @@ class Pricer:
     ) -> float:
         """Local compute of an op, and what it communicates by itself."""
         compute = self.compute_time_s(node, placed)
-        own = sum(
-            self._own_communication_s(node, axis, placed)
-            for axis, choice in chosen.items()
-            if choice.factor in rule.comm
-        )
-        own += sum(
-            float(collective_time(self.cluster, m.kind, m.nbytes, self._span[axis]))
-            for axis, choice in chosen.items()
-            for m in route_messages(node, rule, placed, choice.factor, axis, self.mesh)
-        )
-        return compute + own
+        return compute + sum(self.own_times_s(node, rule, placed, chosen))
+
+    def own_times_s(
+        self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
+    ) -> tuple[float, float]:
+        """What an op communicates by itself: (forward, backward)."""
+        forward = backward = 0.0
+        for axis, choice in chosen.items():
+            span = self._span[axis]
+            if choice.factor in rule.comm:
+                first, second = (
+                    float(collective_time(self.cluster, "all_reduce", n, span))
+                    for n in self.own_messages(node, axis, placed)
+                )
+                forward, backward = forward + first, backward + second
+            for m in route_messages(node, rule, placed, choice.factor, axis, self.mesh):
+                seconds = float(collective_time(self.cluster, m.kind, m.nbytes, span))
+                if m.backward:
+                    backward += seconds
+                else:
+                    forward += seconds
+        return forward, backward
 
     def compute_time_s(self, node: Node, placed: Placed) -> float:
         """Local compute of an op, forward and backward."""
@@ -142,29 +156,14 @@ class Pricer:
         return forward, backward
 
     def own_messages(self, node: Node, axis: str, placed: Placed) -> tuple[float, float]:
-        """Bytes of the all-reduces that an op makes by itself: (forward, backward or forward).
-
-        Cross-entropy's statistics over the vocabulary, batch norm's sums over the batch.
-        """
-        name = op_name(node.target)
-        if name == "batch_norm":
-            channels = self._local(values_of(node)[0], placed.outputs[0])[1]
-            return float(3 * channels * 4), float(2 * channels * 4)
-        if name == "cumsum":  # the totals along the split dim
+        """Bytes of the all-reduces that an op makes by itself: (forward, backward)."""
+        if op_name(node.target) == "cumsum":  # the totals along the split dim
             value, dim = values_of(node)[0], placed.outputs[0].dim_of(axis)
             shape = self._local(value, placed.outputs[0])
             totals = self.local_bytes(value, placed.outputs[0]) / max(1, shape[dim or 0])
             return totals, totals * value.requires_grad
-        logits = value_of(tensor_inputs(node)[0])
-        shape = self._local(logits, placed.inputs[0])
-        tokens = 1
-        for dim, size in enumerate(shape):
-            tokens *= 1 if dim == (1 if len(shape) > 1 else 0) else size
-        return float(tokens * 4), float(2 * tokens * 4)
-
-    def _own_communication_s(self, node: Node, axis: str, placed: Placed) -> float:
-        sizes, span = self.own_messages(node, axis, placed), self._span[axis]
-        return sum(float(collective_time(self.cluster, "all_reduce", n, span)) for n in sizes)
+        first, second = message_bytes(node, placed, self._local)
+        return float(first), float(second)
 
     def saved_output_bytes(self, node: Node, placed: Placed) -> float:
         """What autograd keeps of an op's outputs (inputs are counted on the edges)."""
@@ -228,11 +227,7 @@ class Pricer:
         self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
     ) -> float:
         """The forward's share of `op_time_s`."""
-        own = 0.0
-        for axis, choice in chosen.items():
-            if choice.factor in rule.comm:
-                nbytes, span = self.own_messages(node, axis, placed)[0], self._span[axis]
-                own += float(collective_time(self.cluster, "all_reduce", nbytes, span))
+        own = self.own_times_s(node, rule, placed, chosen)[0]
         return self.compute_times_s(node, placed)[0] + own
 
     def _find_edge_time_s(
@@ -382,3 +377,20 @@ class Pricer:
             priced.append(_Priced(step.op, step.axis, parts))
             before = step.after
         return tuple(priced)
+
+
+def message_bytes(
+    node: Node, placed: Placed, local: Callable[[Value, Sharding], tuple[Any, ...]]
+) -> tuple[Any, Any]:
+    """Bytes of the all-reduces inside an op: cross-entropy's statistics, batch norm's sums.
+
+    `local` gives the local shape of a value under a sharding, in numbers or arrays.
+    """
+    if op_name(node.target) == "batch_norm":
+        channels = local(values_of(node)[0], placed.outputs[0])[1]
+        return 3 * channels * 4, 2 * channels * 4
+    shape = local(value_of(tensor_inputs(node)[0]), placed.inputs[0])
+    tokens: Any = 1
+    for dim, size in enumerate(shape):
+        tokens = tokens * (1 if dim == (1 if len(shape) > 1 else 0) else size)
+    return tokens * 4, 2 * tokens * 4

@@ -43,6 +43,7 @@ from .columns import (
     is_getitem,
     producer_of,
     reading_patterns,
+    times_read,
 )
 from .options import Option
 from .price import Pricer
@@ -106,13 +107,16 @@ def solve(
     if slack < 0:
         return None
 
-    def admits(edge: Edge, source: Sharding, want: Sharding, regather: bool, times: float) -> bool:
+    patterns = reading_patterns(graph, blocks)
+    times = times_read(patterns)
+
+    def admits(edge: Edge, source: Sharding, want: Sharding, regather: bool) -> bool:
         seconds = pricer.edge_time_s(edge.producer, edge.port, source, want, regather)
         hides = accounts.overlap > 0 and edge.producer.op == "placeholder"
-        return seconds < float("inf") and (hides or seconds <= slack / times)
+        return seconds < float("inf") and (hides or seconds <= slack / times[edge])
 
     columns = build_columns(
-        reading_patterns(graph, blocks),
+        patterns,
         options,
         count,
         admits,

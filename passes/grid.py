@@ -1,0 +1,437 @@
+"""Prices of one programme on many meshes at once: every price is an array with one entry per mesh.
+
+The same formulas as `price.Pricer` (which prices one mesh exactly), on arrays. Local sizes are
+fractions of the whole where a micro-batch divides what the options were made for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import sympy
+import torch.fx
+from numpy.typing import NDArray
+
+from autopar.cost.cluster import Cluster, group_span
+from autopar.cost.comm import collective_time, reshard_time
+from autopar.cost.compute import (
+    accumulate_time,
+    backward_time,
+    forward_time,
+    local_op,
+    optimizer_time,
+)
+from autopar.cost.families import op_name
+from autopar.cost.memory import saved, state_bytes
+from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
+from autopar.ir.lowered import GATHER_VARY, PVARY, Collective
+from autopar.ir.mesh import Mesh
+from autopar.ir.reshard import reshard_steps
+from autopar.ir.rule import Placed, ShardingRule
+from autopar.ir.sharding import Sharding, Split
+
+from .bucket_collectives import BUCKET_BYTES
+from .columns import Flow
+from .options import Option
+from .price import REDUCES_INSIDE, Pricer, message_bytes
+
+Node = torch.fx.Node
+Array = NDArray[np.float64]
+Span = tuple[int, ...]
+Way = tuple[tuple[Collective, str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Meshes that share their axis names, and the sizes of the captured symbols on all of them."""
+
+    cluster: Cluster
+    meshes: tuple[Mesh, ...]
+    symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.meshes)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, Array]:
+        """Axis -> size on every mesh."""
+        return {
+            name: np.array([mesh[name].size for mesh in self.meshes], dtype=np.float64)
+            for name in self.meshes[0].names
+        }
+
+    @cached_property
+    def spans(self) -> Mapping[str, list[tuple[Span, NDArray[np.int64]]]]:
+        """Axis -> (span of its groups, the meshes that have it)."""
+        found: dict[str, list[tuple[Span, NDArray[np.int64]]]] = {}
+        for name in self.meshes[0].names:
+            where: dict[Span, list[int]] = defaultdict(list)
+            for i, mesh in enumerate(self.meshes):
+                where[group_span(self.cluster, mesh, (name,))].append(i)
+            found[name] = [(span, np.array(at)) for span, at in where.items()]
+        return found
+
+    def product(self, axes: Sequence[str]) -> Array:
+        made = np.ones(len(self))
+        for axis in axes:
+            made = made * self.sizes[axis]
+        return made
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shardings of one tensor: per dim the distinct splits, and which one each sharding has."""
+
+    count: int
+    dims: tuple[tuple[tuple[Split, ...], NDArray[np.int64]], ...]
+
+
+Layouts = tuple[list[Layout], list[Layout]]  # of inputs, of outputs
+
+
+def layout_of(shardings: Sequence[Sharding]) -> Layout:
+    """The shardings of one tensor, dim by dim."""
+    dims = []
+    for d in range(shardings[0].rank):
+        at: dict[Split, int] = {}
+        which = [at.setdefault(s.splits[d], len(at)) for s in shardings]
+        dims.append((tuple(at), np.array(which, dtype=np.int64)))
+    return Layout(len(shardings), tuple(dims))
+
+
+@dataclass(frozen=True)
+class OptionPrices:
+    """Prices of the options of one node, [options, meshes]: seconds, bytes, and what is legal."""
+
+    forward_s: Array
+    backward_s: Array
+    kept_bytes: Array
+    made_bytes: Array
+    legal: NDArray[np.bool_]
+
+
+class Reshard(NamedTuple):
+    """A value of `nbytes` on its way; `late`: a parameter, `grad`: its gradient returns."""
+
+    source: Sharding
+    want: Sharding
+    nbytes: float
+    grad: bool
+    late: bool
+
+
+@dataclass(frozen=True)
+class ReshardPrices:
+    """Seconds of reshards, [reshards, meshes]: each way, and of what a regather repeats.
+
+    `row[reshard]` is its place in the arrays.
+    """
+
+    row: Mapping[Reshard, int]
+    forward_s: Array
+    backward_s: Array
+    gather_s: Array
+
+
+class GridPricer:
+    """Prices on a grid; `sizes_of` gives the whole shape of every value of the reference graph.
+
+    `symbolic[node]` has the captured shapes, in symbols; the options were made at `reference`.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        symbolic: Mapping[str, Any],
+        reference: Mapping[sympy.Symbol, int],
+        optimizer: str,
+        ways: dict[tuple[Sharding, Sharding], Way | None],
+        layouts: dict[Node, Layouts],
+    ) -> None:
+        self.grid, self.optimizer = grid, optimizer
+        self.device = grid.cluster.device
+        self._symbolic = symbolic
+        self._reference = reference
+        self._fractions: dict[tuple[int, Split], tuple[Array, Array]] = {}
+        self._sizes: dict[object, int] = {}
+        self._ways = ways
+        self._known_layouts = layouts
+        self._wholes: dict[tuple[Node, int], tuple[float, bool, bool]] = {}
+        self._products: dict[tuple[str, ...], Array] = {}
+
+    # -- sizes --------------------------------------------------------------------------------
+
+    def shape(self, node: Node, port: int = 0) -> tuple[int, ...]:
+        """The whole shape of a value for the grid's symbols."""
+        value = self._symbolic.get(node.name)
+        if isinstance(value, tuple):
+            value = [v for v in value if isinstance(v, Value)][port]
+        if not isinstance(value, Value):
+            return values_of(node)[port].int_shape()
+        return tuple(self._number(size) for size in value.shape)
+
+    def _number(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        if size not in self._sizes:
+            self._sizes[size] = int(size.subs(self.grid.symbols))
+        return self._sizes[size]
+
+    def _share(self, size: int, split: Split) -> tuple[Array, Array]:
+        """Of a dim of `size` at the reference: (largest shard's fraction, units per device)."""
+        key = (size, split)
+        if key not in self._fractions:
+            units = float(max(size // (split.outer * split.block), 1))
+            left = np.full(len(self.grid), units)
+            for axis in split.axes:
+                left = np.ceil(left / self.grid.sizes[axis])
+            self._fractions[key] = (left / units, units / self.grid.product(split.axes))
+        return self._fractions[key]
+
+    def local(self, node: Node, port: int, shardings: Layout) -> tuple[list[Any], Any]:
+        """Local dims, each [shardings, meshes], and whether every device gets a unit of each."""
+        whole, reference = self.shape(node, port), values_of(node)[port].int_shape()
+        legal = np.ones((shardings.count, len(self.grid)), dtype=np.bool_)
+        dims: list[Any] = []
+        for size, was, (splits, which) in zip(whole, reference, shardings.dims, strict=True):
+            if not any(splits):
+                dims.append(np.full((shardings.count, 1), float(size)))
+                continue
+            shares = [self._share(was, split) for split in splits]
+            scale = size / max(was, 1)
+            dims.append(np.stack([size * part for part, _ in shares])[which])
+            has = np.stack([units * scale >= 1 for _, units in shares])
+            has[[not split for split in splits]] = True
+            legal &= has[which]
+        return dims, legal
+
+    def bytes_of(self, node: Node, port: int, shardings: Layout) -> Array:
+        dims, _ = self.local(node, port, shardings)
+        made = np.full(
+            (shardings.count, len(self.grid)), 1.0 * values_of(node)[port].dtype.itemsize
+        )
+        for dim in dims:
+            made = made * dim
+        return made
+
+    def _layouts(self, node: Node, options: Sequence[Option]) -> Layouts:
+        """How the options lay out every input and every output."""
+        if node not in self._known_layouts:
+            self._known_layouts[node] = (
+                [layout_of(column) for column in zip(*(o.wants for o in options), strict=True)],
+                [layout_of(column) for column in zip(*(o.gives for o in options), strict=True)],
+            )
+        return self._known_layouts[node]
+
+    # -- options ------------------------------------------------------------------------------
+
+    def call(self, node: Node, rule: ShardingRule, options: Sequence[Option]) -> OptionPrices:
+        """Prices of an op's options: what `Pricer.op_time_s` and `saved_output_bytes` say."""
+        full = (len(options), len(self.grid))
+        legal = np.ones(full, dtype=np.bool_)
+        inputs, outputs = [], []
+        wants, gives = self._layouts(node, options)
+        for source, layout in zip(tensor_inputs(node), wants, strict=True):
+            dims, ok = self.local(source, 0, layout)
+            inputs.append(tuple(dims))
+            legal &= ok
+        made: Any = 0.0
+        for port, layout in enumerate(gives):
+            dims, ok = self.local(node, port, layout)
+            outputs.append(tuple(dims))
+            legal &= ok
+            made = made + math.prod(dims, start=1.0) * values_of(node)[port].dtype.itemsize
+        made = _full(made, full)
+        op = local_op(node, inputs, outputs)
+        needs = any(v.requires_grad for v in values_of(node))
+        forward = _full(forward_time(self.device, op), full)
+        backward = _full(backward_time(self.device, op) if needs else 0.0, full)
+        readers = sum(1 for user in node.users if user.op == "call_function")
+        value = node.meta["value"]
+        if readers > 1 and isinstance(value, Value) and value.requires_grad:
+            backward = backward + (readers - 1) * accumulate_time(self.device, made)
+        kept: Any = 0.0
+        if needs:
+            keeps = saved(op)
+            kept = keeps.own_bytes + sum(op.outputs[i].bytes for i in keeps.outputs)
+        for i, option in enumerate(options if rule.comm or rule.routes else ()):
+            first, second = self._own_times(node, rule, option)
+            forward[i] += first
+            backward[i] += second
+        return OptionPrices(forward, backward, _full(kept, full), made, legal)
+
+    def _own_times(self, node: Node, rule: ShardingRule, option: Option) -> tuple[Any, Any]:
+        """What `Pricer.own_times_s` says."""
+        forward: Any = 0.0
+        backward: Any = 0.0
+        placed = Placed(option.wants, option.gives)
+        own = [(axis, c) for axis, c in option.choices if rule.communicates_over(c.factor)]
+        if not own:
+            return forward, backward
+        if op_name(node.target) in REDUCES_INSIDE:
+            for axis, _ in own:
+                sizes = message_bytes(node, placed, self._local_of(node))
+                forward = forward + self._all_reduce(axis, sizes[0])
+                backward = backward + self._all_reduce(axis, sizes[1])
+            return forward, backward
+        # Rare: mesh by mesh, in proportion where a micro-batch is smaller than the reference.
+        share = math.prod(self.shape(node)) / max(math.prod(values_of(node)[0].int_shape()), 1)
+        pairs = [p.own_times_s(node, rule, placed, dict(own)) for p in self._exact]
+        both = np.array(pairs).T * float(share)
+        return both[0], both[1]
+
+    @cached_property
+    def _exact(self) -> list[Pricer]:
+        grid = self.grid
+        return [Pricer(grid.cluster, mesh, self.optimizer) for mesh in grid.meshes]
+
+    def _local_of(self, node: Node) -> Any:
+        def local(value: Value, sharding: Sharding) -> tuple[Any, ...]:
+            owner = next((n for n in tensor_inputs(node) if value in values_of(n)[:1]), node)
+            dims, _ = self.local(owner, 0, layout_of([sharding]))
+            return tuple(dim[0] for dim in dims)
+
+        return local
+
+    def _all_reduce(self, axis: str, nbytes: Any) -> Array:
+        sizes = np.broadcast_to(np.asarray(nbytes, dtype=np.float64), (len(self.grid),))
+        made = np.zeros(len(self.grid))
+        for span, at in self.grid.spans[axis]:
+            made[at] = collective_time(self.grid.cluster, "all_reduce", sizes[at], span)
+        return made
+
+    def stored(self, node: Node, options: Sequence[Option]) -> OptionPrices:
+        """Prices of ways to store a parameter: the optimizer's time, the state's bytes."""
+        value, shardings = value_of(node), self._layouts(node, options)[1][0]
+        nbytes = self.bytes_of(node, 0, shardings)
+        _, legal = self.local(node, 0, shardings)
+        zero = np.zeros_like(nbytes)
+        if node.meta.get("role") != "param":
+            return OptionPrices(zero, zero, zero, nbytes, legal)
+        if not value.requires_grad:
+            return OptionPrices(zero, zero, nbytes, nbytes, legal)
+        elements = nbytes / value.dtype.itemsize
+        seconds = optimizer_time(self.device, elements, value.dtype, self.optimizer)
+        extra = np.array([[1e-9 if o.regather else 0.0] for o in options])
+        held = state_bytes(elements, value.dtype, self.optimizer).total
+        return OptionPrices(zero, _full(seconds, zero.shape) + extra, held, nbytes, legal)
+
+    # -- reshards -----------------------------------------------------------------------------
+
+    def reshards(self, reshards: Iterable[Reshard]) -> ReshardPrices:
+        """Prices of reshards: each distinct collective once, then summed along every way."""
+        atoms: dict[tuple[Any, ...], int] = {}
+        uses: dict[Reshard, list[int]] = {}
+        for reshard in reshards:
+            uses[reshard] = [atoms.setdefault(s, len(atoms)) for s in self._steps(reshard)]
+        forward, backward = (np.zeros((len(atoms), len(self.grid))) for _ in range(2))
+        groups: dict[tuple[Collective, str, bool], list[tuple[Any, int]]] = defaultdict(list)
+        for (op, axis, late, axes, whole), at in atoms.items():
+            groups[op, axis, late].append(((axes, whole), at))
+        for (op, axis, late), members in groups.items():
+            rows = np.array([at for _, at in members])
+            nbytes = np.stack([whole / self._product(axes) for (axes, whole), _ in members])
+            for span, some in self.grid.spans[axis]:
+                there = np.ix_(rows, some)
+                forward[there], backward[there] = self._collective(op, nbytes[:, some], span, late)
+        gathers = np.array([step[0] is GATHER_VARY for step in atoms], dtype=np.float64)
+        lengths = np.array([len(used) for used in uses.values()], dtype=np.int64)
+        flat = np.array([at for used in uses.values() for at in used], dtype=np.int64)
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        grad = np.array([float(r.grad) for r in uses])[:, None]
+
+        def along(prices: Array) -> Array:
+            made = np.zeros((len(lengths), len(self.grid)))
+            np.add.at(made, owner, prices[flat])
+            return made
+
+        return ReshardPrices(
+            {reshard: i for i, reshard in enumerate(uses)},
+            along(forward),
+            along(backward) * grad,
+            along(forward * gathers[:, None]) * grad,
+        )
+
+    def _product(self, axes: tuple[str, ...]) -> Array:
+        if axes not in self._products:
+            self._products[axes] = self.grid.product(axes)
+        return self._products[axes]
+
+    def _collective(
+        self, op: Collective, nbytes: Array, span: Span, late: bool
+    ) -> tuple[Array, Array]:
+        cluster = self.grid.cluster
+        pair = reshard_time(cluster, op, nbytes, span)
+        forward, backward = (np.broadcast_to(p, nbytes.shape) for p in pair)
+        if not late or op not in (PVARY, GATHER_VARY):
+            return forward, backward
+        full = reshard_time(cluster, op, float(BUCKET_BYTES), span)
+        share, small = nbytes / BUCKET_BYTES, nbytes < BUCKET_BYTES
+        return (
+            np.where(small, float(full[0]) * share, forward),
+            np.where(small, float(full[1]) * share, backward),
+        )
+
+    def _steps(self, reshard: Reshard) -> list[tuple[Any, ...]]:
+        """(collective, axis, whether bucketed, other axes that split it, whole bytes) per step."""
+        way = self.way(reshard.source, reshard.want) or ()
+        nbytes, late = reshard.nbytes, reshard.late
+        return [(op, axis, late, axes, nbytes) for op, axis, axes in way]
+
+    def way(self, source: Sharding, want: Sharding) -> Way | None:
+        """(collective, axis, other axes that split the value) per step; None: no way at all."""
+        if source == want:
+            return ()
+        key = (source, want)
+        if key not in self._ways:
+            self._ways[key] = _way(source, want, self.grid.meshes[0])
+        return self._ways[key]
+
+    def whole_bytes(self, node: Node, port: int) -> float:
+        """Bytes of a whole value."""
+        made = float(values_of(node)[port].dtype.itemsize)
+        for size in self.shape(node, port):
+            made *= size
+        return made
+
+    def reshard(self, node: Node, port: int, source: Sharding, want: Sharding) -> Reshard:
+        """The reshard of one value, as a key that equal values share."""
+        key = (node, port)
+        if key not in self._wholes:
+            value = values_of(node)[port]
+            late = node.op == "placeholder" and node.meta.get("role") == "param"
+            self._wholes[key] = (self.whole_bytes(node, port), value.requires_grad, late)
+        return Reshard(source, want, *self._wholes[key])
+
+    def saved(self, flow: Flow) -> Array:
+        """What `Pricer.saved_input_bytes` says of a flow, on every mesh."""
+        if flow.producer.op == "placeholder":
+            param = flow.producer.meta.get("role") == "param" and not flow.regather
+            if not param or flow.want.without_varying() == flow.source:
+                return np.zeros(len(self.grid))
+        axes = tuple(sorted(a for s in flow.want.splits for a in s.axes))
+        return self.whole_bytes(flow.producer, flow.port) / self._product(axes)
+
+
+def _way(source: Sharding, want: Sharding, mesh: Mesh) -> Way | None:
+    try:
+        steps = reshard_steps(source, want, mesh)
+    except ValueError:
+        return None
+    way, before = [], source
+    for step in steps:
+        split = before if step.op.before == "S" else step.after
+        axes = sorted(a for s in split.splits for a in s.axes if a != step.axis)
+        way.append((step.op, step.axis, tuple(axes)))
+        before = step.after
+    return tuple(way)
+
+
+def _full(value: Any, shape: tuple[int, int]) -> Array:
+    return np.array(np.broadcast_to(np.asarray(value, dtype=np.float64), shape))

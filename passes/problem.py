@@ -1,0 +1,105 @@
+"""What every candidate plan of a search shares: the graph at its sizes, its rules, its blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+import torch.fx
+
+from autopar.cost.cluster import Cluster
+from autopar.ir.graph import Graph, tensor_inputs, values_of
+from autopar.ir.mesh import Mesh
+from autopar.ir.rule import ShardingRule
+from autopar.ir.sharding import Sharding
+
+from .blocks import Blocks, find_blocks
+from .columns import edges_of, is_getitem
+from .families import Factors, Family, batch_factors, expert_factors, sequence_factors
+from .options import Option, call_options, param_options
+from .price import Pricer
+from .rules_of import rules_of
+from .specialise import specialise
+
+Node = torch.fx.Node
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A captured graph at the sizes of one (micro-)batch.
+
+    `batch`, `sequence` and `expert` are the factors of every op's rule that are those dims;
+    `symbolic` is the graph before its `symbols` were replaced.
+    """
+
+    graph: Graph
+    rules: Mapping[str, ShardingRule]
+    blocks: Blocks
+    batch: Factors
+    cluster: Cluster
+    optimizer: str
+    sequence: Factors = field(default_factory=dict)
+    expert: Factors = field(default_factory=dict)
+    symbolic: Graph | None = None
+    symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+
+    def family(self, name: str, roles: Mapping[str, str]) -> Family:
+        return Family(name, roles, self.batch, self.sequence, self.expert)
+
+
+def problem_of(
+    graph: Graph, symbols: Mapping[sympy.Symbol, int], cluster: Cluster, optimizer: str
+) -> Problem:
+    """The problem of a prepared graph for one size of every symbol."""
+    concrete = specialise(graph, symbols)
+    rules = rules_of(concrete)
+    return Problem(
+        concrete,
+        rules,
+        find_blocks(concrete),
+        batch_factors(concrete, rules, graph),
+        cluster,
+        optimizer,
+        sequence_factors(concrete, rules, graph),
+        expert_factors(concrete, rules, graph),
+        graph,
+        symbols,
+    )
+
+
+def options_of(
+    problem: Problem, mesh: Mesh, pricer: Pricer, family: Family
+) -> dict[Node, list[Option]]:
+    """Options of every representative node on a mesh, priced."""
+    options: dict[Node, list[Option]] = {}
+    wanted: dict[Node, dict[Sharding, None]] = defaultdict(dict)
+    stands_for = problem.blocks.representative
+    for node in problem.graph.fx.nodes:
+        if stands_for[node] is not node:
+            continue
+        if node.op == "output":
+            wants = tuple(
+                Sharding.replicated(v.rank) for s in tensor_inputs(node) for v in values_of(s)[:1]
+            )
+            options[node] = [Option((), wants, (), 0.0, 0.0)]
+        elif node.op == "call_function" and not is_getitem(node):
+            rule = problem.rules[node.name]
+            found = call_options(node, rule, mesh, pricer, family.allows)
+            options[node] = family.keeps(node, found)
+    for edge in edges_of(problem.graph):
+        if edge.producer.meta.get("role") == "param":
+            consumer = stands_for[edge.consumer]
+            for option in options[consumer]:
+                wanted[stands_for[edge.producer]].setdefault(option.wants[edge.slot])
+    for node in problem.graph.placeholders():
+        if stands_for[node] is not node or not values_of(node):
+            continue
+        if node.meta["role"] == "param":
+            found = param_options(node, wanted[node], mesh, pricer)
+            options[node] = family.keeps_stored(node, mesh, found)
+        else:
+            whole = Sharding.replicated(values_of(node)[0].rank)
+            options[node] = [Option((), (), (whole,), 0.0, 0.0)]
+    return options

@@ -1,0 +1,270 @@
+"""The outer search: meshes of up to three axes, micro-batches and recomputation, best first.
+
+Every candidate gets a lower bound before anything is solved: what its cheapest options take, then
+the Lagrangian bound of a neighbour's relaxation (`relax`). Relaxations are solved in the order of
+the bounds until the least bound is above the best step found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import sympy
+
+from autopar.cost.cluster import Cluster, make_mesh
+from autopar.ir.mesh import Mesh
+
+from .accounts import FULL, NONE, SELECTIVE
+from .families import THREE_AXES
+from .frame import Frame, Table, Variant, build_frame
+from .problem import Problem
+from .relax import Relaxation, Relaxed
+
+Progress = Callable[[str], None]
+Roles = tuple[tuple[str, str], ...]
+
+LARGEST_INNER = 64  # members of an axis that communicates activations, at most
+WORTH = 1e-3  # a candidate that is closer than this to the best is not looked for
+NEAR = 1.05  # candidates this close to the best are solved until there are enough of them
+
+
+@dataclass
+class Frames:
+    """The frames of one captured graph, made when they are first needed and kept for re-plans."""
+
+    problem: Problem
+    made: dict[Roles, Frame] = field(default_factory=dict)
+
+    def get(self, roles: Roles) -> Frame:
+        if roles not in self.made:
+            self.made[roles] = build_frame(self.problem, dict(roles))
+        return self.made[roles]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan for: sizes, the cluster, bytes per device, and which variants may be tried."""
+
+    cluster: Cluster
+    symbols: Mapping[sympy.Symbol, int]
+    memory_limit: float
+    micro_batches: Sequence[int] = (1,)
+    modes: Sequence[str] = (NONE,)
+    axes: int = 3
+
+    def at(self, micro_batches: int) -> dict[sympy.Symbol, int]:
+        """The sizes of one micro-batch."""
+        return {
+            symbol: size // micro_batches if str(symbol) == "b" else size
+            for symbol, size in self.symbols.items()
+        }
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate with its bound; `relaxed` where its relaxation was solved."""
+
+    frame: Frame
+    mesh: Mesh
+    variant: Variant
+    bound_s: float
+    relaxation: Relaxation | None = None
+    at: int = 0
+    relaxed: Relaxed | None = None
+    least_bytes: float = 0.0
+
+
+@dataclass
+class _Field:
+    """The meshes of one set of roles under one variant, with their bounds."""
+
+    roles: Roles
+    variant: Variant
+    table: Table
+    bound_s: np.ndarray[tuple[int], np.dtype[np.float64]]
+    open: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    least_bytes: np.ndarray[tuple[int], np.dtype[np.float64]]
+    relaxation: Relaxation | None = None
+    built_for_s: float = math.inf
+
+
+def propose(
+    frames: Frames, request: Request, keep: int = 4, progress: Progress = lambda _: None
+) -> list[Proposal]:
+    """Candidates by rising bound: `keep` solved ones at least where there are, the rest as bounds.
+
+    Empty of solved ones where nothing fits in memory; the leanest candidate is in the list then.
+    """
+    search = _Outer(frames, request, keep, progress)
+    return search.run()
+
+
+class _Outer:
+    def __init__(self, frames: Frames, request: Request, keep: int, progress: Progress) -> None:
+        self.frames, self.request, self.keep, self.progress = frames, request, keep, progress
+        self.solved: list[Proposal] = []
+        self.fields: list[_Field] = []
+
+    @property
+    def best_s(self) -> float:
+        return min((p.relaxed.time_s for p in self.solved if p.relaxed), default=math.inf)
+
+    def run(self) -> list[Proposal]:
+        one, *others = role_sets(self.frames.problem, self.request)
+        variants = self._variants()
+        for variant in variants:  # one axis costs little and bounds the rest
+            if not self._is_short(variant):
+                continue
+            self._cover(one, variant)
+            self._explore()
+        # Two axes without restriction are the largest programmes: last, with the best bound.
+        for roles in (*others[1:], *others[:1]):
+            for variant in variants:
+                if self._is_short(variant):
+                    self._cover(roles, variant)
+                    self._explore()
+        rest = [
+            Proposal(
+                self.frames.get(f.roles), f.table.meshes[i], f.variant, float(f.bound_s[i]),
+                least_bytes=float(f.least_bytes[i]),
+            )
+            for f in self.fields
+            for i in np.flatnonzero(f.open)
+        ]  # fmt: skip
+        order = sorted(self.solved, key=lambda p: p.relaxed.time_s if p.relaxed else 0.0)
+        return order + sorted(rest, key=lambda p: p.bound_s)
+
+    def _variants(self) -> list[Variant]:
+        batch = next((n for s, n in self.request.symbols.items() if str(s) == "b"), 1)
+        return [
+            Variant(k, mode)
+            for mode in (NONE, SELECTIVE, FULL)
+            if mode in self.request.modes
+            for k in self.request.micro_batches
+            if batch % k == 0
+        ]
+
+    def _is_short(self, variant: Variant) -> bool:
+        """Whether memory binds without what the variant gives up: else it can gain nothing."""
+        if variant == Variant():
+            return True
+        less = [p for p in self.solved if p.relaxed and self._gives_up_less(p.variant, variant)]
+        best = min(less, key=lambda p: p.bound_s, default=None)
+        return best is None or best.relaxed is None or best.relaxed.weights.memory > 0
+
+    def _gives_up_less(self, one: Variant, other: Variant) -> bool:
+        order = (NONE, SELECTIVE, FULL)
+        return (
+            one != other
+            and one.micro_batches <= other.micro_batches
+            and order.index(one.mode) <= order.index(other.mode)
+        )
+
+    def _cover(self, roles: Roles, variant: Variant) -> bool:
+        """Open the meshes of some roles under a variant; whether any is worth looking at."""
+        meshes = tuple(meshes_of(roles, self.request.cluster))
+        if not meshes:
+            return False
+        frame = self.frames.get(roles)
+        sizes = self.request.at(variant.micro_batches)
+        table = frame.table(meshes, self.request.cluster, sizes, variant)
+        open_ = (table.least_s < self.best_s) & (table.least_bytes <= self.request.memory_limit)
+        self.fields.append(
+            _Field(roles, variant, table, table.least_s.copy(), open_, table.least_bytes.copy())
+        )
+        return bool(open_.any())
+
+    def _explore(self) -> None:
+        """Solve relaxations, the least bound first, until none is below the best."""
+        while True:
+            found = [
+                (float(f.bound_s[i]), f, int(i))
+                for f in self.fields
+                for i in np.flatnonzero(f.open)
+            ]
+            if not found:
+                return
+            bound, field_, at = min(found, key=lambda entry: entry[0])
+            solved = sorted(p.relaxed.time_s for p in self.solved if p.relaxed)
+            enough = 0.0 if len(solved) >= self.keep else math.inf
+            if bound >= self.best_s * (1 - WORTH) and (
+                bound >= self.best_s * NEAR or bound >= enough
+            ):
+                return
+            self._solve(field_, at)
+
+    def _solve(self, field_: _Field, at: int) -> None:
+        frame, variant = self.frames.get(field_.roles), field_.variant
+        within = self.best_s * (NEAR if len(self.solved) >= self.keep else 1.2)
+        if field_.relaxation is None or field_.built_for_s > 1.3 * within:
+            field_.built_for_s = within
+            built = frame.programme(field_.table, within)
+            if built is None:
+                field_.open[:] = False
+                return
+            field_.relaxation = Relaxation(*built)
+        field_.open[at] = False
+        relaxed = field_.relaxation.solve(at, self.request.memory_limit)
+        mesh = field_.table.meshes[at]
+        if relaxed is None:
+            least = field_.relaxation.least_memory(at)
+            field_.open &= least <= self.request.memory_limit
+            field_.least_bytes = np.maximum(field_.least_bytes, least)
+            return
+        self.progress(f"{mesh}{_label(variant)}: {relaxed.time_s * 1e3:.4g} ms")
+        bounds = field_.relaxation.bounds(relaxed.weights)
+        field_.bound_s[:] = np.maximum(field_.bound_s, bounds)
+        self.solved.append(
+            Proposal(frame, mesh, variant, relaxed.time_s, field_.relaxation, at, relaxed)
+        )
+
+
+def _label(variant: Variant) -> str:
+    parts = [] if variant.micro_batches == 1 else [f"{variant.micro_batches} micro-batches"]
+    if variant.mode != NONE:
+        parts.append(f"{variant.mode} recomputation")
+    return "".join(f", {part}" for part in parts)
+
+
+def role_sets(problem: Problem, request: Request) -> list[Roles]:
+    """The sets of axes to try: one, two without restriction, and three with a role each."""
+    found: list[Roles] = [(("dp", "any"),)]
+    if request.axes >= 2:
+        found.append((("dp", "any"), ("tp", "any")))
+        found.append((("dp", "batch"), ("tp", "feature")))
+    if request.axes >= 3:
+        for roles in THREE_AXES:
+            kinds = {role for _, role in roles}
+            if "expert" in kinds and not any(problem.expert.values()):
+                continue
+            if "sequence" in kinds and not any(problem.sequence.values()):
+                continue
+            found.append(roles)
+    return found
+
+
+def meshes_of(roles: Roles, cluster: Cluster) -> Iterator[Mesh]:
+    """Every way to lay the axes over the cluster, each of at least two devices."""
+    n = cluster.size
+    if len(roles) == 1 or n == 1:
+        if len(roles) == 1:
+            yield make_mesh(cluster, {roles[0][0]: n})
+        return
+    for sizes in _factorisations(n, len(roles)):
+        inner = sizes[1:] if len(roles) > 2 else ()
+        if all(size <= LARGEST_INNER for size in inner):
+            yield make_mesh(cluster, dict(zip((name for name, _ in roles), sizes, strict=True)))
+
+
+def _factorisations(n: int, axes: int) -> Iterator[tuple[int, ...]]:
+    if axes == 1:
+        if n > 1:
+            yield (n,)
+        return
+    for first in range(2, n // 2 + 1):
+        if n % first == 0:
+            for rest in _factorisations(n // first, axes - 1):
+                yield (first, *rest)

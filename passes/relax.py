@@ -1,0 +1,162 @@
+"""The linear relaxation of a programme on many meshes: solved on one, a bound for all.
+
+Any weights of the flow rows (`duals`), of memory and of what overlaps give a lower bound on every
+mesh: of the columns of a node, or of the reshards of an edge, exactly one is used (Lagrangian
+relaxation; Fisher, "The Lagrangian relaxation method for solving integer programming problems",
+1981). The relaxation's own weights make the bound on its mesh tight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.errors import PassError
+
+from .columns import Columns
+from .frame import ILLEGAL_S, Prices
+
+Array = NDArray[np.float64]
+
+TIME_LIMIT_S = 8.0  # per relaxation: those within reach of a good step take a tenth of a second
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Lagrange multipliers: of the rows (multiplied into the columns), of time, of memory."""
+
+    of_columns: Array
+    late: float
+    memory: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A solved relaxation: its value in seconds, the columns, bytes, and the weights it proves."""
+
+    time_s: float
+    values: Array
+    memory_bytes: float
+    weights: Weights
+
+
+class Relaxation:
+    """One programme in HiGHS, solved for mesh after mesh from where the last one ended."""
+
+    def __init__(self, columns: Columns, prices: Prices) -> None:
+        self.columns, self.prices = columns, prices
+        self._rows = len(columns.low)
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = columns.size + 1, self._rows
+        lp.col_cost_ = np.zeros(columns.size + 1)
+        lp.col_lower_ = np.zeros(columns.size + 1)
+        lp.col_upper_ = np.concatenate((np.ones(columns.size), [highspy.kHighsInf]))
+        lp.row_lower_, lp.row_upper_ = columns.low, columns.high
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = columns.starts.astype(np.int32)
+        lp.a_matrix_.index_ = columns.index.astype(np.int32)
+        lp.a_matrix_.value_ = columns.value
+        self._warm = False
+        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        for option, value in (("output_flag", False), ("threads", 1)):
+            self._solver.setOptionValue(option, value)
+        if self._solver.passModel(lp) == highspy.HighsStatus.kError:
+            raise PassError("relax", "programme_is_legal", "HiGHS does not take the programme")
+
+    def solve(self, at: int, memory_limit: float) -> Relaxed | None:
+        """The relaxation on mesh `at` within `memory_limit` bytes; None if nothing is feasible."""
+        prices = self.prices
+        cost, late = prices.cost[:, at], prices.late[:, at]
+        legal = cost < ILLEGAL_S
+        rows: list[tuple[float, float, Array]] = []
+        exposed = bool(late.any())
+        if exposed:
+            row = np.append(prices.hides[:, at] - late, 1.0)
+            rows.append((0.0, highspy.kHighsInf, row))
+        limited = memory_limit < float("inf")
+        if limited:
+            row = np.append(prices.memory[:, at] / 2**20, 0.0)
+            rows.append((-highspy.kHighsInf, memory_limit / 2**20, row))
+        found = self._run(np.append(np.where(legal, cost, 0.0), float(exposed)), legal, rows)
+        if found is None:
+            return None
+        values, of_columns, duals = found
+        late_weight = min(max(duals.pop(0), 0.0), 1.0) if exposed else 0.0
+        memory_weight = max(-duals.pop(0) / 2**20, 0.0) if limited else 0.0
+        weights = Weights(of_columns, late_weight, memory_weight, memory_limit if limited else 0.0)
+        time_s = float(cost @ values[:-1]) + (float(values[-1]) if exposed else 0.0)
+        return Relaxed(time_s, values[:-1], float(prices.memory[:, at] @ values[:-1]), weights)
+
+    def least_memory(self, at: int) -> Array:
+        """Bytes below which no assignment is, on every mesh; tight on mesh `at`."""
+        memory = self.prices.memory
+        legal = self.prices.cost[:, at] < ILLEGAL_S
+        self._warm = False  # another objective: the last basis would only mislead
+        found = self._run(np.append(np.where(legal, memory[:, at], 0.0), 0.0), legal, [])
+        self._warm = False
+        if found is None:
+            return np.full(memory.shape[1], np.inf)
+        return self._least(memory - found[1][:, None])
+
+    def _run(
+        self, cost: Array, legal: NDArray[np.bool_], rows: list[tuple[float, float, Array]]
+    ) -> tuple[Array, Array, list[float]] | None:
+        """(columns, weights of the rows times the columns, duals of the extra rows) of one cost."""
+        solver, n = self._solver, self.columns.size
+        scale = 1e3 / max(float(np.abs(cost[:-1]).max(initial=0.0)), 1e-30)
+        everything = np.arange(n + 1, dtype=np.int32)
+        solver.changeColsCost(n + 1, everything, cost * scale)
+        upper = np.append(legal.astype(np.float64), highspy.kHighsInf)
+        solver.changeColsBounds(n + 1, everything, np.zeros(n + 1), upper)
+        for low, high, row in rows:
+            at = np.flatnonzero(np.abs(row) > 1e-9).astype(np.int32)
+            solver.addRow(low, high, len(at), at, row[at])
+        if not self._warm:
+            solver.clearSolver()
+        solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)
+        solver.run()
+        found = None
+        self._warm = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
+        if self._warm:
+            solution = solver.getSolution()
+            duals = np.array(solution.row_dual) / scale
+            own = duals[: self._rows].copy()
+            own[self.columns.one_of] = 0.0  # what a node must choose is in the bound itself
+            of_columns: Array = np.bincount(
+                self.columns.index,
+                weights=self.columns.value * np.repeat(own, np.diff(self.columns.starts)),
+                minlength=n,
+            ).astype(np.float64)
+            found = np.array(solution.col_value), of_columns, list(duals[self._rows :])
+        if rows:
+            solver.deleteRows(
+                len(rows), np.arange(self._rows, self._rows + len(rows), dtype=np.int32)
+            )
+        return found
+
+    def bounds(self, weights: Weights) -> Array:
+        """Seconds below which no assignment is, on every mesh."""
+        left = self.prices.weighed(slice(None), weights.late, weights.memory)
+        left = left - weights.of_columns[:, None]
+        return self._least(left) - weights.memory * weights.limit
+
+    def _least(self, left: Array) -> Array:
+        """The least sum of one column per span, and of any of the rest, on every mesh."""
+        starts = np.array([begin for begin, _ in self.columns.spans])
+        end = self.columns.spans[-1][1]
+        least = np.minimum.reduceat(left[:end], starts, axis=0).sum(axis=0)
+        made: Array = least + np.minimum(left[end:], 0.0).sum(axis=0)
+        return made
+
+    def reduced(self, at: int, weights: Weights) -> Array:
+        """How much more than the bound an assignment takes at least if it uses a column."""
+        left = self.prices.weighed(slice(at, at + 1), weights.late, weights.memory)[:, 0]
+        left = left - weights.of_columns
+        made = np.zeros(self.columns.size)
+        for begin, end in self.columns.spans:
+            made[begin:end] = left[begin:end] - left[begin:end].min()
+        return made
