@@ -265,6 +265,7 @@ class _Builder:
                     sent_bytes=wire * (sizes[0] if both else sum(sizes)),
                     backward_sent_bytes=wire * sizes[1] if both else 0.0,
                     deps=(len(parts) - 1,),
+                    recomputable=op_family(op_name(node.target)) not in _KEPT_WHEN_SELECTIVE,
                 )
             )
         return len(parts) - 1
@@ -367,6 +368,7 @@ class _Builder:
             backward_sent_bytes=c.backward_sent_bytes,
             output_bytes=c.whole_bytes / shards,
             deps=deps,
+            recomputable=False,
             param=param,
             once=bool(param) and not regather,
             regather=regather and c.op is GATHER_VARY and c.backward_s > 0,

@@ -31,7 +31,7 @@ def recomputed_parts(
     if mode == FULL:
         return frozenset(i for i, part in enumerate(segment.parts) if not part.param)
     if most_s_per_byte is None:
-        return frozenset(i for i, p in enumerate(segment.parts) if p.is_compute and p.recomputable)
+        return frozenset(i for i, p in enumerate(segment.parts) if p.recomputable and not p.param)
     freed = freed_bytes(segment)
     return frozenset(
         i

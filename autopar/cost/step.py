@@ -35,7 +35,7 @@ class Part:
     outlives the segment), and `leaves` says that a later segment reads it. `weight_s` is the share
     of `backward_s` that makes gradients of parameters, which nothing but their reduction waits for;
     `gradient_bytes` what is stored of them. `recomputable` is false of what selective recomputation
-    keeps: matrix products, convolutions, fused attention.
+    keeps: matrix products, convolutions, fused attention, and collectives between ops.
     """
 
     name: str

@@ -92,10 +92,12 @@ def test_gathers_are_a_block_ahead() -> None:
 
 
 def psum(seconds: float, **more: Any) -> Part:
+    more = {"recomputable": False, **more}
     return Part("h:tp", "", "all_reduce", seconds, 0.0, axis="tp", level=0, **more)
 
 
 def pvary(seconds: float, **more: Any) -> Part:
+    more = {"recomputable": False, **more}
     return Part("x:tp", "", "", 0.0, seconds, "all_reduce", axis="tp", level=0, **more)
 
 
