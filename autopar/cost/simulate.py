@@ -37,11 +37,10 @@ def how_for(cluster: Cluster | None, how: How | None = None) -> How:
     device may say by how much communication slows compute down (`overlap_slowdown`).
     """
     made = how or How()
-    if cluster is None:
-        return made
-    if how is None:
-        made = replace(made, slowdown=float(getattr(cluster.device, "overlap_slowdown", 0.0)))
-    if cluster.single is not None:
+    if made.slowdown is None:
+        slowdown = cluster.device.overlap_slowdown if cluster is not None else 0.0
+        made = replace(made, slowdown=slowdown)
+    if cluster is not None and cluster.single is not None:
         made = replace(made, overlap=False)
     return made if made.overlap else replace(made, prefetch=0)
 

@@ -25,15 +25,17 @@ class How:
 
     `overlap`: whether collectives run beside compute at all. `prefetch`: blocks by which gathers of
     parameters are ahead. `slowdown`: how much longer compute takes while something is in flight
-    (0.1: a tenth). `reduce_every`: whether gradients are reduced in every micro-batch (None: those
-    of parameters that are gathered anew in each, ZeRO-3, are). `split_backward`: whether gradients
-    of inputs come before those of weights, so that their collectives overlap.
+    (0.1: a tenth; None: what the cluster's profile says). `reduce_every`: whether gradients are
+    reduced in every micro-batch (None: those of parameters that are gathered anew in each, ZeRO-3,
+    are). `split_backward`: whether gradients of inputs come before those of weights, so that their
+    collectives overlap. `most_s_per_byte`: see `recomputed_parts`. `record`: whether to keep spans
+    (a ranking does not need them).
     """
 
     overlap: bool = True
     prefetch: int = 1
     bucket_bytes: float = BUCKET_BYTES
-    slowdown: float = 0.0
+    slowdown: float | None = None
     reduce_every: bool | None = None
     split_backward: bool = True
     most_s_per_byte: float | None = None
@@ -149,10 +151,10 @@ class Machine:
         self.spans.append(span)
 
     def _slowed(self, seconds: float) -> None:
-        left = seconds
+        left, slowed = seconds, 1 / (1 + (self.how.slowdown or 0.0))
         while left > 0:
             self.links.advance(self.time)
-            rate = 1 / (1 + self.how.slowdown) if self.links.active() else 1.0
+            rate = slowed if self.links.active() else 1.0
             until = self.time + left / rate
             if rate == 1.0 or not self.links.step(until):
                 self.slowdown_s += (until - self.time) * (1 - rate)

@@ -164,7 +164,7 @@ def test_a_cpu_does_not_overlap() -> None:
     made = simulate(layer, parse_cluster("cpu:4"))
     assert made.step_s == pytest.approx(4 * (3.0 + 1.0) + 1.0)
     assert simulate(layer, parse_cluster("8xH100")).step_s == pytest.approx(4 * 3.0 + 1.0 + 1.0)
-    assert how_for(None) == How()
+    assert how_for(None) == How(slowdown=0.0)
 
 
 def test_communication_slows_compute_down() -> None:
@@ -172,6 +172,10 @@ def test_communication_slows_compute_down() -> None:
     layer = step(block(gradient(1.0), op("a", deps=(0,)), copies=2))
     made = simulate(layer, how=How(slowdown=0.1))
     assert made.slowdown_s == pytest.approx(1.0 - 1.0 / 1.1)
+    cluster = parse_cluster("8xH100")
+    slower = replace(cluster, device=replace(cluster.device, overlap_slowdown=0.1))
+    assert simulate(layer, slower, how=How(record=False)).step_s == pytest.approx(made.step_s)
+    assert simulate(layer, slower, how=How(slowdown=0.0)).slowdown_s == 0
     assert made.step_s == pytest.approx(2 * 3.0 + made.slowdown_s + 1.0)
 
 
