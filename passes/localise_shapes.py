@@ -37,7 +37,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rules.common import arguments
 from autopar.ir.sharding import Sharding
 
-from .route_rows import ROUTED, prefix_sum, routed_embedding
+from .route_rows import ROUTED, ROUTED_BY_NAME, prefix_sum, routed_embedding
 
 Node = torch.fx.Node
 Coordinates = Mapping[str, int]
@@ -100,7 +100,7 @@ def _call(node: Node, mesh: Mesh, here: Coordinates) -> tuple[Any, tuple[Any, ..
             for x, after in zip(xs, values_of(node), strict=True)
         ]
         return EXCHANGE, (op, specs, GroupRef((axis,)), *xs), {}
-    special = _SPECIAL.get(node.target)
+    special = _SPECIAL.get(node.target) or ROUTED_BY_NAME.get(str(node.target))
     if special is not None:
         made: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = special(node, mesh, here)
         if made is not None:

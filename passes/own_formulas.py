@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
+
 from autopar.cost.compute import LocalOp, TensorSpec, numel
 from autopar.cost.formula import axis_size, expression
 from autopar.ir.rule import Choice, ShardingRule
 
-from .route_costs import INDEX_BYTES, SCATTERS
+from .route_costs import GROUPED, INDEX_BYTES, SCATTERS
 
 Own = tuple[str, str, bool, Any]  # kind, axis, in the backward, bytes as the group sees it whole
 
@@ -24,7 +26,7 @@ def own_messages(op: LocalOp, rule: ShardingRule, chosen: Mapping[str, Choice]) 
             found.append(("all_reduce", axis, False, expression(forward)))
             found.append(("all_reduce", axis, True, expression(backward)))
         elif choice.factor in rule.routes:
-            found += _routed(op, rule, axis)
+            found += _routed(op, rule, axis, chosen)
     return [message for message in found if message[3] != 0]
 
 
@@ -46,8 +48,10 @@ def _without(spec: TensorSpec, dim: int) -> Any:
     return math.prod(size for d, size in enumerate(spec.shape) if d != dim)
 
 
-def _routed(op: LocalOp, rule: ShardingRule, axis: str) -> list[Own]:
+def _routed(op: LocalOp, rule: ShardingRule, axis: str, chosen: Mapping[str, Choice]) -> list[Own]:
     """Counts, positions and rows there, the rows' gradients back: see `route_messages`."""
+    if op.name in GROUPED:
+        return _between_experts(op, rule, axis, chosen)
     scatter = op.name in SCATTERS
     last = len(op.inputs) - 1
     indices = [s for i, s in enumerate(op.inputs) if i not in ((0, last) if scatter else (0,))]
@@ -68,6 +72,24 @@ def _routed(op: LocalOp, rule: ShardingRule, axis: str) -> list[Own]:
     ]
     if grad:
         found.append(("all_to_all", axis, True, n * expression(moved)))
+    return found
+
+
+def _between_experts(
+    op: LocalOp, rule: ShardingRule, axis: str, chosen: Mapping[str, Choice]
+) -> list[Own]:
+    """The imbalance of rows that are sorted by expert: see `route_costs`."""
+    x, out = op.inputs[0], op.outputs[0]
+    (factor,) = rule.inputs[0][0]
+    n = math.prod(axis_size(a) for a, c in chosen.items() if factor in rule.parts_of(c.factor))
+    rows = sympy.sqrt(n * expression(x.shape[0]))
+    there, back = (
+        axis_size(axis) * rows * expression(spec.shape[1]) * spec.dtype.itemsize
+        for spec in (x, out)
+    )
+    found = [("all_to_all", axis, False, there), ("all_to_all", axis, False, back)]
+    if any(op.grads):
+        found += [("all_to_all", axis, True, back), ("all_to_all", axis, True, there)]
     return found
 
 

@@ -10,8 +10,15 @@ import torch
 import torch.fx
 
 from autopar.errors import PassError
-from autopar.ir.graph import value_of, values_of
-from autopar.ir.lowered import PREFIX_SUM, ROUTED_GATHER, ROUTED_SCATTER, GroupRef, Route
+from autopar.ir.graph import tensor_inputs, value_of, values_of
+from autopar.ir.lowered import (
+    GROUPED_MM,
+    PREFIX_SUM,
+    ROUTED_GATHER,
+    ROUTED_SCATTER,
+    GroupRef,
+    Route,
+)
 from autopar.ir.mesh import Mesh
 from autopar.ir.rules.common import arguments, dim_index
 from autopar.ir.sharding import Sharding
@@ -84,6 +91,28 @@ def prefix_sum(node: Node, mesh: Mesh, here: Coordinates) -> Call | None:
     return PREFIX_SUM, (a["self"], dim, GroupRef(axes), a["dtype"]), {}
 
 
+def _grouped_mm(node: Node, mesh: Mesh, here: Coordinates) -> Call | None:
+    """Rows split, and perhaps experts by the same axes."""
+    x, weight, ends = tensor_inputs(node)
+    rows, experts = _sharding(x).splits[0], _sharding(weight).splits[0]
+    if not rows:
+        return None
+    axes = tuple(axis for axis in experts.axes if axis in rows.axes)
+    sizes = value_of(x).int_shape()[0], value_of(weight).int_shape()[0]
+    members = [
+        {**here, **dict(zip(axes, at, strict=True))}
+        for at in itertools.product(*(range(mesh[axis].size) for axis in axes))
+    ]
+    parts = tuple(
+        tuple((run.start, run.stop) for m in members for run in split.runs(size, mesh, m))
+        for split, size in zip((rows, experts), sizes, strict=True)
+    )
+    if any(len(part) != len(members) for part in parts):
+        raise PassError("localise_shapes", "contiguous", f"%{node.name} has strided rows")
+    group = GroupRef(axes) if axes else None
+    return GROUPED_MM, (str(node.target), x, weight, ends, *parts, group), {}
+
+
 def _indexed(slots: Sequence[Node | None]) -> tuple[int, list[Node]]:
     """First indexed dim and the index tensors."""
     at = next(i for i, slot in enumerate(slots) if slot is not None)
@@ -121,6 +150,10 @@ def _sharding(x: Node) -> Sharding:
     return sharding
 
 
+ROUTED_BY_NAME: Mapping[str, Special] = {
+    "aten._grouped_mm.default": _grouped_mm,
+    "transformers.grouped_mm_fallback.default": _grouped_mm,
+}
 ROUTED: Mapping[Any, Special] = {
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,

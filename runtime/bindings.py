@@ -14,6 +14,7 @@ from autopar.ir.lowered import (
     CROSS_ENTROPY,
     DROPOUT,
     EXCHANGE,
+    GROUPED_MM,
     MASKED_EMBEDDING,
     OPEN,
     PREFIX_SUM,
@@ -23,7 +24,7 @@ from autopar.ir.lowered import (
     LoweredOp,
 )
 
-from . import dispatch, sharded_ops
+from . import dispatch, grouped, sharded_ops
 from .attention import causal_attention
 from .collectives import Spec, close, open_
 from .group import Group
@@ -60,4 +61,5 @@ BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
     PREFIX_SUM: dispatch.prefix_sum,
     ROUTED_GATHER: dispatch.routed_gather,
     ROUTED_SCATTER: dispatch.routed_scatter,
+    GROUPED_MM: grouped.grouped_mm,
 }

@@ -81,7 +81,9 @@ def _stacked(node: Node, rule: ShardingRule) -> list[str]:
     return [
         rule.inputs[i][0][0]
         for i, source in enumerate(tensor_inputs(node))
-        if source.meta.get("role") == "param" and value_of(source).rank == 3
+        if source.meta.get("role") == "param"
+        and value_of(source).rank == 3
+        and not rule.whole.intersection(rule.inputs[i][0])
     ]
 
 

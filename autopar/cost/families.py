@@ -48,7 +48,8 @@ _FAMILY_NAMES = {
         split_with_sizes tensor_split chunk unbind getitem detach alias as_strided diagonal unfold
         view_as_real view_as_complex sym_size lift_fresh positive pvary keep_first slice_vary
         slice_inv""",
-    "matmul": "linear mm bmm matmul addmm baddbmm einsum mv addmv dot",
+    "matmul": """linear mm bmm matmul addmm baddbmm einsum mv addmv dot _grouped_mm
+        grouped_mm_fallback grouped_mm""",
     "conv": "convolution conv_transpose1d conv_transpose2d conv_transpose3d",
     "attention": "scaled_dot_product_attention causal_attention",
     "transcendental": """gelu silu tanh sigmoid exp exp2 expm1 log log2 log1p erf cos sin pow

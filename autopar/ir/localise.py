@@ -301,6 +301,12 @@ def _embedding(node: torch.fx.Node, local: Local) -> Call:
     return _target(node), node.args, dict(node.kwargs)
 
 
+def _grouped_mm(node: torch.fx.Node, local: Local) -> Call:
+    if local.inputs[0][0] != named_inputs(node)[0].value.shape[0]:
+        raise PassError("localise", "rows_are_whole", f"%{node.name} splits rows that ends count")
+    return _target(node), node.args, dict(node.kwargs)
+
+
 def _extreme(node: torch.fx.Node, local: Local) -> Call:
     """A maximum over no elements is the smallest value of the dtype."""
     args = arguments(node)
@@ -339,6 +345,8 @@ LOCALISE: Mapping[str, Localiser] = MappingProxyType(
         **{f"aten.{name}": _loss for name in losses.ELEMENTWISE},
         "aten.cross_entropy_loss": _cross_entropy,
         "aten.embedding": _embedding,
+        "aten._grouped_mm": _grouped_mm,
+        "transformers.grouped_mm_fallback": _grouped_mm,
         "aten.scaled_dot_product_attention": _attention,
         **{f"aten.{name}": _extreme for name in ("amax", "amin", "max", "min")},
     }

@@ -160,6 +160,7 @@ CLOSE = LoweredOp("close")
 #                 vocab_start, vocab_size, vocab_group, token_group)
 #   batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, group)
 #   prefix_sum(x, dim, group, dtype)    cumsum of a dim divided among the group in order
+#   grouped_mm(op, x, weight, ends, rows, experts, group)    rows sorted by expert, divided
 #   routed_gather(x, indices, route, group, padding_idx)    `x[indices]`, `x` divided by rows
 #   routed_scatter(x, indices, values, route, group, accumulate, scale)    `x[indices] = values`
 DROPOUT = LoweredOp("dropout")
@@ -170,6 +171,7 @@ BATCH_NORM = LoweredOp("batch_norm")
 PREFIX_SUM = LoweredOp("prefix_sum")
 ROUTED_GATHER = LoweredOp("routed_gather")
 ROUTED_SCATTER = LoweredOp("routed_scatter")
+GROUPED_MM = LoweredOp("grouped_mm")
 
 LOWERED_OPS: dict[str, LoweredOp] = {
     op.name: op
@@ -188,6 +190,7 @@ LOWERED_OPS: dict[str, LoweredOp] = {
         PREFIX_SUM,
         ROUTED_GATHER,
         ROUTED_SCATTER,
+        GROUPED_MM,
     )
 }
 

@@ -1084,6 +1084,26 @@ def _(d: Draw) -> Any:
     return call(d.x(n, c, 4, 4), d.unit(n, 3, 3, 2), 0, 0, False)
 
 
+@sample("_grouped_mm.default")
+def _(d: Draw) -> Any:
+    """Widths whose halves, thirds and quarters are still of whole 16 bytes."""
+    (experts,) = d(1)
+    ends = d.ids(9, experts).sort().values.to(torch.int32)
+    ends[-1] = 8
+    x, weight = (d.x(*shape, dtype=torch.float32) for shape in ((8, 48), (experts, 48, 96)))
+    return call(x, weight, ends)
+
+
+def sorted_rows(d: Draw) -> Any:
+    experts, wide, narrow = d(3)
+    ends = d.ids(9, experts).sort().values.to(torch.int32)
+    ends[-1] = 8
+    return call(d.x(8, wide), d.x(experts, wide, narrow), ends)
+
+
+SAMPLES.append(("transformers.grouped_mm_fallback.default", sorted_rows))
+
+
 # -- indexing ------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,8 @@ BY_RUNTIME = {
     "aten.embedding.default",
     "aten.cross_entropy_loss.default",
     "aten.scaled_dot_product_attention.default",
+    "aten._grouped_mm.default",
+    "transformers.grouped_mm_fallback.default",
 }
 
 
@@ -71,6 +73,8 @@ def _one_thread() -> Iterator[None]:
 def resolve(op: str) -> Any:
     if op.startswith("autopar.") and importlib.util.find_spec("autopar.ops"):
         importlib.import_module("autopar.ops")
+    if op.startswith("transformers."):
+        pytest.importorskip("transformers.integrations.moe")
     space, name, overload = op.split(".")
     return getattr(getattr(getattr(torch.ops, space), name), overload)
 
