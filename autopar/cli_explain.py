@@ -25,6 +25,7 @@ from .passes.case import Case
 from .passes.columns import producer_of
 from .passes.describe import type_of
 from .passes.step_formula import BATCH, MICRO_BATCHES
+from .passes.timeline_of import timeline_of
 from .plan import load_plan
 from .questions import Question, ask, find_ops, find_params, place_of
 from .report import MOST_ROWS, make_console, plain_table
@@ -145,6 +146,7 @@ def _step(case: Case) -> dict[str, Any]:
         "memory_bytes": float(values[-1]),
         "predicted_time_s": case.plan.predicted.time_s,
         "predicted_memory_bytes": case.plan.predicted.memory_bytes,
+        "timeline_s": timeline_of(case).step_s,
         "overlap": step.overlap,
         "sizes": {str(symbol): size for symbol, size in sizes.items()},
         "terms": sorted(terms, key=lambda t: (t["unit"] != "s", -float(t["value"]))),
@@ -163,7 +165,11 @@ def _print_step(step: Mapping[str, Any], console: Console) -> None:
     sizes = ", ".join(f"{name} = {size}" for name, size in step["sizes"].items())
     console.print(Text(f"one training step on one device, at {sizes}", style="bold"))
     said = step["predicted_time_s"], step["predicted_memory_bytes"]
-    console.print(f"the plan says {seconds_text(said[0])} and {bytes_text(said[1])}", style="dim")
+    console.print(
+        f"the plan says {seconds_text(said[0])} and {bytes_text(said[1])}; its timeline "
+        f"{seconds_text(step['timeline_s'])}",
+        style="dim",
+    )
     for unit, text, total, title in (
         ("s", seconds_text, step["time_s"], "time"),
         ("B", bytes_text, step["memory_bytes"], "memory per device"),

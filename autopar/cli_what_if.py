@@ -19,6 +19,7 @@ from .cost.evaluate import with_bandwidth
 from .cost.profile import shipped_profile, shipped_profiles
 from .errors import UserError
 from .passes.case import Case, make_case, scaled_mesh
+from .passes.timeline_of import timeline_of
 from .plan import Plan
 from .questions import Question, ask
 from .report import make_console, plain_table
@@ -147,7 +148,7 @@ def answer(before: Question, after: Question, progress: Any) -> dict[str, Any]:
         "same_plan_note": why,
         "new_plan": None if best is None else _figures(best),
         "new_plan_note": nothing,
-        "ratio": same.time_s / best.time_s if same is not None and best is not None else None,
+        "ratio": _ratio(same, best),
         "limit_bytes": after.limit,
         "setting": {
             "cluster": after.cluster.name,
@@ -177,12 +178,20 @@ def _moved(question: Question) -> tuple[Case | None, str]:
     return case, note
 
 
+def _ratio(same: Case | None, best: Case | None) -> float | None:
+    if same is None or best is None:
+        return None
+    return timeline_of(same).step_s / timeline_of(best).step_s
+
+
 def _figures(case: Case) -> dict[str, Any]:
+    """`time_s` is the timeline's step, `formula_s` what the formula of the step says."""
     return {
         "mesh": str(case.plan.mesh),
         "strategy": case.plan.strategy,
         "micro_batches": case.accounts.micro_batches,
-        "time_s": case.time_s,
+        "time_s": timeline_of(case).step_s,
+        "formula_s": case.time_s,
         "compute_s": case.paid.compute_s,
         "memory_bytes": case.memory_bytes,
     }
