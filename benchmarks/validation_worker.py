@@ -28,7 +28,6 @@ from autopar.runtime.load_clock import LoadClock
 from .validation_models import VALIDATION_MODELS
 
 FOREIGN_SHARE = 0.04  # of all cores: above it, others' work disturbs a turn, which is repeated
-PATIENCE_S = 20.0  # per model, spent on repeated turns
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 PARTS = ("step", "forward", "backward", "optimizer", "comm", "wait")
 
@@ -156,7 +155,7 @@ def measure(job: dict[str, Any], runners: list[Runner], report: Callable[[str], 
                 dist.barrier()
                 wall_s = time.perf_counter() - start
                 foreign = load.tick()
-                if turn == 0 or foreign <= FOREIGN_SHARE or waited_s >= PATIENCE_S:
+                if turn == 0 or foreign <= FOREIGN_SHARE or waited_s >= job["patience_s"]:
                     break
                 waited_s += wall_s + 0.5
                 time.sleep(0.5)
