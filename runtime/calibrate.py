@@ -2,7 +2,7 @@
 
 Every number is a median taken while all ranks work at once, because they share memory bandwidth and
 caches. A step waits for the slowest rank wherever ranks meet: the rates of a rank are those of the
-last one, its `skew` behind the middle one. The same compute is measured once more in one process
+last one, its `skew` behind their mean. The same compute is measured once more in one process
 with all threads, so that the plan "one process" can be priced.
 """
 
@@ -11,32 +11,28 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from autopar.cost.cluster import Cluster, CollectiveCurve, Device, Level
-from autopar.cost.comm import fit_collective
-from autopar.cost.curve import Curve
+from autopar.cost.cluster import Cluster, Level
 from autopar.cost.profile import save_profile
 from autopar.errors import UserError
 
 from .calibrate_collectives import Sample
+from .calibrate_curves import collectives_from_samples, device_from_samples
 
 # Page faults otherwise dominate: a 64 MB clone takes 60 to 205 ms instead of 14 to 20.
 RANK_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
-WIDE = 128  # the narrowest dim of the products that give the rates
-ROUNDS = {False: (4, 2), True: (2, 1)}  # by `quick`: on the ranks, and in one process
+ROUNDS = {False: (3, 2), True: (2, 1)}  # by `quick`: on the ranks, and in one process
 FOREIGN_SHARE = 0.1  # of the cores: the user hears of other programs that use more
 MEMORY_SHARE = 0.85  # of the machine's memory, for all ranks together
 
@@ -152,83 +148,3 @@ def _run(
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-
-
-def device_from_samples(
-    name: str, samples: Sequence[Sample], memory_bytes: float, source: str
-) -> Device:
-    """Curves of one device from timings; the op overhead is taken out of every one of them.
-
-    All are slowed down by the ranks' skew, where there is any.
-    """
-    skew = skew_of(samples)
-    slow = [(k, x, t * (1.0 + skew)) for k, x, t in samples if not k.startswith(_NOT_OPS)]
-    overhead = min((t for key, _, t in slow if key == "overhead"), default=1e-6)
-    rates: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    bandwidth: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    narrow: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for key, x, seconds in slow:
-        rate = x / max(seconds - overhead, 0.2 * seconds)
-        family, _, rest = key.partition(":")
-        if family == "bandwidth":
-            bandwidth[rest].append((x, rate))
-        elif family == "narrow":
-            narrow[int(rest)].append((x, rate))
-        elif family not in ("overhead", "optimizer"):
-            rates[family][rest].append((x, rate))
-    source += f"; rates of the last rank, {1.0 + skew:.3f} x the middle one's times" * (skew > 0)
-    curves = {
-        family: {dtype: Curve.of(points, source) for dtype, points in table.items()}
-        for family, table in rates.items()
-    }
-    matmul = curves["matmul"]["float32"]
-    bandwidth["default"] = bandwidth["pointwise"]
-    return Device(
-        name,
-        memory_bytes,
-        overhead,
-        curves,
-        {family: Curve.of(points, source) for family, points in bandwidth.items()},
-        _narrow_curve(narrow, matmul, source),
-        max((t for key, _, t in slow if key == "optimizer"), default=0.0),
-        dict.fromkeys(("memory_bytes", "op_overhead_s", "optimizer_overhead_s"), source),
-    )
-
-
-_NOT_OPS = ("collective:", "skew")
-
-
-def skew_of(samples: Sequence[Sample]) -> float:
-    """How much longer the last rank computes than the middle one, as a fraction; 0 if unknown."""
-    return statistics.median([t for key, _, t in samples if key == "skew"] or [0.0])
-
-
-def _narrow_curve(
-    samples: dict[int, list[tuple[float, float]]], matmul: Curve, source: str
-) -> Curve:
-    """Smallest dim -> mean fraction (over which dim is narrow) of the rate of as many flops.
-
-    Not above 1, never falling as the dim grows, and 1 from `WIDE` on, where the rates are measured.
-    """
-    points: list[tuple[float, float]] = []
-    best = 0.0
-    for size, measured in sorted(samples.items()):
-        fractions = [rate / matmul(flops) for flops, rate in measured]
-        best = min(1.0, max(best, sum(fractions) / len(fractions)))
-        points.append((float(size), best if size < WIDE else 1.0))
-    return Curve.of([*points, (WIDE, 1.0)], source)
-
-
-def collectives_from_samples(
-    samples: Sequence[Sample], source: str
-) -> dict[str, tuple[CollectiveCurve, ...]]:
-    """Curves per collective, by group size."""
-    times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for key, x, seconds in samples:
-        if key.startswith("collective:"):
-            _, kind, members = key.split(":")
-            times[kind, int(members)].append((x, seconds))
-    made: dict[str, list[CollectiveCurve]] = defaultdict(list)
-    for (kind, group), points in sorted(times.items()):
-        made[kind].append(fit_collective(kind, group, points, source))
-    return {kind: tuple(curves) for kind, curves in made.items()}

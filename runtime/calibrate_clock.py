@@ -1,8 +1,10 @@
 """How `autopar calibrate` times a callable: as it would run inside a training step.
 
 There an op finds what the op before it made in the cache, and its weights or what the forward kept
-are cold: before a timed call the rank walks through `SPOIL_BYTES` of other memory, then through the
-tensors that are hot. Samples in which the kernel gave the core to someone else are dropped.
+are cold: before a timed call the rank walks through other memory, then through the tensors that are
+hot. It walks through `SPOIL_TENSORS` times the size of the op's tensors (a step with small tensors
+touches less before it comes back), at most `SPOIL_BYTES`. Samples in which the kernel gave the core
+to someone else are dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SPOIL_BYTES = 8 << 20  # per rank: its own cache, and with the others' most of the shared one
+SPOIL_BYTES = 16 << 20  # per rank: more than its own cache and its part of a shared one
+SPOIL_TENSORS = 32
 CALLS = 60  # of a callable in a round, at most
 
 
@@ -29,8 +32,16 @@ class Clock:
         self._spoiler = torch.zeros(SPOIL_BYTES // 4)
         self._factor = torch.full((384, 384), 1e-3)
 
-    def __call__(self, fn: Callable[[], Any], hot: Sequence[Tensor] | None = ()) -> float:
-        """Median seconds of one call; `hot` was written just before, None leaves caches alone."""
+    def __call__(
+        self, fn: Callable[[], Any], hot: Sequence[Tensor] | None = (), nbytes: int = SPOIL_BYTES
+    ) -> float:
+        """Mean seconds of one call; `hot` was written just before, None leaves caches alone.
+
+        `nbytes` is the size of one of its tensors.
+        A step is the sum of many calls, and a busy host makes some of them much longer: the mean
+        counts these as a step does.
+        """
+        spoiler = self._spoiler[: max(SPOIL_TENSORS * nbytes // 4, 1)]
         fn()
         if self.ranks > 1:
             dist.barrier()
@@ -39,7 +50,7 @@ class Clock:
         stop = time.perf_counter() + self.seconds
         while len(every) < 3 or (len(every) < CALLS and time.perf_counter() < stop):
             if hot is not None:
-                self._spoiler.add_(1.0)
+                spoiler.add_(1.0)
                 for tensor in hot:
                     tensor.mul_(1.0)
             before = switches()
@@ -48,7 +59,7 @@ class Clock:
             every.append(time.perf_counter() - start)
             if switches() == before:
                 kept.append(every[-1])
-        return statistics.median(kept or every)
+        return statistics.fmean(kept or every)
 
     def collective(self, fn: Callable[[], Any], calls: int) -> list[tuple[float, float]]:
         """(start, end) of every call by the host's clock, after a few milliseconds of compute.

@@ -59,7 +59,7 @@ def collective_call(kind: str, group: Group, nbytes: int) -> Callable[[], Any]:
     rows = 64 if nbytes >= 64 * KB else 4
     columns = max(nbytes // 4 // tensors // rows // n, 1)
     if kind == "broadcast":
-        return partial(_broadcast, group, torch.ones(rows, columns * n))
+        return partial(_broadcast, group, torch.ones(max(nbytes // 4, 1)))
     if kind == "all_reduce":
         return _typed("psum", None, group, [torch.ones(rows, columns * n)] * tensors)
     if kind == "all_to_all":  # from rows of the whole to columns of the whole
@@ -126,7 +126,7 @@ def _after_last_arrival(spans: list[tuple[float, float]], members: int) -> float
 
 
 def run_skew(group: Group, windows: int) -> Iterator[Sample]:
-    """How much longer than the middle rank the last one computes, between two meetings.
+    """How much longer than ranks do on average the last one computes, between two meetings.
 
     Key `skew`, x the window's seconds, and the fraction in place of a time.
     """
@@ -156,5 +156,4 @@ def run_skew(group: Group, windows: int) -> Iterator[Sample]:
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
         ranks = torch.stack(every)
-        middle = float(ranks.median())
-        yield "skew", window, max(float(ranks.amax(0).median()) / middle - 1.0, 0.0)
+        yield "skew", window, float((ranks.amax(0) / ranks.mean(0)).median()) - 1.0

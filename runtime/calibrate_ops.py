@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calibrate_clock import SPOIL_BYTES
 from .random import keep_mask, whole
 
 aten = torch.ops.aten
@@ -25,6 +27,7 @@ MATMUL_SHAPES = [  # m, k, n: no dim below 128
     (2048, 512, 2048),
     (2048, 2048, 2048),
 ]
+MIXED = [(32, 2048, 2048), (64, 768, 3072), (64, 3072, 768), (128, 1024, 4096), (768, 64, 3072)]
 NARROW = (1, 2, 4, 8, 16, 32, 64, 128)
 SKINNY = [(8, n, n) for n in (128, 256, 512, 1024, 2048, 4096)] + [(8, 4096, 16384)]
 CONVS = [  # batch, channels in, channels out, height and width, kernel
@@ -44,7 +47,9 @@ PARAMETERS = 48  # of the optimizer whose cost per tensor is measured
 class Work(NamedTuple):
     """What to time: `x` is its flops or bytes; one call of `fn` does that `times` times.
 
-    `hot` are the tensors that the op before it made; None leaves the caches as they are.
+    Keys of products end with the bytes that they move, `matmul:float32@786432`. `hot` are the
+    tensors that the op before it made; None leaves the caches as they are.
+    `nbytes` is the size of one tensor, which says how cold the others are.
     """
 
     key: str
@@ -52,23 +57,30 @@ class Work(NamedTuple):
     fn: Callable[[], Any]
     times: int = 1
     hot: Sequence[Tensor] | None = ()
+    nbytes: int = SPOIL_BYTES
 
 
 def matmul_work(quick: bool) -> Iterator[Work]:
-    """Square-ish products per dtype, then products with one narrow dim, then skinny ones."""
+    """Square-ish products per dtype; with one narrow dim; skinny; arithmetic and traffic alike."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         name = str(dtype).removeprefix("torch.")
-        for m, k, n in MATMUL_SHAPES[:: 3 if quick or dtype != torch.float32 else 1]:
-            x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-            yield Work(f"matmul:{name}", 2.0 * m * k * n, partial(F.linear, x, w), hot=(x,))
+        for shape in MATMUL_SHAPES[:: 3 if quick or dtype != torch.float32 else 1]:
+            yield _product(f"matmul:{name}", shape, dtype)
     for d in NARROW:
-        for m, k, n in ((d, 512, 512), (512, d, 512), (512, 512, d))[: 1 if quick else 3]:
-            x, w = torch.randn(m, k), torch.randn(n, k)
-            yield Work(f"narrow:{d}", 2.0 * m * k * n, partial(F.linear, x, w), hot=(x,))
-    for m, k, n in SKINNY[:: 2 if quick else 1]:
-        x, w = torch.randn(m, k), torch.randn(n, k)
-        moved = 4.0 * (m * k + k * n + m * n)
-        yield Work("bandwidth:matmul", moved, partial(F.linear, x, w), hot=(x,))
+        for shape in ((d, 512, 512), (512, d, 512), (512, 512, d))[: 1 if quick else 3]:
+            yield _product(f"narrow:{d}", shape)
+    for shape in MIXED:
+        yield _product("mixed:float32", shape)
+    for shape in SKINNY[:: 2 if quick else 1]:
+        yield _product("skinny:float32", shape)
+
+
+def _product(key: str, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Work:
+    m, k, n = shape
+    x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    moved = dtype.itemsize * (m * k + k * n + m * n)
+    fn = partial(F.linear, x, w)
+    return Work(f"{key}@{moved}", 2.0 * m * k * n, fn, hot=(x,), nbytes=moved // 3)
 
 
 def conv_work(quick: bool) -> Iterator[Work]:
@@ -76,30 +88,35 @@ def conv_work(quick: bool) -> Iterator[Work]:
     for b, c, d, size, kernel in CONVS[:: 3 if quick else 1]:
         x, w = torch.randn(b, c, size, size), torch.randn(d, c, kernel, kernel)
         pad, flops = kernel // 2, 2.0 * b * d * size * size * c * kernel * kernel
-        yield Work("conv:float32", flops, partial(F.conv2d, x, w, padding=pad), hot=(x,))
+        forward = partial(F.conv2d, x, w, padding=pad)
+        yield Work("conv:float32", flops, forward, hot=(x,), nbytes=x.nbytes)
         where = ([1, 1], [pad, pad], [1, 1], False, [0, 0], 1, [True, True, False])
         g = torch.randn(b, d, size, size)
         backward = partial(aten.convolution_backward, g, x, w, None, *where)
-        yield Work("conv_backward:float32", flops, backward, times=2, hot=(g,))
+        yield Work("conv_backward:float32", flops, backward, 2, (g,), g.nbytes)
     for b, h, length, e in ATTENTION[:: 2 if quick else 1]:
         q, k, v, g = (torch.randn(b, h, length, e) for _ in range(4))
         flops = 4.0 * b * h * length * length * e
         forward = partial(aten._scaled_dot_product_flash_attention_for_cpu, q, k, v)
         out, stats = forward()
-        yield Work("attention:float32", flops, forward, hot=(q, k, v))
+        yield Work("attention:float32", flops, forward, hot=(q, k, v), nbytes=q.nbytes)
         backward = partial(
             aten._scaled_dot_product_flash_attention_for_cpu_backward,
             *(g, q, k, v, out, stats, 0.0, False),
         )
-        yield Work("attention_backward:float32", 2.5 * flops, backward, hot=(g,))
+        yield Work("attention_backward:float32", 2.5 * flops, backward, hot=(g,), nbytes=g.nbytes)
 
 
 def memory_work(sizes: list[int]) -> Iterator[Work]:
     """Memory-bound ops over tensors of `sizes` bytes; x counts bytes as cost.compute does."""
     for size in sizes:
-        yield from _row_work(max(size // 4 // 512, 1), 512)
-        yield from _image_work(max(size // 4 // (8 * 32 * 32), 1))
-        yield from _embedding_work(max(size // 4 // 64, 16), 64)
+        sources = (
+            _row_work(max(size // 4 // 512, 1), 512),
+            _image_work(max(size // 4 // (8 * 32 * 32), 1)),
+            _embedding_work(max(size // 4 // 64, 16), 64),
+        )
+        for work in chain.from_iterable(sources):
+            yield work._replace(nbytes=size)
         p, g, m, v = (torch.rand(max(size // 4, 1)) for _ in range(4))
         step = partial(
             torch._fused_adamw_,
@@ -107,7 +124,7 @@ def memory_work(sizes: list[int]) -> Iterator[Work]:
             lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.01, eps=1e-8,
             amsgrad=False, maximize=False,
         )  # fmt: skip
-        yield Work("bandwidth:adamw", 7.0 * p.nbytes, step)
+        yield Work("bandwidth:adamw", 7.0 * p.nbytes, step, nbytes=size)
 
 
 def _row_work(rows: int, width: int) -> Iterator[Work]:
@@ -207,5 +224,5 @@ def compute_work(quick: bool) -> Iterator[Work]:
     yield from conv_work(quick)
     sizes = [64 * KB, MB, 16 * MB]
     if not quick:
-        sizes = [16 * KB, 64 * KB, 256 * KB, MB, 4 * MB, 16 * MB, 48 * MB]
+        sizes = [16 * KB, 128 * KB, MB, 4 * MB, 16 * MB, 32 * MB]
     yield from memory_work(sizes)

@@ -28,8 +28,9 @@ class Device:
 
     `memory_bytes`: what the plan may use at most. `op_overhead_s`: time of an op on tiny tensors
     (launch, dispatch), paid by every op that is not a view. `optimizer_overhead_s`: what the update
-    of a parameter takes whatever its size. `overlap_slowdown`: by how much compute slows down
-    while a collective runs beside it.
+    of a parameter takes whatever its size. `serial_traffic`: of the memory traffic of a matrix
+    product the share that its arithmetic does not hide. `overlap_slowdown`: by how much compute
+    slows down while a collective runs beside it.
     `rates`: family ("matmul" always, "conv", "attention", and these + "_backward") -> dtype name ->
     flop/s as a function of the op's flops. `narrow`: the smallest of m, n, k of a matmul ->
     fraction of that rate. `bandwidth`: op family -> bytes/s as a function of bytes moved;
@@ -45,6 +46,7 @@ class Device:
     bandwidth: Mapping[str, Curve] = field(hash=False)
     narrow: Curve = field(default=Curve.constant(1.0), hash=False)
     optimizer_overhead_s: float = 0.0
+    serial_traffic: float = 0.0
     overlap_slowdown: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 

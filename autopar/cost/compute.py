@@ -5,7 +5,8 @@ per candidate) or a sympy expression. Times need numbers: int or arrays. Units: 
 multiply-add as 2, bytes are those read plus those written, times are seconds.
 
 An op is its local call as a `LocalOp`. Matrix work takes
-`max(w / rate(w), bytes / bandwidth["matmul"](bytes))` with `w = flops / narrow(min(m, n, k))`,
+`max(w / rate(w), bytes / bandwidth["matmul"](bytes))` with `w = flops / narrow(min(m, n, k))`, and
+of the smaller of the two the share `serial_traffic` that the device cannot do at the same time;
 everything else `bytes / bandwidth[family](bytes)`; both plus the device's op overhead. Views are
 free.
 """
@@ -89,7 +90,17 @@ def _matrix_time(
             smallest.astype(np.float64) if isinstance(smallest, np.ndarray) else float(smallest)
         )
     rate = device.rate_curve(dtype_name(op.dtype), rates or family)(flops)
-    return np.maximum(flops / rate, nbytes / device.bandwidth_curve("matmul")(nbytes))
+    arithmetic = flops / rate
+    traffic = nbytes / device.bandwidth_curve("matmul")(nbytes)
+    longer = np.maximum(arithmetic, traffic)
+    if family != "matmul" or _is_absent(device.serial_traffic):
+        return longer  # rates of the other families are measured with what they move
+    return longer + device.serial_traffic * np.minimum(arithmetic, traffic)
+
+
+def _is_absent(figure: Any) -> bool:
+    """Whether a profile does not have a figure; a formula without it is shorter to read."""
+    return bool(getattr(figure, "hint", figure) == 0)
 
 
 def _is_chain(op: LocalOp) -> bool:
@@ -187,4 +198,6 @@ def optimizer_time(
     if passes == 0:
         return _numbers(local_numel) * 0.0
     traffic = _memory_time(device, "adamw", passes * local_numel * dtype.itemsize)
+    if _is_absent(device.optimizer_overhead_s):
+        return traffic
     return traffic + device.optimizer_overhead_s

@@ -5,7 +5,7 @@ Layout (version 1): numbers are `{"value": 1.0, "source": "..."}`, curves
 
     {"version": 1, "name": "8xH100",
      "device": {"name": "H100", "memory_bytes": number, "op_overhead_s": number,
-                "optimizer_overhead_s": number (may be absent: 0),
+                "optimizer_overhead_s", "serial_traffic", "overlap_slowdown": numbers, or absent: 0,
                 "rates": {family: {dtype: curve}}, "narrow": curve, "bandwidth": {family: curve}},
      "single": device or null,
      "levels": [{"name": "host", "size": 8,
@@ -30,7 +30,8 @@ from .cluster import COLLECTIVE_KINDS, Cluster, CollectiveCurve, Device, Level
 from .curve import Curve
 
 VERSION = 1
-OPTIONAL_FIGURES = ("optimizer_overhead_s", "overlap_slowdown")  # of a device; 0 where a profile has none
+# Of a device; 0 where a profile has none.
+OPTIONAL_FIGURES = ("optimizer_overhead_s", "serial_traffic", "overlap_slowdown")
 T = TypeVar("T")
 
 

@@ -10,13 +10,13 @@ from autopar.cost.comm import collective_time
 from autopar.cost.compute import LocalOp, TensorSpec, forward_time, optimizer_time
 from autopar.cost.profile import load_profile
 from autopar.errors import UserError
-from autopar.runtime.calibrate import (
-    calibrate,
+from autopar.runtime.calibrate import calibrate
+from autopar.runtime.calibrate_collectives import KINDS, collective_call, group_sizes
+from autopar.runtime.calibrate_curves import (
     collectives_from_samples,
     device_from_samples,
     skew_of,
 )
-from autopar.runtime.calibrate_collectives import KINDS, collective_call, group_sizes
 from autopar.runtime.calibrate_ops import compute_work, optimizer_work
 from autopar.runtime.group import ThreadWorld, run_threads
 
