@@ -22,9 +22,10 @@ from .fingerprint import fingerprint, renumbered
 from .fold import plan_folding
 from .repeats import KEPT, Run, shortened
 from .side_effects import Attribute
+from .specialise import named_as_with_sizes, with_sizes
 from .stand_ins import StandIns, device_of, need_stand_ins, replaced
 from .structure import Structure, paths, rebuild, take_apart
-from .symbols import guards_of, name_symbols
+from .symbols import Dynamic, batch_of, guards_of, name_symbols, sequence_of
 from .tandem import CannotFoldError
 from .torch_level import TorchGraph, bind_arguments, capture_torch_graph
 from .trace import trace
@@ -43,7 +44,12 @@ class Capture:
     `symbols` gives each symbolic size its value at capture, `symbol_of` the places to read it: for
     each symbol in the order of `symbols`, (index of the flat input, dim). `guards` are conditions
     on the symbols under which the graph is right. Valid for the mode (train or eval, gradients on
-    or off, autocast) of the capture; whoever keeps captures keeps one per mode.
+    or off, autocast) of the capture; whoever keeps captures keeps one per mode. `notes` says how
+    the graph came about: which layers were copied or why none, whether the sequence is symbolic.
+
+    `fingerprint` is that of the capture with a symbolic batch and a sequence as long as here, and
+    operations that both captures have bear the same names in both. So a plan made from a folded
+    capture with a symbolic sequence fits a plain capture of the same model and lengths.
     """
 
     graph: Graph
@@ -82,6 +88,24 @@ class Capture:
                 return None
         return sizes if all(guard.subs(sizes) == sympy.true for guard in self.guards) else None
 
+    def specialised(self, sizes: Mapping[sympy.Symbol, int]) -> Capture:
+        """The capture with numbers for some symbols; raises ValueError where a guard forbids it.
+
+        With the lengths at capture for all but the batch, it is what a capture with a symbolic
+        batch alone gives.
+        """
+        guards = [guard.subs(dict(sizes)) for guard in self.guards]
+        if any(guard == sympy.false for guard in guards):
+            raise ValueError(f"the graph is not right for {dict(sizes)}")
+        places = zip(self.symbols, self.symbol_of, strict=True)
+        return dataclasses.replace(
+            self,
+            graph=with_sizes(self.graph, sizes),
+            symbols={s: n for s, n in self.symbols.items() if s not in sizes},
+            symbol_of=tuple(place for symbol, place in places if symbol not in sizes),
+            guards=tuple(guard for guard in guards if guard != sympy.true),
+        )
+
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """What the module returns, from the graph's user outputs."""
         return rebuild(self.result, outputs)
@@ -99,14 +123,16 @@ def capture(
     kwargs: Mapping[str, Any],
     *,
     dynamic_batch: bool = True,
+    dynamic_sequence: bool = False,
     fold: bool = False,
 ) -> Capture:
     """Capture `module(*args, **kwargs)` in its present mode; the module is left as it was.
 
     Parameters and inputs may be on the `meta` device, parameters may be DTensors. With
     `dynamic_batch`, dim 0 of the first tensor argument, and of all others whose dim 0 is as large,
-    becomes a symbol where forward allows it. Raises `UserError` where forward cannot be captured
-    as one graph.
+    becomes a symbol `b` where forward allows it. With `dynamic_sequence`, so does dim 1 of tokens
+    [batch, sequence] and of what shares it, as `s`; where forward fixes that length, it stays a
+    number, and `notes` says so. Raises `UserError` where forward cannot be captured as one graph.
 
     With `fold`, a model that repeats a block is captured with three copies of it, from which the
     rest is made: the same graph and fingerprint in a time that hardly grows with the depth. Where
@@ -122,21 +148,23 @@ def capture(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_undisturbed(module))
         runs = _runs(module, args, kwargs, notes) if fold else ()
+        stand_ins = None
         if need_stand_ins(module, tensors):
             stand_ins = StandIns(device_of(module, tensors))
             tensors = [stand_ins.of(tensor) for tensor in tensors]
             arguments = rebuild(structure, tensors)
             bound = inspect.BoundArguments(signature, collections.OrderedDict(arguments))
             args, kwargs = bound.args, bound.kwargs
-            stack.enter_context(replaced(module, stand_ins))
-        call = _Call(module, tuple(args), dict(kwargs), signature, tensors, structure)
-        attempts = [_batched(tensors)] if dynamic_batch and _batched(tensors) else []
-        for batched in attempts:
+        call = _Call(module, tuple(args), dict(kwargs), signature, tensors, structure, stand_ins)
+        batch = batch_of(tensors)
+        sequence = sequence_of(tensors, batch) if dynamic_sequence else None
+        sizes = [size for size in (batch if dynamic_batch else None, sequence) if size is not None]
+        for count in range(len(sizes), 0, -1):
             # Whatever goes wrong with a symbolic size may go right with a number.
             with contextlib.suppress(Exception):
-                return _capture(call, batched, runs, notes)
+                return _capture(call, sizes[:count], runs, notes, sequence)
         try:
-            return _capture(call, [], runs, notes)
+            return _capture(call, [], runs, notes, sequence)
         except Exception as error:
             explained = explain(error)
             raise explained from (None if explained is error else error)
@@ -154,7 +182,10 @@ def _runs(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The call to capture; `tensors` and `structure` are its arguments, taken apart."""
+    """The call to capture; `tensors` and `structure` are its arguments, taken apart.
+
+    With `stand_ins` the tensors are such already, and the module's are to be replaced.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -162,49 +193,73 @@ class _Call:
     signature: inspect.Signature
     tensors: Sequence[Tensor]
     structure: Structure
+    stand_ins: StandIns | None
 
 
 def _capture(
-    call: _Call, batched: Sequence[Tensor], runs: Sequence[Run], notes: Sequence[str]
+    call: _Call,
+    dynamic: Sequence[Dynamic],
+    runs: Sequence[Run],
+    notes: Sequence[str],
+    sequence: Dynamic | None,
 ) -> Capture:
     """Capture from the shortened module, where that gives the whole graph, or from the whole."""
+    made = None
     if runs:
         try:
-            made = _captured(call, batched, runs)
+            made = _captured(call, dynamic, runs)
             copies = ", ".join(f"{run} from {KEPT * run.period}" for run in runs)
-            return dataclasses.replace(made, notes=(*notes, f"layers were copied: {copies}"))
+            notes = (*notes, f"layers were copied: {copies}")
         except CannotFoldError as error:
             notes = (*notes, f"every layer was captured: {error}")
-    return dataclasses.replace(_captured(call, batched, ()), notes=tuple(notes))
+    if made is None:
+        made = _captured(call, dynamic, ())
+    if sequence is not None and sequence.symbol not in made.symbols:
+        length = sequence.tensors[0].shape[1]
+        notes = (*notes, f"the sequence is static: forward fixes its length to {length}")
+    return dataclasses.replace(made, notes=tuple(notes))
 
 
-def _captured(call: _Call, batched: Sequence[Tensor], runs: Sequence[Run]) -> Capture:
+def _captured(call: _Call, dynamic: Sequence[Dynamic], runs: Sequence[Run]) -> Capture:
+    with contextlib.ExitStack() as stack:
+        if call.stand_ins is not None:
+            with shortened(call.module, runs):  # the layers left out need none
+                stack.enter_context(replaced(call.module, call.stand_ins))
+        return _traced(call, dynamic, runs)
+
+
+def _traced(call: _Call, dynamic: Sequence[Dynamic], runs: Sequence[Run]) -> Capture:
     module, tensors = call.module, call.tensors
-    owned = _owned(module, tensors, paths(call.structure))
+    owned = _owned(module, tensors, paths(call.structure), call.stand_ins)
     module_names = {id(m): name for name, m in module.named_modules()}
     with shortened(module, runs):
-        captured = capture_torch_graph(module, call.args, call.kwargs, batched)
+        captured = capture_torch_graph(module, call.args, call.kwargs, dynamic)
         captured = _renamed(captured, module, module_names)
     traced = trace(captured, device_of(module, tensors).type)
     positions = {id(t): i for i, t in enumerate(captured.inputs)}
     values = [n.meta["val"] for n in traced.graph.graph.nodes if n.op == "placeholder"]
     fakes = [values[positions[id(t)]] if id(t) in positions else None for t in tensors]
-    with_batch = [i for i, t in enumerate(tensors) if any(t is b for b in batched)]
-    symbols = name_symbols(fakes, with_batch, tensors)
+    symbols = name_symbols(fakes, dynamic, tensors)
     graph = typed_graph(
         traced,
         _roles(captured, owned),
-        _unused(captured, owned, batched, symbols.hints),
+        _unused(captured, owned, dynamic, symbols.hints),
         symbols.rename,
         module_names,
     )
     graph = unfold(graph, runs, len(captured.buffers)) if runs else renumbered(graph)
+    plain = graph
+    optional = [size.symbol for size in dynamic if size.optional and size.symbol in symbols.hints]
+    if optional:
+        lengths = {symbol: symbols.hints[symbol] for symbol in optional}
+        plain = with_sizes(graph, lengths)
+        graph = named_as_with_sizes(graph, lengths)
     return Capture(
         graph=graph,
         symbols=symbols.hints,
         symbol_of=symbols.places,
         guards=guards_of(traced.shape_env, symbols),
-        fingerprint=fingerprint(graph),
+        fingerprint=fingerprint(plain),
         signature=call.signature,
         arguments=call.structure,
         result=captured.result,
@@ -232,14 +287,6 @@ def _renamed(
     )
 
 
-def _batched(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that share the batch size, which is dim 0 of the first that has one."""
-    size = next((t.shape[0] for t in tensors if t.dim() > 0), 0)
-    if size < 2:  # torch specialises on 0 and 1
-        return []
-    return [t for t in tensors if t.dim() > 0 and t.shape[0] == size]
-
-
 def _roles(captured: TorchGraph, owned: Sequence[tuple[Tensor, Role]]) -> list[Role]:
     """What each input of dynamo's graph is."""
     known = {id(tensor): role for tensor, role in owned}
@@ -261,25 +308,28 @@ def _roles(captured: TorchGraph, owned: Sequence[tuple[Tensor, Role]]) -> list[R
 def _unused(
     captured: TorchGraph,
     owned: Sequence[tuple[Tensor, Role]],
-    batched: Sequence[Tensor],
+    dynamic: Sequence[Dynamic],
     symbols: Mapping[sympy.Symbol, int],
 ) -> list[tuple[Role, Value]]:
     """Parameters, buffers and inputs that dynamo's graph does not read."""
     used = {id(tensor) for tensor in captured.inputs}
-    with_batch = {id(tensor) for tensor in batched}
     found = []
     for tensor, role in owned:
         if id(tensor) not in used:
-            shape: tuple[Size, ...] = tuple(tensor.shape)
-            if id(tensor) in with_batch and symbols:
-                shape = (next(iter(symbols)), *shape[1:])
-            value = Value(shape, tensor.dtype, requires_grad=role.requires_grad)
+            shape: list[Size] = list(tensor.shape)
+            for size in dynamic:
+                if size.symbol in symbols and size.has(tensor):
+                    shape[size.dim] = size.symbol
+            value = Value(tuple(shape), tensor.dtype, requires_grad=role.requires_grad)
             found.append((role, value))
     return found
 
 
 def _owned(
-    module: nn.Module, tensors: Sequence[Tensor], names: Mapping[int, str]
+    module: nn.Module,
+    tensors: Sequence[Tensor],
+    names: Mapping[int, str],
+    stand_ins: StandIns | None,
 ) -> list[tuple[Tensor, Role]]:
     """Every parameter, buffer and tensor argument once, with its role and all its names."""
     found: dict[int, tuple[Tensor, str, list[str]]] = {}
@@ -290,6 +340,8 @@ def _owned(
     )
     for role, entries in named:
         for name, tensor in entries:
+            if stand_ins is not None:
+                tensor = stand_ins.known(tensor)
             found.setdefault(id(tensor), (tensor, role, []))[2].append(name)
     grad = torch.is_grad_enabled()
     return [

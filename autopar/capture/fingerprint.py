@@ -40,12 +40,17 @@ def renumbered(graph: Graph) -> Graph:
         if node.op == "call_function":
             args = torch.fx.map_arg(node.args, env.__getitem__)
             kwargs = torch.fx.map_arg(node.kwargs, env.__getitem__)
-            base = re.sub(r"_\d+$", "", node.name)
-            env[node] = new.create_node("call_function", node.target, args, kwargs, base)
+            name = base_name(node)
+            env[node] = new.create_node("call_function", node.target, args, kwargs, name)
         else:
             env[node] = new.node_copy(node, env.__getitem__)
         env[node].meta = dict(node.meta)
     return replace(graph, fx=new)
+
+
+def base_name(node: torch.fx.Node) -> str:
+    """The name of an operation without its number."""
+    return re.sub(r"_\d+$", "", node.name)
 
 
 def _lines(graph: Graph) -> list[str]:

@@ -17,7 +17,7 @@ from autopar.errors import UserError
 from .autocast import Autocast
 from .autograd_function import AutogradFunctionOp, TracedFunctions
 from .explain import source_of
-from .torch_level import NeedsStaticError
+from .symbols import NeedsStaticError
 
 
 @dataclasses.dataclass

@@ -40,6 +40,10 @@ class StandIns:
             self._made[id(tensor)] = (tensor, self._make(tensor))
         return self._made[id(tensor)][1]
 
+    def known(self, tensor: Tensor) -> Tensor:
+        """The stand-in of a tensor that has one, else the tensor."""
+        return self._made.get(id(tensor), (tensor, tensor))[1]
+
     def _make(self, tensor: Tensor) -> Tensor:
         contiguous = isinstance(tensor, DTensor)  # its strides are those of a shard
         with self._mode:

@@ -18,10 +18,7 @@ from autopar import compat
 
 from .side_effects import Attribute, attributes_of, observe
 from .structure import Structure, constants, take_apart
-
-
-class NeedsStaticError(Exception):
-    """A symbolic batch size cannot be carried through; capture again with plain sizes."""
+from .symbols import Dynamic, NeedsStaticError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +49,9 @@ def bind_arguments(
 
 
 def capture_torch_graph(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[Tensor]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Sequence[Dynamic]
 ) -> TorchGraph:
-    """Capture `module(*args, **kwargs)`, dim 0 of each of the `dynamic` tensors being symbolic.
+    """Capture `module(*args, **kwargs)`, the `dynamic` sizes being symbolic.
 
     Raises dynamo's exceptions, and `NeedsStaticError` where forward returns a symbolic number.
     """
@@ -137,12 +134,15 @@ def _logging_functions() -> list[Callable[..., Any]]:
 
 
 @contextlib.contextmanager
-def _marked(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Mark dim 0 as dynamic, and leave no trace of it on the user's tensors."""
-    before = [(tensor, dict(vars(tensor))) for tensor in tensors]
+def _marked(dynamic: Sequence[Dynamic]) -> Iterator[None]:
+    """Mark sizes as dynamic, and leave no trace of it on the user's tensors."""
+    tensors = {id(tensor): tensor for size in dynamic for tensor in size.tensors}
+    before = [(tensor, dict(vars(tensor))) for tensor in tensors.values()]
     try:
-        for tensor in tensors:
-            torch._dynamo.mark_dynamic(tensor, 0)
+        for size in dynamic:
+            mark = torch._dynamo.maybe_mark_dynamic if size.optional else torch._dynamo.mark_dynamic
+            for tensor in size.tensors:
+                mark(tensor, size.dim)
         yield
     finally:
         for tensor, attributes in before:

@@ -16,7 +16,8 @@ from autopar import compat
 from .autocast import ambient_autocast, functional_mode
 from .autograd_function import TracedFunctions
 from .replay import Replay, State
-from .torch_level import NeedsStaticError, TorchGraph
+from .symbols import NeedsStaticError
+from .torch_level import TorchGraph
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from autopar.ir.graph import Graph, Size, Value, value_of
 from .autograd_function import AutogradFunctionOp
 from .explain import NUMBER_FROM_TENSOR, SHAPE_FROM_TENSOR, source_of
 from .simplify import simplify
-from .torch_level import NeedsStaticError
+from .symbols import NeedsStaticError
 from .trace import Traced
 
 
@@ -87,7 +87,7 @@ class _Builder:
             mutated.setdefault(self.names[name], self._detached(result))
         results = [*kept, *mutated.values()]
         self.graph.output(tuple(results)).meta.update(_EMPTY_META, value=None)
-        _remove_dead_code(self.graph)
+        remove_dead_code(self.graph)
         return Graph(self.graph, outputs=self.traced.outputs, mutated=tuple(mutated))
 
     # Placeholders
@@ -305,7 +305,8 @@ def _readable(node: torch.fx.Node) -> str:
     return re.sub(r"_default$", "", node.name)
 
 
-def _remove_dead_code(graph: torch.fx.Graph) -> None:
+def remove_dead_code(graph: torch.fx.Graph) -> None:
+    """Erase calls and constants that nothing uses."""
     for node in reversed(list(graph.nodes)):
         constant = node.op == "placeholder" and node.meta["role"] == "constant"
         if (constant or node.op == "call_function") and not node.users:

@@ -14,7 +14,7 @@ from autopar.ir.graph import Graph
 from autopar.ir.text import print_graph
 
 from .autograd_function import AutogradFunctionOp
-from .fingerprint import renumbered
+from .fingerprint import base_name, renumbered
 from .repeats import Place, Places, Run
 from .tandem import ITEM, CannotFoldError, Item, Ref, lengthen_all, reference
 
@@ -83,11 +83,7 @@ def _key(node: torch.fx.Node, skeleton: Any) -> Any:
     if isinstance(target, AutogradFunctionOp):
         target = re.sub(r"_\d+$", "", target.__name__) + target.text()
     value = meta["value"]
-    return (_base(node), target, skeleton, value, meta["source"], meta["stack"])
-
-
-def _base(node: torch.fx.Node) -> str:
-    return re.sub(r"_\d+$", "", node.name)
+    return (base_name(node), target, skeleton, value, meta["source"], meta["stack"])
 
 
 def _skeleton(
@@ -175,7 +171,7 @@ def _build(items: Sequence[Item], graph: Graph, places: Places, order: _WriteOrd
         target = node.target
         if isinstance(target, AutogradFunctionOp):
             target = target.renamed(f"autograd_function_{next(functions)}")
-        made = new.create_node("call_function", target, args, kwargs, _base(node))
+        made = new.create_node("call_function", target, args, kwargs, base_name(node))
         made.meta = dict(node.meta, module=_name(next(refs), places))
         for ref in refs:
             if ref.tag == _REGION:

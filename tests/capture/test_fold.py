@@ -49,13 +49,20 @@ class Stack(nn.Module):
         return self.head(result) if isinstance(result, Tensor) else result
 
 
-@pytest.mark.parametrize("name", [name for name in DEEP if name != "hf_t5"])
+QUICK = ("gpt", "llama", "vit", "moe_index", "hf_bert")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DEEP],
+)
 def test_folded_zoo_is_the_whole_capture(name: str) -> None:
     folded, whole = folded_and_whole(*deep(name, 5))
     assert is_folded(folded) and not whole.notes
     assert_identical(folded, whole)
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_fold_beside_each_other() -> None:
     folded, whole = folded_and_whole(*deep("hf_t5", 5))
     (note,) = folded.notes
@@ -365,6 +372,31 @@ def test_runs_are_found_where_layers_are_alike() -> None:
     (run,) = find_runs(nn.ModuleDict({"a": nn.ModuleList(layers)}))
     assert (run.container, run.children, run.period) == ("a", ("1", "2", "3", "4", "5"), 1)
     assert str(run) == "a.1 to a.5" and run.units == 5
+
+
+def test_shared_tensors_and_tied_weights_on_meta() -> None:
+    class Rotated(Layer):
+        table: Tensor
+
+        def __init__(self, table: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.table)
+
+    with torch.device("meta"):
+        table = torch.empty(WIDTH)
+        module = Stack(through, nn.ModuleList(Rotated(table) for _ in range(5)))
+        x = torch.empty(4, WIDTH)
+    folded, whole = folded_and_whole(module, (x,), {})
+    assert is_folded(folded)
+    assert_identical(folded, whole)
+    (buffer,) = folded.graph.placeholders("buffer")
+    assert len(buffer.meta["fqns"]) == 5
+    tied = [node for node in folded.graph.placeholders("param") if len(node.meta["fqns"]) > 1]
+    assert [node.meta["fqns"] for node in tied] == [("stem.weight", "head.weight")]
+    assert all(p.is_meta and type(p) is nn.Parameter for p in module.parameters())
 
 
 def test_many_layers_on_meta() -> None:
