@@ -20,6 +20,7 @@ from tests.simulate import (
     Subject,
     assert_equivalent,
     concrete,
+    differences,
     lower_all,
     simulate,
     single_device,
@@ -93,3 +94,32 @@ def test_random_plans(seed: int) -> None:
     random = Random(seed)
     mesh = random.choice(MESHES)
     check(random_decisions(graph, rules_of(graph), mesh, random, 0.1), f"{seed} on {mesh}")
+
+
+def test_mixtral_as_hugging_face_runs_it() -> None:
+    """Its own sorting, in float32: experts on their owners' devices, no weight is gathered."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        use_cache=False,
+        experts_implementation="grouped_mm",
+    )
+    module = MixtralForCausalLM(config)
+    ids = torch.randint(48, (6, 8))
+    kwargs = {"input_ids": ids, "labels": ids}
+    made = subject_of(module, (), kwargs)
+    graph = concrete(made)
+    decisions = routing(graph, rules_of(graph), Mesh.of(dp=2), "dp")
+    stacks = [n for n in decisions.storage if "experts" in n]
+    assert {str(decisions.storage[n]) for n in stacks} == {"[dp, -, -]"}
+    expected = single_device(module, (), kwargs, lambda out: out.loss)
+    got = simulate(made, (), kwargs, lambda out: out.loss, decisions)
+    assert not differences(got, expected, 1e-4), differences(got, expected, 1e-4)
