@@ -1,6 +1,6 @@
 """Write the accelerator profiles in autopar/profiles from tables of published figures.
 
-    python benchmarks/make_profiles.py FOLDER [OUT]
+    python -m benchmarks.make_profiles FOLDER [OUT]
 
 FOLDER holds hardware_datasheet.csv, gemm_efficiency.csv, membw_measured.csv, nccl_busbw.csv and
 nccl_model_constants.csv. Every number carries the source that its row names; a figure that a device
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autopar.cost.cluster import Cluster, CollectiveCurve, Device, Level
@@ -36,8 +36,38 @@ KERNEL_SOURCE = "assumed: 4 us per kernel on the device; the tables have no figu
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """What a training step reaches of the tables' best figures, one number per kind of work.
+
+    `product`, `fp8`, `attention`: of the rates of benchmarks that repeat one kernel (a step also
+    has transposed operands, changing shapes, and runs into the power limit). `memory`: of the
+    stream bandwidth. `link`: of collectives' bandwidth within a host. Fitted on one half of
+    published training steps, checked on the other half: docs/accuracy.md.
+    """
+
+    product: float = 1.0
+    fp8: float = 1.0
+    attention: float = 1.0
+    memory: float = 1.0
+    link: float = 1.0
+
+
+AMPERE = Efficiency(product=0.74, fp8=0.74, attention=0.9, memory=0.95)
+HOPPER = Efficiency(product=0.74, fp8=0.97, attention=0.86, memory=0.54)
+HOPPER_500W = Efficiency(product=0.74, fp8=0.9, attention=0.54, memory=0.54)
+VOLTA = Efficiency(product=0.6, fp8=0.6, attention=0.6, memory=0.73)
+# The runs on AWS p3.16xlarge show a third of what NCCL reaches on NVLink elsewhere.
+VOLTA_P3 = replace(VOLTA, link=0.28)
+FITTED = "what steps of training reach: docs/accuracy.md"
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Where a device's figures stand in the tables, and whose stand in for those it lacks."""
+    """Where a device's figures stand in the tables, and whose stand in for those it lacks.
+
+    `ends`: how a datasheet's choice such as 16/32 is read (the first or the last figure).
+    `network_bytes_per_s`: of one device, where it is not the tables' usual network.
+    """
 
     name: str
     datasheet: str
@@ -45,44 +75,65 @@ class Recipe:
     membw: str | None  # rows of membw_measured; None: the A100's measured share of the datasheet
     busbw: tuple[tuple[str, str], ...]  # (device, algorithm) of all_reduce rows in one host
     nodes: str | None  # device of multi-node all_reduce rows; None: datasheet NIC x H100's share
+    reaches: Efficiency = HOPPER
+    bf16_from: str = ""  # datasheet row of the peak rates where the device's own has none
+    first: bool = False
+    network_bytes_per_s: float | None = None
+    fp8: tuple[str, ...] = ()
 
 
+# AWS p3.16xlarge: 25 Gb/s for 8 devices (the datasheet row says so).
+P3_NETWORK = 25e9 / 8 / 8
+A100_GEMM = ("A100 SXM 80GB", "NVIDIA A100 SXM")
+H100_GEMM = ("H100 80GB (variant unstated)", "NVIDIA H100 SXM")
+H100_FP8 = ("H100 SXM 80GB", "NVIDIA H100 SXM")
+A100_LINK = (("A100 SXM", ""),)
+H100_LINK = (("H100 SXM 80GB", "NVLS"),)
+V100_LINK = (("V100 NVLink2", ""),)
+A100_NET, H100_NET = "DGX A100 NVL3+8x200Gb", "DGX H100 NVL4+8x400Gb"
+B200_NET = "B200 (p6-b200, EFA v4 8x400Gb)"
 RECIPES = (
-    Recipe("V100", "V100 SXM2 16/32GB", ("A100 SXM 80GB",), None, (("V100 NVLink2", ""),), None),
+    Recipe("V100", "V100 SXM2 16/32GB", A100_GEMM[:1], None, V100_LINK, None, VOLTA),
     Recipe(
-        "A100",
-        "A100 SXM 80GB",
-        ("A100 SXM 80GB", "NVIDIA A100 SXM"),
-        "A100 SXM 80GB",
-        (("A100 SXM", ""),),
-        "DGX A100 NVL3+8x200Gb",
+        "V100-P3",
+        "V100 SXM2 16/32GB",
+        A100_GEMM[:1],
+        None,
+        V100_LINK,
+        None,
+        VOLTA_P3,
+        first=True,
+        network_bytes_per_s=P3_NETWORK,
     ),
+    Recipe("A100", "A100 SXM 80GB", A100_GEMM, "A100 SXM 80GB", A100_LINK, A100_NET, AMPERE),
+    Recipe("A100-40GB", "A100 SXM 40GB", A100_GEMM, None, A100_LINK, A100_NET, AMPERE),
+    Recipe("H100", "H100 SXM5 80GB", H100_GEMM, "H100 SXM 80GB", H100_LINK, H100_NET, fp8=H100_FP8),
     Recipe(
-        "H100",
-        "H100 SXM5 80GB",
-        ("H100 80GB (variant unstated)", "NVIDIA H100 SXM"),
-        "H100 SXM 80GB",
-        (("H100 SXM 80GB", "NVLS"),),
-        "DGX H100 NVL4+8x400Gb",
+        "H100-500W",
+        "H100 SXM 96GB HBM2e (Meta Grand Teton, 500W)",
+        H100_GEMM,
+        None,
+        H100_LINK,
+        H100_NET,
+        HOPPER_500W,
+        bf16_from="H100 SXM5 80GB",
+        fp8=H100_FP8,
     ),
     Recipe(
         "H200",
         "H200 SXM 141GB",
-        ("H100 80GB (variant unstated)", "NVIDIA H100 SXM"),
+        H100_GEMM,
         "H200 SXM",
         (("H200 SXM", "NVLS"),),
         "H200 (4 nodes, ring)",
+        fp8=("H200 SXM", "NVIDIA H200 SXM"),
     ),
-    Recipe(
-        "B200",
-        "B200 SXM",
-        ("B200", "NVIDIA B200 SXM"),
-        None,
-        (("B200 (p6-b200, EFA v4 8x400Gb)", ""),),
-        "B200 (p6-b200, EFA v4 8x400Gb)",
-    ),
+    Recipe("B200", "B200 SXM", ("B200", "NVIDIA B200 SXM"), None, ((B200_NET, ""),), B200_NET),
     Recipe("MI300X", "MI300X 192GB", ("AMD MI300X",), None, (("MI300X", ""),), None),
 )
+H100 = next(recipe for recipe in RECIPES if recipe.name == "H100")
+# Compute runs this much slower while a collective runs beside it.
+OVERLAP_ROW = "Galvatron profile"
 
 
 def read_tables(folder: Path) -> Tables:
@@ -106,20 +157,22 @@ def sources(rows: list[Row], note: str = "") -> str:
 
 
 def gemm_efficiency(
-    tables: Tables, devices: tuple[str, ...]
+    tables: Tables, devices: tuple[str, ...], dtypes: tuple[str, ...] = ("fp16", "bf16")
 ) -> tuple[list[tuple[float, float]], str]:
-    """(flops, share of peak) of the measured 16-bit products, and their sources.
+    """(flops, share of peak) of the measured products of some dtypes, and their sources.
 
     Small products of a device without rows of its own follow the A100's curve, scaled to the
     device's best product.
     """
 
-    def points(names: tuple[str, ...]) -> tuple[list[tuple[float, float]], list[Row]]:
+    def points(
+        names: tuple[str, ...], dtypes: tuple[str, ...] = ("fp16", "bf16")
+    ) -> tuple[list[tuple[float, float]], list[Row]]:
         rows = [
             row
             for row in tables["gemm_efficiency"]
             if row["device"] in names
-            and row["dtype"] in ("fp16", "bf16")
+            and row["dtype"] in dtypes
             and row["m"]
             and min(float(row[d]) for d in "mnk") >= 1024
         ]
@@ -129,7 +182,7 @@ def gemm_efficiency(
         ]
         return sorted(made), rows
 
-    own, rows = points(devices)
+    own, rows = points(devices, dtypes)
     note = "share of peak, measured"
     if len(own) < 4:
         ramp, ramp_rows = points(("A100 SXM 80GB",))
@@ -146,10 +199,16 @@ def gemm_efficiency(
     return [(x0 / 64, y0 / 16), *rising], sources(rows, note)
 
 
-def device(tables: Tables, recipe: Recipe) -> Device:
-    sheet = next(r for r in tables["hardware_datasheet"] if r["device"] == recipe.datasheet)
-    efficiency, efficiency_source = gemm_efficiency(tables, recipe.gemm)
-    matmul: dict[str, Curve] = {}
+def sheet_row(tables: Tables, name: str) -> Row:
+    return next(r for r in tables["hardware_datasheet"] if r["device"] == name)
+
+
+def matmul_rates(tables: Tables, recipe: Recipe) -> dict[str, Curve]:
+    """Rates of products by dtype: peak of the datasheet x share measured x what steps reach."""
+    sheet = sheet_row(tables, recipe.bf16_from or recipe.datasheet)
+    measured = gemm_efficiency(tables, recipe.gemm)
+    fp8 = gemm_efficiency(tables, recipe.fp8, ("fp8",)) if recipe.fp8 else measured
+    rates: dict[str, Curve] = {}
     for dtype, column in (
         ("bfloat16", "bf16_dense_tflops"),
         ("float16", "fp16_dense_tflops"),
@@ -159,31 +218,67 @@ def device(tables: Tables, recipe: Recipe) -> Device:
         peak = number(sheet[column])
         if peak is None:
             continue
-        matmul[dtype] = Curve.of(
-            ((x, y * peak * 1e12) for x, y in efficiency),
-            f"peak {peak:g} Tflop/s: {sheet['source']}; {efficiency_source}",
+        narrow = dtype.startswith("float8")
+        points, source = fp8 if narrow else measured
+        reached = recipe.reaches.fp8 if narrow else recipe.reaches.product
+        rates[dtype] = Curve.of(
+            ((x, y * peak * 1e12 * reached) for x, y in points),
+            f"peak {peak:g} Tflop/s: {sheet['source']}; {source}; times {reached:g}, {FITTED}",
         )
-    rates = {"matmul": matmul}
+    return rates
+
+
+def attention_rates(tables: Tables, recipe: Recipe) -> dict[str, Curve]:
+    """FlashAttention 2 as published at sequence 8192; shorter ones ramp as products do."""
+    name = {"A100-40GB": "A100 SXM 80GB", "H100-500W": "H100 SXM 80GB"}.get(recipe.name)
     flash = [
         r
         for r in tables["gemm_efficiency"]
-        if r["device"] == recipe.membw and "Flash Attention" in r["note"]
+        if r["device"] == (name or recipe.membw) and "Flash Attention" in r["note"]
     ]
-    if flash:  # published flop/s of the forward at sequence 8192; shorter ones ramp as products do
-        best = float(flash[0]["tflops"]) * 1e12
-        top = max(y for _, y in efficiency)
-        curve = Curve.of(((x, best * y / top) for x, y in efficiency), sources(flash))
-        rates["attention"] = {"bfloat16": curve, "float16": curve}
+    if not flash:
+        return {}
+    efficiency, _ = gemm_efficiency(tables, recipe.gemm)
+    top = max(y for _, y in efficiency)
+    best = float(flash[0]["tflops"]) * 1e12 * recipe.reaches.attention
+    note = f"{sources(flash)}; times {recipe.reaches.attention:g}, {FITTED}"
+    curve = Curve.of(((x, best * y / top) for x, y in efficiency), note)
+    return {"bfloat16": curve, "float16": curve}
+
+
+def device(tables: Tables, recipe: Recipe) -> Device:
+    sheet = sheet_row(tables, recipe.datasheet)
+    rates = {"matmul": matmul_rates(tables, recipe)}
+    attention = attention_rates(tables, recipe)
+    if attention:
+        rates["attention"] = attention
     sheet_bw = float(sheet["mem_bw_TBps"].split("/")[-1]) * 1e12
-    memory = float(sheet["mem_gb"].split("/")[-1])
+    memory = float(sheet["mem_gb"].split("/")[0 if recipe.first else -1])
+    bandwidth = memory_bandwidth(tables, recipe, sheet_bw, sheet["source"])
+    reached = recipe.reaches.memory
+    overlap = next(
+        r
+        for r in tables["nccl_busbw"]
+        if r["device"] == OVERLAP_ROW and r["collective"] == "overlap_coe"
+    )
     return Device(
         recipe.name,
         memory * 1e9 if memory > 100 else memory * GIB,
         KERNEL_S,
         rates,
-        {"default": memory_bandwidth(tables, recipe, sheet_bw, sheet["source"])},
+        {
+            "default": Curve(
+                bandwidth.scaled(reached).points,
+                f"{bandwidth.source}; times {reached:g}, {FITTED}",
+            )
+        },
         Curve.of([(1, 1 / 64), (64, 1.0)], "tensor-core tiles are at least 64 wide: padding"),
-        {"memory_bytes": sheet["source"], "op_overhead_s": KERNEL_SOURCE},
+        overlap_slowdown=float(overlap["busbw_GBps"]) - 1.0,
+        sources={
+            "memory_bytes": sheet["source"],
+            "op_overhead_s": KERNEL_SOURCE,
+            "overlap_slowdown": f"measured on A100s: {overlap['source']}",
+        },
     )
 
 
@@ -243,7 +338,7 @@ def host_level(tables: Tables, recipe: Recipe) -> Level:
                 Curve.constant(peak, sources([*rows, alpha], "bandwidth, then the H100's latency")),
             ),
         )
-    h100_peak = ring_peak(tables, RECIPES[2], [])
+    h100_peak = ring_peak(tables, H100, [])
     for kind, column in (("all_gather", "ALLGATHER"), ("reduce_scatter", "REDUCESCATTER")):
         curves = []
         for r in constants:
@@ -276,7 +371,16 @@ def host_level(tables: Tables, recipe: Recipe) -> Level:
     )
     gather = collectives["all_gather"][-1]
     collectives["broadcast"] = (CollectiveCurve(8, gather.alpha_s, gather.bandwidth),)
+    link = recipe.reaches.link
+    if link != 1.0:
+        collectives = {kind: tuple(slower(c, link) for c in collectives[kind]) for kind in KINDS}
     return Level("host", 8, {kind: collectives[kind] for kind in KINDS})
+
+
+def slower(curve: CollectiveCurve, share: float) -> CollectiveCurve:
+    """A collective that reaches a share of its measured bandwidth."""
+    note = f"{curve.bandwidth.source}; times {share:g}, {FITTED}"
+    return replace(curve, bandwidth=Curve(curve.bandwidth.scaled(share).points, note))
 
 
 def ring_peak(tables: Tables, recipe: Recipe, rows: list[Row]) -> float:
@@ -296,7 +400,7 @@ def ring_peak(tables: Tables, recipe: Recipe, rows: list[Row]) -> float:
 def network_level(tables: Tables, recipe: Recipe) -> Level:
     """Groups of one device per host: the H100's ring and latency tables, scaled to the links."""
     nic, nic_source = per_device_network(tables, recipe)
-    reference, _ = per_device_network(tables, RECIPES[2])
+    reference, _ = per_device_network(tables, H100)
     scale = nic / reference
     note = f"model of the H100's network, bandwidth times {scale:.2f} ({nic_source})"
     collectives: dict[str, tuple[CollectiveCurve, ...]] = {}
@@ -343,6 +447,9 @@ def best_time(rows: list[Row], nbytes: float, scale: float) -> float:
 
 def per_device_network(tables: Tables, recipe: Recipe) -> tuple[float, str]:
     """Bytes/s of the network that one of a host's 8 devices has, and the source."""
+    if recipe.network_bytes_per_s is not None:
+        row = sheet_row(tables, recipe.datasheet)
+        return recipe.network_bytes_per_s, f"25 Gb/s for 8 devices: {row['source']}"
     rows = [
         r
         for r in tables["nccl_busbw"]
@@ -356,7 +463,7 @@ def per_device_network(tables: Tables, recipe: Recipe) -> tuple[float, str]:
     text = sheet["typical_internode_unidir_GBps_per_gpu"]
     if recipe.name == "V100":  # one 100 Gb/s adapter for 4 of the 8 devices
         return 12.5e9 / 4, f"{text}: {sheet['source']}"
-    share = per_device_network(tables, RECIPES[2])[0] / 50e9
+    share = per_device_network(tables, H100)[0] / 50e9
     return float(text) * 1e9 * share, f"{text} GB/s times the H100's share: {sheet['source']}"
 
 

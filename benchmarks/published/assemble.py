@@ -11,21 +11,25 @@ from autopar.cost.comm import level_time
 from autopar.cost.families import op_family
 from autopar.cost.step import Part, Segment
 
+from .force import USABLE_MEMORY
 from .plan_of import RunPlan
 from .pricing import FUSABLE
 
-# Compute runs this much slower while a collective runs beside it: PKU-DAIR/Hetu-Galvatron,
-# galvatron/profile_hardware/hardware_configs, overlap_coe.
-OVERLAP_SLOWDOWN = 0.1256
+# What the search leaves to the allocator, and what a process holds beside tensors: the driver's
+# context, NCCL's and cuBLAS' buffers (1 to 3 GiB, as nvidia-smi shows before the first step).
+RUNTIME_BYTES = 2.0 * 2**30
 
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of one copy of a segment for one micro-batch.
 
-    Compute forward, backward and repeated; exposed activation collectives the same; gathers and
-    reductions of parameters that happen per micro-batch, and `once_s`, gradients reduced per step.
+    Compute forward, backward and repeated, with the activation collectives that nothing hides;
+    `beside_s`, those that run beside the products next to them, forward and backward; gathers and
+    reductions of parameters that happen per micro-batch; `once_s`, gradients reduced per step.
     """
+
+    slowdown: float
 
     forward_s: float
     backward_s: float
@@ -34,26 +38,32 @@ class Costs:
     regather_s: float
     reduce_s: float
     once_s: float
+    beside_s: tuple[float, float] = (0.0, 0.0)
 
     @property
     def whole_forward_s(self) -> float:
-        return beside(self.forward_s, self.gather_s)
+        return self._beside(self.forward_s, self.gather_s, self.beside_s[0])
 
     @property
     def whole_backward_s(self) -> float:
-        return beside(self.backward_s + self.again_s, self.regather_s + self.reduce_s)
+        parameters = self.regather_s + self.reduce_s
+        return self._beside(self.backward_s + self.again_s, parameters, self.beside_s[1])
 
+    def _beside(self, compute_s: float, parameters_s: float, tensor_s: float) -> float:
+        """Compute with traffic on other streams: the longest of the three.
 
-def beside(compute_s: float, traffic_s: float) -> float:
-    """Compute with traffic on another stream: the longer of the two, compute slowed down."""
-    slowed = compute_s + OVERLAP_SLOWDOWN * min(traffic_s, compute_s)
-    return max(slowed, traffic_s)
+        Collectives of parameters slow compute down; those that are pipelined with products use the
+        copy engines.
+        """
+        slowed = compute_s + self.slowdown * min(parameters_s, compute_s)
+        return max(slowed, parameters_s, tensor_s)
 
 
 def costs_of(plan: RunPlan, segment: Segment, policy: str) -> Costs:
     """Costs of one copy of a segment under a recomputation policy."""
     overlap = plan.software.overlaps_tensor
     forward = backward = again = gather = regather = reduce = once = 0.0
+    hidden = [0.0, 0.0]
     repeated = _repeated(plan, segment, policy)
     reduce_factor = plan.software.reduce_bytes / 2
     for part in segment.parts:
@@ -71,28 +81,46 @@ def costs_of(plan: RunPlan, segment: Segment, policy: str) -> Costs:
                 gather += part.forward_s
                 regather += part.forward_s if part.regather else 0.0
                 reduce += back
+        elif overlap and part.axis in ("tp", "cp"):
+            hidden[0] += part.forward_s
+            hidden[1] += part.backward_s + part.forward_s * repeated.get(part.name, 0.0)
         else:
-            shown = 1.0
-            if part.axis == "tp" and overlap or part.axis == "cp":
-                shown = 1.0 / plan.sizes[part.axis]
-            forward += part.forward_s * shown
-            backward += part.backward_s * shown
-            again += part.forward_s * shown * repeated.get(part.name, 0.0)
-    return Costs(forward, backward, again, gather, regather, reduce, once)
+            forward += part.forward_s
+            backward += part.backward_s
+            again += part.forward_s * repeated.get(part.name, 0.0)
+    return Costs(
+        plan.cluster.device.overlap_slowdown,
+        forward,
+        backward,
+        again,
+        gather,
+        regather,
+        reduce,
+        once,
+        (hidden[0], hidden[1]),
+    )
 
 
 def _repeated(plan: RunPlan, segment: Segment, policy: str) -> dict[str, float]:
     """How much of each part's forward is repeated in the backward."""
-    if policy in ("full", "layer"):
-        share = 1.0 if policy == "full" else 0.5
-        return {part.name: share for part in segment.parts}
-    if policy != "selective":
+    if policy not in ("full", "layer", "selective"):
         return {}
+    parts = segment.parts
+    if plan.software.stops_early:  # nothing needs what the last product makes
+        last = max(i for i, part in enumerate(parts) if part.name.startswith("linear"))
+        parts = parts[:last]
+    if policy != "selective":
+        share = 1.0 if policy == "full" else 0.5
+        return {part.name: share for part in parts}
     if plan.software.selective == "attention":
-        return {p.name: 1.0 for p in segment.parts if _is_core(p)}
-    found = {p.name: 1.0 for p in segment.parts if p.recomputable}
-    found.update({p.name: 0.5 for p in segment.parts if p.name.startswith("linear")})
-    return found
+        return {p.name: 1.0 for p in parts if _is_core(p)}
+    if plan.software.selective == "half":
+        found = {p.name: 1.0 for p in parts if p.recomputable}
+        found.update({p.name: 0.5 for p in parts if p.name.startswith("linear")})
+        return found
+    core = min(i for i, part in enumerate(parts) if _family(part) == "attention")
+    kept = {p.name for p in parts[:core] if p.name.startswith("linear")}
+    return {p.name: 1.0 for p in parts if p.name not in kept}
 
 
 def _is_core(part: Part) -> bool:
@@ -192,6 +220,12 @@ def p2p_s(plan: RunPlan) -> float:
 
 
 def memory_of(plan: RunPlan, made: Layered, policy: str) -> float:
+    """Bytes that the process holds at the peak: tensors with fragmentation, and what is beside."""
+    tensors = tensors_of(plan, made, policy)
+    return tensors / USABLE_MEMORY + RUNTIME_BYTES + plan.software.buffer_bytes
+
+
+def tensors_of(plan: RunPlan, made: Layered, policy: str) -> float:
     """Bytes at the peak on the fullest stage: states, activations in flight, working space."""
     row = plan.row
     tokens = plan.micro_batch * row.seq / row.cp
@@ -215,7 +249,9 @@ def memory_of(plan: RunPlan, made: Layered, policy: str) -> float:
         if row.vpp > 1:
             flying = min(m, stages - i + (stages - 1) / row.vpp)
         total = made.layer_bytes * layers + flying * layers * kept + working
-        if plan.gathers_once:  # parameters and gradients of the stage stay whole for all micro-batches
+        if (
+            plan.gathers_once
+        ):  # parameters and gradients of the stage stay whole for all micro-batches
             total += gathered * layers
         else:
             total += gathered
@@ -250,8 +286,12 @@ def _saved(plan: RunPlan, parts: tuple[Part, ...], without: Mapping[str, float] 
     return total
 
 
+def _family(part: Part) -> str:
+    return op_family(re.sub(r"_\d+$", "", part.name))
+
+
 def _fusable(part: Part) -> bool:
-    return part.is_compute and op_family(re.sub(r"_\d+$", "", part.name)) in FUSABLE
+    return part.is_compute and _family(part) in FUSABLE
 
 
 def _gathered(plan: RunPlan, segment: Segment) -> float:
@@ -265,13 +305,20 @@ def _gathered(plan: RunPlan, segment: Segment) -> float:
     return sum(outputs.values())
 
 
-def predict(plan: RunPlan, made: Layered) -> Prediction:
-    """Time and memory; a recomputation that the row does not say is the least that fits."""
-    policies = [plan.row.recompute] if plan.row.recompute else ["none", "selective", "full"]
-    for policy in policies:
-        memory = memory_of(plan, made, policy)
-        if memory <= plan.memory_bytes:
-            break
-    time_s, parts = time_of(plan, made, policy)
-    return Prediction(time_s, memory, parts)
+def policy_of(plan: RunPlan, made: Layered) -> str:
+    """The row's recomputation; where it does not say, the least whose tensors fit: the run ran."""
+    if plan.row.recompute:
+        return plan.row.recompute
+    if plan.software.unsaid:
+        return plan.software.unsaid
+    for policy in ("none", "selective"):
+        if tensors_of(plan, made, policy) <= plan.memory_bytes:
+            return policy
+    return "full"
 
+
+def predict(plan: RunPlan, made: Layered) -> Prediction:
+    """Time and memory of a run."""
+    policy = policy_of(plan, made)
+    time_s, parts = time_of(plan, made, policy)
+    return Prediction(time_s, memory_of(plan, made, policy), parts)

@@ -5,20 +5,22 @@ The only file here that speaks to the planner's search interface.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.fx
 
 from autopar.errors import UserError
-from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.graph import Graph, tensor_inputs, value_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 from autopar.passes.blocks import Blocks
 from autopar.passes.options import Option
 from autopar.passes.price import Pricer
-from autopar.passes.programme import edges_of, is_getitem, producer_of, solve
-from autopar.passes.search import Problem, _options
+from autopar.passes.programme import is_getitem, producer_of, solve
+from autopar.passes.search import USABLE_MEMORY, Problem, _options
+
+__all__ = ["USABLE_MEMORY", "Axes", "Forced", "Solved", "axes_of", "solve_forced"]
 
 Node = torch.fx.Node
 Factors = Mapping[Node, frozenset[str]]
@@ -40,9 +42,9 @@ def axes_of(graph: Graph, rules: Mapping[str, ShardingRule]) -> Axes:
         (node, 0) for node in graph.calls() if "embedding" in str(node.target).split(".")[-2:][0]
     ]
     return Axes(
-        _reach(graph, rules, {place: 0 for place in inputs}),
-        _reach(graph, rules, {place: 1 for place in inputs}),
-        _reach(graph, rules, {place: 2 for place in embedded}),
+        _reach(graph, rules, dict.fromkeys(inputs, 0)),
+        _reach(graph, rules, dict.fromkeys(inputs, 1)),
+        _reach(graph, rules, dict.fromkeys(embedded, 2)),
     )
 
 
@@ -161,10 +163,3 @@ def solve_forced(
             fix="check that the model's sizes divide by the axes'",
         )
     return Solved(graph, blocks, found.option)
-
-
-def reads(graph: Graph) -> Iterable[tuple[Node, int, Node, int]]:
-    """(producer, port, consumer, slot) of every read of a tensor."""
-    for edge in edges_of(graph):
-        if values_of(edge.producer):
-            yield edge.producer, edge.port, edge.consumer, edge.slot

@@ -19,11 +19,8 @@ class Shape:
 
     `kind`: "gpt" (LayerNorm, GELU, learned positions), "llama" (RMSNorm, SwiGLU, rotary) or
     "nemotron" (LayerNorm, squared ReLU, rotary). `fused_attention`: one kernel for attention, else
-    products around a masked softmax. `fused_linears`: one product makes queries, keys and values.
-    `causal`: fused attention knows that later keys are hidden;
-    a sequence that is split among devices is captured without (each of them gets an equal share of
-    early and late queries, and the pricing halves the work). `bias`, `dropout`, `tied`: as GPT-2's
-    descendants have them. The plain path's mask is part of its softmax kernel.
+    products around a softmax whose kernel also masks. `fused_linears`: one product makes queries,
+    keys and values. `bias`, `dropout`, `tied`: as GPT-2's descendants have them.
     """
 
     kind: str
@@ -36,7 +33,6 @@ class Shape:
     sequence: int
     fused_attention: bool = True
     fused_linears: bool = False
-    causal: bool = True
     bias: bool = False
     dropout: float = 0.0
     tied: bool = False
@@ -74,7 +70,7 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if c.fused_attention:
             grouped = c.kv_heads != c.heads
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=c.causal, enable_gqa=grouped)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             scores = torch.softmax(torch.matmul(q, k.transpose(2, 3)), dim=-1)
             y = torch.matmul(self.dropout(scores), v)

@@ -93,7 +93,7 @@ def _check(row: Row) -> None:
 
 
 def _shape(row: Row, software: Software) -> Shape:
-    heads = row.heads or _heads(row)
+    heads = row.heads or _heads(row, software)
     kv = row.kv_heads or heads
     if row.hidden % heads or heads % kv or heads % row.tp:
         raise NotCovered("its heads do not divide: uneven heads are not modelled")
@@ -111,15 +111,16 @@ def _shape(row: Row, software: Software) -> Shape:
         row.seq,
         fused_attention=software.attention != "plain",
         fused_linears=software.fused_linears,
-        causal=row.cp == 1,
         bias=gpt and software.bias,
         dropout=software.dropout if gpt else 0.0,
         tied=gpt and software.tied and row.pp == 1,
     )
 
 
-def _heads(row: Row) -> int:
-    """A head count that the row does not say: heads nearest to 128 wide that tp divides."""
+def _heads(row: Row, software: Software) -> int:
+    """A head count that the row does not say: the runs' usual one, else heads about 128 wide."""
+    if software.heads and row.hidden % software.heads == 0 and software.heads % row.tp == 0:
+        return software.heads
     counts = [n for n in range(row.tp, row.hidden, row.tp) if row.hidden % n == 0]
     if not counts:
         raise NotCovered("no number of heads divides its width")
@@ -161,12 +162,16 @@ def _stages(row: Row) -> tuple[int, ...]:
 def _pricing(row: Row, software: Software, zero: int, shard: int) -> Pricing:
     fsdp = zero >= 2
     optimizer = zero == 1 or (zero == 0 and software.shards_optimizer)
+    gradient = software.gradient_bytes
+    if row.precision == "bf16" and software.bf16_gradient_bytes:
+        gradient = software.bf16_gradient_bytes
     return Pricing(
         precision=row.precision,
         attention=software.attention,
         fuses=software.fuses,
         parameter_bytes=4 if fsdp and not software.master else 2,
-        gradient_bytes=software.gradient_bytes,
+        gradient_bytes=gradient,
+        state_bytes=software.state_bytes,
         master=software.master,
         state_shards=row.dp * row.cp if optimizer else 1,
     )

@@ -22,7 +22,9 @@ from autopar.cost.compute import (
     backward_time,
     forward_time,
     local_op,
+    matmul_dims,
     op_bytes,
+    op_flops,
 )
 from autopar.cost.families import canonical_name, op_family, op_name
 from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
@@ -57,6 +59,7 @@ class Pricing:
     parameter_bytes: int = 2
     gradient_bytes: int = 2
     master: bool = True
+    state_bytes: int = 8
     state_shards: int = 1
     gradient_shards: int = 1
 
@@ -83,6 +86,9 @@ class PublishedPricer(Pricer):
         if family == "matmul" and self.pricing.precision.startswith("fp8") and _in_block(node):
             return self._fp8(node, placed)
         forward, backward = super().compute_times_s(node, placed)
+        if family == "matmul":
+            slow = self._misaligned(self._op(node, placed))
+            return forward * slow, backward * slow
         if self.pricing.fuses and family in FUSABLE:
             share = self._fused_share(node)
             return forward * share, backward * share
@@ -97,6 +103,19 @@ class PublishedPricer(Pricer):
             ],
             [self._local(v, p) for v, p in zip(values_of(node), placed.outputs, strict=True)],
         )
+
+    def _misaligned(self, op: LocalOp) -> float:
+        """How much slower a product is whose rows do not start at multiples of 16 bytes.
+
+        It cannot use tensor cores, and runs at the rate of fp32 (NVIDIA, Matrix Multiplication
+        Background User's Guide: dims should be multiples of 8 elements of 16 bits).
+        """
+        _, _, n, k = matmul_dims(op)
+        if not any(int(size) % 8 for size in (n, k)):
+            return 1.0
+        flops = float(op_flops(op))
+        table = self.device.rates["matmul"]
+        return float(self.device.rate_curve("bfloat16")(flops) / table["float32"](flops))
 
     def _attention(self, node: Node, placed: Placed) -> tuple[float, float]:
         """Fused attention under a causal mask that is shared out evenly: half of the work."""
@@ -115,10 +134,8 @@ class PublishedPricer(Pricer):
         second time transposed): 6 bytes per element.
         """
         op = self._op(node, placed)
-        rowwise = self.pricing.precision.endswith("rowwise")
-        device = self.device if rowwise else self.fast
-        if rowwise:
-            device = self.fast
+        # Row-wise scales rule out fast accumulation: no faster than 16 bits.
+        device = self.device if self.pricing.precision.endswith("rowwise") else self.fast
         bandwidth = self.device.bandwidth_curve("copy")
 
         def cast(elements: float) -> float:
@@ -157,7 +174,7 @@ class PublishedPricer(Pricer):
         if not value.requires_grad:
             return super().stored_bytes(value, sharding)
         p = self.pricing
-        state = 12.0 if p.master else 8.0
+        state = p.state_bytes + (4.0 if p.master else 0.0)
         return elements * (
             p.parameter_bytes + p.gradient_bytes / p.gradient_shards + state / p.state_shards
         )

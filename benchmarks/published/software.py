@@ -18,17 +18,26 @@ class Software:
 
     `attention`: "plain" (products around a fused masked softmax), "flash1" (FlashAttention 1 or
     its Triton form), "flash2", or "cudnn" (cuDNN 9's fused attention). `fuses`: chains of
-    pointwise ops run as one kernel (torch.compile, hand-fused kernels). `sequence_parallel`:
-    tensor parallelism splits activations along the sequence between its products.
-    `overlaps_tensor`: its collectives run pipelined with the products next to them.
-    `overlaps_data`: gradients are reduced while the backward runs. `shards_optimizer`: ZeRO-1
-    where the row says nothing. `gradient_bytes`, `reduce_bytes`: of a gradient element as kept and
-    as sent; `master`: fp32 master weights beside 16-bit parameters (else fp32 parameters are cast
-    when they are gathered). `bias`, `dropout`, `tied`: of its GPT. `default_micro`: micro-batches
-    of a pipeline where the row says nothing: "stages" or "one" sequence each. `selective`: what
-    selective recomputation repeats, the "attention" between its projections or "half" of the
-    products and all that is pointwise. `overlaps_p2p`: an interleaved pipeline sends while it
+    pointwise ops run as one kernel (torch.compile, hand-fused kernels). `fused_linears`: queries,
+    keys and values are one product. `sequence_parallel`: tensor parallelism splits activations
+    along the sequence between its products. `overlaps_tensor`: its collectives, and those of
+    context parallelism, run pipelined with the products next to them. `overlaps_data`: gradients
+    are reduced while the backward runs. `overlaps_p2p`: an interleaved pipeline sends while it
     computes. `scatters_p2p`: tensor-parallel ranks send a part each, and gather it on arrival.
+    `shards_optimizer`: ZeRO-1 where the row says nothing.
+
+    `gradient_bytes`, `reduce_bytes`: of a gradient element as kept and as sent;
+    `bf16_gradient_bytes` replaces the former under bf16. `master`: fp32 master weights beside
+    16-bit parameters (else fp32 parameters are cast when they are gathered). `state_bytes`: of an
+    element, beside that copy. `buffer_bytes`: communication buffers.
+
+    `bias`, `dropout`, `tied`: of its GPT. `heads`: of runs that do not say. `default_micro`:
+    micro-batches of a pipeline where the row says nothing: as many as "stages", or of "one"
+    sequence each. `selective`: what selective recomputation repeats: the "attention" between its
+    projections, "half" of the products and all that is pointwise, or all but the "projections"
+    into attention. `stops_early`: recomputation ends with the last tensor that the backward needs,
+    before a layer's last product (PyTorch's non-reentrant checkpoints since 2.1, compilers).
+    `unsaid`: the recomputation of runs that do not say ("": the least that fits).
     """
 
     name: str
@@ -49,6 +58,12 @@ class Software:
     selective: str = "attention"
     overlaps_p2p: bool = False
     scatters_p2p: bool = False
+    state_bytes: int = 8
+    bf16_gradient_bytes: int = 0
+    buffer_bytes: float = 0.0
+    heads: int = 0
+    stops_early: bool = True
+    unsaid: str = ""
 
 
 # Narayanan et al., SC21 (arXiv:2104.04473) sections 4 and 5: fused bias+GeLU, bias+dropout+add and
@@ -60,24 +75,49 @@ MEGATRON = Software(
     overlaps_data=False,
     dropout=0.1,
     scatters_p2p=True,
+    stops_early=False,
 )
 # DT-FM's baseline runs (Yuan et al., arXiv:2206.01288) without the scatter/gather optimisation.
 MEGATRON_DTFM = replace(MEGATRON, name="Megatron-LM (DT-FM)", scatters_p2p=False)
 # BigScience tr11 slurm scripts: the same kernels, DeepSpeed ZeRO stage 1.
-MEGATRON_DEEPSPEED = replace(MEGATRON, name="Megatron-DeepSpeed", shards_optimizer=True)
+# Its fp16 ZeRO-1 makes fp32 gradients of the shard; its BF16_Optimizer keeps fp32 gradients of all
+# beside the bf16 ones; buckets are 5e8 elements for reducing and for gathering (its defaults).
+# tr11-176B-ml/chronicles-prequel.md: 96 heads where nothing else is said. Its pipeline sends
+# activations whole.
+MEGATRON_DEEPSPEED = replace(
+    MEGATRON,
+    name="Megatron-DeepSpeed",
+    shards_optimizer=True,
+    scatters_p2p=False,
+    state_bytes=12,
+    bf16_gradient_bytes=6,
+    buffer_bytes=2 * 5e8 * 2,
+    heads=96,
+)
 # NVIDIA NeMo performance recipes: Transformer Engine with cuDNN attention, sequence parallelism,
-# tensor-parallel communication overlap, distributed optimizer with overlap, bf16 gradients sent.
+# tensor-parallel communication overlap, distributed optimizer with overlap, bf16 gradients.
 NEMO = Software(
     "NeMo",
     attention="cudnn",
     overlaps_tensor=True,
     overlaps_p2p=True,
     shards_optimizer=True,
-    gradient_bytes=4,
     tied=False,
+    stops_early=False,
 )
-# MaxText on the same machines: XLA fuses, cuDNN attention, fp32 parameters sharded.
-MAXTEXT = replace(NEMO, name="MaxText", gradient_bytes=4, master=False, bias=False)
+# MaxText on the same machines: XLA fuses, cuDNN attention, fp32 parameters sharded;
+# remat_policy=save_qkv_proj (NVIDIA/dgxc-benchmarking, maxtext/configure.sh).
+MAXTEXT = replace(
+    NEMO,
+    name="MaxText",
+    gradient_bytes=4,
+    master=False,
+    bias=False,
+    fused_linears=False,
+    selective="projections",
+    unsaid="selective",
+    stops_early=True,
+)
 # llm-foundry, MPT: eager PyTorch, Triton FlashAttention, FSDP with pure bf16 compute and reduction,
 # no biases (`no_bias: true`), tied embeddings, no dropout.
 LLM_FOUNDRY = Software(
