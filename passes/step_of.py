@@ -12,7 +12,7 @@ from autopar.cost.cluster import group_span
 from autopar.cost.comm import collective_time
 from autopar.cost.compute import is_noop, local_op
 from autopar.cost.families import canonical_name, op_family, op_name
-from autopar.cost.memory import saved, state_bytes
+from autopar.cost.memory import saved
 from autopar.cost.step import COMPUTE, Part, Segment, Step
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import GATHER_VARY
@@ -21,38 +21,16 @@ from autopar.ir.rule import Placed
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
+from .chunks import Chunk, chunks_of
 from .options import Option
 from .price import EdgeCollective, Pricer
 from .programme import is_getitem, producer_of
+from .stored import gradient_bytes, stored_state
 
 Node = torch.fx.Node
 Place = tuple[int, int]  # chunk, part
 
 _KEPT_WHEN_SELECTIVE = ("matmul", "conv", "attention")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive ops: one copy of a repeated block, or what lies between two blocks."""
-
-    region: int  # -1: in no repeated block
-    nodes: tuple[Node, ...]
-
-
-def chunks_of(graph: Graph, blocks: Blocks) -> list[Chunk]:
-    """The ops of a graph (and its output) cut at the copies of its repeated blocks."""
-    calls = list(graph.calls())
-    at = {node: i for i, node in enumerate(calls)}
-    chunks, done = [], 0
-    for region, (first, length, copies) in enumerate(blocks.regions):
-        start = at[first]
-        chunks.append(Chunk(-1, tuple(calls[done:start])))
-        for copy in range(copies):
-            begin = start + copy * length
-            chunks.append(Chunk(region, tuple(calls[begin : begin + length])))
-        done = start + copies * length
-    chunks.append(Chunk(-1, (*calls[done:], graph.output_node)))
-    return [chunk for chunk in chunks if chunk.nodes]
 
 
 def step_of(
@@ -84,7 +62,7 @@ def step_of(
     return Step(
         tuple(segments),
         sum(option[n].time_s for n in stored),
-        _state(stored, option, pricer),
+        stored_state(stored, option, pricer),
         micro_batches,
     )
 
@@ -97,30 +75,16 @@ def _anonymous(parts: Iterable[Part]) -> list[Part]:
     return [replace(p, name="", module="", param="x" if p.param else "") for p in parts]
 
 
-def _state(
-    stored: Iterable[Node], option: Mapping[Node, Option], pricer: Pricer
-) -> dict[str, float]:
-    """Stored bytes by what they are; the programme's total, exactly."""
-    found = {"parameters": 0.0, "gradients": 0.0, "optimizer state": 0.0}
-    for node in stored:
-        total = option[node].memory_bytes
-        if not total:
-            continue
-        value, sharding = value_of(node), option[node].gives[0]
-        parameter = pricer.local_bytes(value, sharding)
-        gradient = _gradient_bytes(node, option, pricer)
-        found["parameters"] += parameter
-        found["gradients"] += gradient
-        found["optimizer state"] += total - parameter - gradient
-    return found
+@dataclass(frozen=True)
+class _Facts:
+    """Seconds of an op, its family, and what its output is: a view, bytes, kept by itself."""
 
-
-def _gradient_bytes(node: Node, option: Mapping[Node, Option], pricer: Pricer) -> float:
-    value = value_of(node)
-    if not value.requires_grad or not option[node].memory_bytes:
-        return 0.0
-    local = pricer.local_bytes(value, option[node].gives[0]) / value.dtype.itemsize
-    return float(state_bytes(local, value.dtype, pricer.optimizer).gradients)
+    forward_s: float
+    backward_s: float
+    family: str
+    view: bool
+    output_bytes: float
+    saves_output: bool
 
 
 @dataclass
@@ -137,7 +101,8 @@ class _Builder:
     left: set[Place] = field(default_factory=set)
     entered: set[Place] = field(default_factory=set)
     entering: dict[int, dict[Place, float]] = field(default_factory=lambda: defaultdict(dict))
-    times: dict[tuple[Node, object, object], tuple[float, float]] = field(default_factory=dict)
+    facts: dict[tuple[Node, object, object], _Facts] = field(default_factory=dict)
+    views: dict[Node, bool] = field(default_factory=dict)
 
     def segment(self, chunk: Chunk, index: int) -> list[Part]:
         """The parts of one chunk, collectives right before the op that first wants their result."""
@@ -145,13 +110,15 @@ class _Builder:
         for node in chunk.nodes:
             if node.op != "output" and is_getitem(node):
                 continue
-            sources: list[tuple[int, float]] = []
+            saved: list[tuple[int, float]] = []
+            inputs = tensor_inputs(node)
             made = [
-                self._edge(parts, index, node, slot, sources)
-                for slot in range(len(tensor_inputs(node)))
+                self._edge(parts, index, source, node, slot, saved)
+                for slot, source in enumerate(inputs)
             ]
             if node.op != "output":
-                self._call(parts, index, node, [at for at in made if at is not None], sources)
+                known = [at for at in made if at is not None]
+                self._call(parts, index, node, inputs, known, saved)
         return parts
 
     # -- ops ------------------------------------------------------------------------------------
@@ -161,67 +128,92 @@ class _Builder:
         parts: list[Part],
         index: int,
         node: Node,
+        sources: list[Node],
         inputs: list[Place],
-        sources: list[tuple[int, float]],
+        saved: list[tuple[int, float]],
     ) -> None:
-        option, stands_for = self.option[node], self.blocks.representative[node]
-        placed = Placed(option.wants, option.gives)
-        key = (stands_for, option.wants, option.gives)
-        if key not in self.times:
-            self.times[key] = self.pricer.compute_times_s(stands_for, placed)
-        forward, backward = self.times[key]
-        own = option.time_s - forward - backward
-        kept = sum(nbytes for _, nbytes in sources) + option.memory_bytes
-        view = _is_view(node)
-        if view and not forward and not backward and not kept:
+        option, facts = self.option[node], self._facts(node)
+        own = option.time_s - facts.forward_s - facts.backward_s
+        kept = sum(nbytes for _, nbytes in saved) + option.memory_bytes
+        if facts.view and not facts.forward_s and not facts.backward_s and not kept:
             for port, _ in enumerate(values_of(node)):  # where what it looks at is made
                 self.place[node, port] = max(inputs, default=None)
             return
-        made = 0.0 if view else sum(map(self.pricer.local_bytes, values_of(node), option.gives))
         at = len(parts)
-        outputs = saved(local_op(node)).outputs if values_of(node)[0].requires_grad else ()
-        weight_s, gradient = self._of_parameters(node, backward)
+        weight_s, gradient = self._of_parameters(facts, sources)
         parts.append(
             Part(
                 name=node.name,
                 module=node.meta.get("module", ""),
                 kind=COMPUTE,
-                forward_s=forward,
-                backward_s=backward,
-                output_bytes=made,
+                forward_s=facts.forward_s,
+                backward_s=facts.backward_s,
+                output_bytes=facts.output_bytes,
                 saved_bytes=kept,
                 deps=_deps(inputs, index),
-                recomputable=op_family(op_name(node.target)) not in _KEPT_WHEN_SELECTIVE,
-                saved_from=tuple(s for s in sources if s[1]),
-                freed_by=at if outputs or view else -1,
+                recomputable=facts.family not in _KEPT_WHEN_SELECTIVE,
+                saved_from=tuple(s for s in saved if s[1]),
+                freed_by=at if facts.saves_output or facts.view else -1,
                 weight_s=weight_s,
                 gradient_bytes=gradient,
             )
         )
         if own > 1e-12 * option.time_s:
-            at = self._own_collectives(parts, node, own, backward)
+            at = self._own_collectives(parts, node, own, facts.backward_s)
         for port, _ in enumerate(values_of(node)):
             self.place[node, port] = (index, at)
 
-    def _of_parameters(self, node: Node, backward_s: float) -> tuple[float, float]:
+    def _facts(self, node: Node) -> _Facts:
+        """What is the same for all copies of an op that do the same."""
+        option, stands_for = self.option[node], self.blocks.representative[node]
+        key = (stands_for, option.wants, option.gives)
+        if key not in self.facts:
+            placed, pricer = Placed(option.wants, option.gives), self.pricer
+            view, values = self._is_view(node), values_of(node)
+            made = 0.0 if view else sum(map(pricer.local_bytes, values, option.gives))
+            self.facts[key] = _Facts(
+                *pricer.compute_times_s(stands_for, placed),
+                op_family(op_name(node.target)),
+                view,
+                made,
+                bool(values[0].requires_grad and saved(local_op(node)).outputs),
+            )
+        return self.facts[key]
+
+    def _of_parameters(self, facts: _Facts, sources: list[Node]) -> tuple[float, float]:
         """(backward seconds that only make gradients of parameters, stored bytes of those).
 
         A product with a parameter makes two products of one size in its backward. The gradient of
         a parameter that passes through collectives is counted with them.
         """
-        sources = [_origin(source) for source in tensor_inputs(node)]
-        stored = [s for s in sources if s.meta.get("role") == "param" and value_of(s).requires_grad]
+        origins = [self._origin(source) for source in sources]
+        stored = [s for s in origins if s.meta.get("role") == "param" and value_of(s).requires_grad]
+        if not stored:
+            return 0.0, 0.0
         gradient = 0.0
         for source in stored:
             if source not in self.gradients:
                 self.gradients.add(source)
-                gradient += _gradient_bytes(source, self.option, self.pricer)
-        wanted = [s for s in sources if any(v.requires_grad for v in values_of(s))]
-        if not stored or op_family(op_name(node.target)) not in ("matmul", "conv", "embedding"):
+                gradient += gradient_bytes(source, self.option, self.pricer)
+        if facts.family not in ("matmul", "conv", "embedding"):
             return 0.0, gradient
-        if len(stored) == len(wanted):
-            return backward_s, gradient
-        return backward_s / 2, gradient
+        wanted = [s for s in origins if any(v.requires_grad for v in values_of(s))]
+        share = 1.0 if len(stored) == len(wanted) else 0.5
+        return share * facts.backward_s, gradient
+
+    def _is_view(self, node: Node) -> bool:
+        stands_for = self.blocks.representative[node]
+        if stands_for not in self.views:
+            family = op_family(op_name(node.target))
+            self.views[stands_for] = family == "view" or is_noop(local_op(node))
+        return self.views[stands_for]
+
+    def _origin(self, node: Node) -> Node:
+        """What a value is a view of."""
+        node, _ = producer_of(node)
+        while node.op == "call_function" and self._is_view(node) and tensor_inputs(node):
+            node, _ = producer_of(tensor_inputs(node)[0])
+        return node
 
     def _own_collectives(self, parts: list[Part], node: Node, own_s: float, backward: float) -> int:
         """What an op communicates by itself, after it: one part per mesh axis.
@@ -285,15 +277,16 @@ class _Builder:
         self,
         parts: list[Part],
         index: int,
+        read: Node,
         node: Node,
         slot: int,
-        sources: list[tuple[int, float]],
+        saved: list[tuple[int, float]],
     ) -> Place | None:
         """Where an input of an op is made: its collectives are added if they are not paid yet.
 
-        What the op keeps of the input, if nothing has kept it yet, is appended to `sources`.
+        What the op keeps of the input, if nothing has kept it yet, is appended to `saved`.
         """
-        producer, port = producer_of(tensor_inputs(node)[slot])
+        producer, port = producer_of(read)
         given, want = self.option[producer], self.option[node].wants[slot]
         source = given.gives[port]
         key = (producer, port, want)
@@ -313,7 +306,7 @@ class _Builder:
         if producer.op == "placeholder" and here >= 0:
             parts[here] = replace(parts[here], saved_bytes=parts[here].saved_bytes + nbytes)
         elif nbytes:
-            sources.append((here, nbytes))
+            saved.append((here, nbytes))
         return at
 
     def _enters(self, index: int, at: Place, nbytes: float) -> None:
@@ -345,7 +338,7 @@ class _Builder:
             at = (index, len(parts) - 1)
             if param and producer not in self.gradients:
                 self.gradients.add(producer)
-                gradient = _gradient_bytes(producer, self.option, self.pricer)
+                gradient = gradient_bytes(producer, self.option, self.pricer)
                 parts[-1] = replace(parts[-1], gradient_bytes=gradient)
         return at
 
@@ -388,8 +381,8 @@ class _Builder:
         until = [0] * len(parts)
         for i in reversed(range(len(parts))):
             part, leaves = parts[i], (index, i) in self.left
-            # What a view looks at is held as long as the view.
-            ends = [until[r] if parts[r].is_view else r for r in readers[i]]
+            # What a view (or a collective without a forward) looks at is held as long as it is.
+            ends = [until[r] if parts[r].shares_memory else r for r in readers[i]]
             until[i] = len(parts) if leaves else max(ends, default=i)
             until[i] = min(until[i], savers.get(i, until[i]))
             saved_here = part.freed_by == i or (part.param and part.saved_bytes)
@@ -402,15 +395,3 @@ class _Builder:
 def _deps(inputs: Iterable[Place], index: int) -> tuple[int, ...]:
     """Places as indices within chunk `index`."""
     return tuple(dict.fromkeys(part if chunk == index else -1 for chunk, part in inputs))
-
-
-def _is_view(node: Node) -> bool:
-    return op_family(op_name(node.target)) == "view" or is_noop(local_op(node))
-
-
-def _origin(node: Node) -> Node:
-    """What a value is a view of."""
-    node, _ = producer_of(node)
-    while node.op == "call_function" and _is_view(node) and tensor_inputs(node):
-        node, _ = producer_of(tensor_inputs(node)[0])
-    return node

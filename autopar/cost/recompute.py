@@ -84,7 +84,7 @@ def _bases(parts: tuple[Part, ...], wanted: set[int]) -> set[int]:
     stack = list(wanted)
     while stack:
         i = stack.pop()
-        if i >= 0 and (parts[i].is_view or (not parts[i].is_compute and not parts[i].kind)):
+        if i >= 0 and parts[i].shares_memory and parts[i].deps:
             stack.extend(parts[i].deps)
         elif i < 0 or not parts[i].param:
             found.add(i)

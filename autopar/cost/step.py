@@ -67,8 +67,13 @@ class Part:
 
     @property
     def is_view(self) -> bool:
-        """Whether the output shares the memory of an input."""
+        """Whether it is an op whose output shares the memory of an input."""
         return self.kind == COMPUTE and self.output_bytes == 0
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the output is in the memory of an input: of views, and without a forward."""
+        return self.output_bytes == 0 or not self.kind
 
 
 @dataclass(frozen=True)
