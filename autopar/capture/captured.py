@@ -254,7 +254,7 @@ def _traced(call: _Call, dynamic: Sequence[Dynamic], runs: Sequence[Run]) -> Cap
         lengths = {symbol: symbols.hints[symbol] for symbol in optional}
         plain = with_sizes(graph, lengths)
         graph = named_as_with_sizes(graph, lengths)
-    return Capture(
+    made = Capture(
         graph=graph,
         symbols=symbols.hints,
         symbol_of=symbols.places,
@@ -265,6 +265,9 @@ def _traced(call: _Call, dynamic: Sequence[Dynamic], runs: Sequence[Run]) -> Cap
         result=captured.result,
         attributes=captured.attributes,
     )
+    # Forward fixes the length of the tokens, say, but nothing tells torch that of the targets.
+    lengths = {symbol: symbols.hints[symbol] for symbol in optional if symbol in symbols.fixed}
+    return made.specialised(lengths) if lengths else made
 
 
 def _renamed(

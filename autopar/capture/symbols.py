@@ -19,11 +19,13 @@ class NeedsStaticError(Exception):
 @dataclasses.dataclass(frozen=True)
 class Symbols:
     """`rename` maps torch's symbols to ours; `places[i]` (flat input, dim) is where the i-th of
-    `hints` is read; `hints` are the sizes at capture."""
+    `hints` is read; `hints` are the sizes at capture. `fixed` are the symbols of sizes that are
+    numbers in some of the inputs that share them."""
 
     rename: Mapping[sympy.Symbol, sympy.Symbol]
     hints: Mapping[sympy.Symbol, int]
     places: tuple[tuple[int, int], ...]
+    fixed: frozenset[sympy.Symbol] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +89,21 @@ def name_symbols(
     rename: dict[sympy.Symbol, sympy.Symbol] = {}
     hints: dict[sympy.Symbol, int] = {}
     places: list[tuple[int, int]] = []
+    fixed: set[sympy.Symbol] = set()
     for size in dynamic:
         for index, (fake, tensor) in enumerate(zip(fakes, tensors, strict=True)):
             if fake is None or not size.has(tensor):
                 continue
             expr = compat.size_expr(fake.shape[size.dim])
             if not isinstance(expr, sympy.Symbol):
+                fixed.add(size.symbol)
                 continue
             if rename.setdefault(expr, size.symbol) != size.symbol:
                 raise NeedsStaticError
             if size.symbol not in hints:
                 hints[size.symbol] = tensor.shape[size.dim]
                 places.append((index, size.dim))
-    return Symbols(rename, hints, tuple(places))
+    return Symbols(rename, hints, tuple(places), frozenset(fixed))
 
 
 def guards_of(shape_env: Any, symbols: Symbols) -> tuple[Any, ...]:

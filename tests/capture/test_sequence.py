@@ -97,6 +97,11 @@ def whole_table(self: Any, x: Tensor) -> Tensor:
     return x + table
 
 
+def whole_table_and_targets(self: Any, x: Tensor, targets: Tensor) -> Tensor:
+    logits = whole_table(self, x)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten() % 8)
+
+
 def both_sizes(self: Any, x: Tensor) -> Tensor:
     return x.sum(-1) @ x.sum(-1)
 
@@ -133,12 +138,16 @@ def test_a_cut_that_cuts_nothing_is_in_the_symbolic_graph_only() -> None:
 
 
 def test_sequence_that_forward_fixes_is_static() -> None:
-    for function, batch, length in ((whole_table, 4, 12), (both_sizes, 6, 6)):
-        captured = capture_tokens(function, 12, batch, length, 1, dynamic_sequence=True)
+    for function, batch, length, inputs in (
+        (whole_table, 4, 12, 1),
+        (whole_table_and_targets, 4, 12, 2),
+        (both_sizes, 6, 6, 1),
+    ):
+        captured = capture_tokens(function, 12, batch, length, inputs, dynamic_sequence=True)
         assert [s.name for s in captured.symbols] in (["b"], [])
         (note,) = captured.notes
         assert note.startswith("the sequence is static") and str(length) in note
-        assert_identical(captured, capture_tokens(function, 12, batch, length, 1))
+        assert_identical(captured, capture_tokens(function, 12, batch, length, inputs))
 
 
 def test_images_and_features_have_no_sequence() -> None:
