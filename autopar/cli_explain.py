@@ -14,6 +14,7 @@ import torch.fx
 from rich.console import Console
 from rich.text import Text
 
+from .cli_report import check_writable, write_whole
 from .cost.evaluate import compiled
 from .cost.families import op_name
 from .cost.formula import axis_size, formula_text
@@ -61,7 +62,7 @@ def explain_plan(
         raise UserError("--crossover is about whole plans", fix="leave --op and --param out")
     if against and crossover is None:
         raise UserError("--against is given without --crossover", fix="add --crossover batch")
-    check_out(out)
+    check_out(out, plan_file, *against)
     console = make_console()
     with make_console(stderr=True).status(f"loading {target}") as status:
         question = ask(
@@ -90,12 +91,14 @@ def explain_plan(
         write_json(out, found)
     if out is None or str(out) != "-":
         _print(found, formula, console)
+        if out is not None:
+            console.print(Text(f"wrote {out}"))
 
 
-def check_out(out: Path | None) -> None:
+def check_out(out: Path | None, *inputs: Path) -> None:
     """Raise UserError where a JSON file cannot be written."""
-    if out is not None and str(out) != "-" and not out.absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: its folder does not exist", fix="make the folder")
+    if out is not None and str(out) != "-":
+        check_writable(out, *inputs)
 
 
 def write_json(out: Path, found: Mapping[str, Any]) -> None:
@@ -103,11 +106,8 @@ def write_json(out: Path, found: Mapping[str, Any]) -> None:
     text = json.dumps(found, indent=1) + "\n"
     if str(out) == "-":
         sys.stdout.write(text)
-        return
-    try:
-        out.write_text(text)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    else:
+        write_whole(out, text)
 
 
 def _few(nodes: list[Node], wanted: str) -> list[Node]:

@@ -56,7 +56,7 @@ def what_if(
         )
     limit = parse_bytes(memory) if memory is not None else None
     there = parse_cluster(cluster) if cluster is not None else None
-    check_out(out)
+    check_out(out, plan_file)
     console = make_console()
     with make_console(stderr=True).status(f"loading {target}") as status:
         before = ask(
@@ -77,6 +77,8 @@ def what_if(
         write_json(out, found)
     if out is None or str(out) != "-":
         _print(found, console)
+        if out is not None:
+            console.print(Text(f"wrote {out}"))
 
 
 def resized(cluster: Cluster, devices: int) -> Cluster:

@@ -49,11 +49,18 @@ def make_plan(
     )
 
 
-def capture_training(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+def capture_training(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic_sequence: bool = False,
+    fold: bool = False,
+) -> Capture:
     """Capture `module(*args, **kwargs)` as it is trained, whatever its present mode.
 
-    A decorated module is captured as its original, which it is from then on. Raises UserError where
-    it cannot be captured.
+    A decorated module is captured as its original, which it is from then on; see `capture` for
+    `dynamic_sequence` and `fold`. Raises UserError where it cannot be captured.
     """
     if not isinstance(module, nn.Module):
         raise UserError(
@@ -66,7 +73,7 @@ def capture_training(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
         if not module.training:
             module.train()
         with torch.enable_grad():
-            return capture(module, args, kwargs)
+            return capture(module, args, kwargs, dynamic_sequence=dynamic_sequence, fold=fold)
     finally:
         for child, training in zip(module.modules(), was_training, strict=True):
             child.training = training

@@ -108,7 +108,7 @@ def ask(
     progress(f"loading {target}")
     module, args, kwargs = load_call(target, inputs)
     progress("capturing")
-    captured = capture_training(module, args, kwargs)
+    captured = capture_training(module, args, kwargs, dynamic_sequence=True, fold=True)
     plan.check(captured.fingerprint)
     hints = {s: plan.hints.get(s.name, size) for s, size in captured.symbols.items()}
     return Question(plan, prepare(captured.graph), hints, captured.guards, where, kind, limit)

@@ -178,6 +178,17 @@ def test_bad_input(
     assert message in err
 
 
+def test_the_answer_is_written_and_inputs_are_not_overwritten(
+    planned: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "answer.json"
+    code, said, _ = run_main(capsys, "explain", *planned, "--json", str(out))
+    assert code == 0 and "answer.json" in said
+    assert json.loads(out.read_text())["step"]["terms"]
+    code, _, err = run_main(capsys, "explain", *planned, "--json", planned[0])
+    assert code == 2 and "would be overwritten" in err
+
+
 def test_another_model_is_refused(
     planned: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
