@@ -53,14 +53,35 @@ def simulate_pipeline(
     with the highest peak; `stages` has all of them. Micro-batches are the step's.
     """
     pieces = stages_of(step, schedule.stages, schedule.chunks, layers_per_stage)
+    return simulate_stages(
+        pieces, schedule, cluster, how=how, level=level, overlap_sends=overlap_sends
+    )
+
+
+def simulate_stages(
+    pieces: Sequence[Step],
+    schedule: Schedule,
+    cluster: Cluster | None = None,
+    *,
+    how: How | None = None,
+    level: int = -1,
+    overlap_sends: bool | None = None,
+    boundary_bytes: Sequence[float] | None = None,
+) -> Timeline:
+    """`simulate_pipeline` of pieces that are given: number `c * stages + s` is chunk c of stage s.
+
+    `boundary_bytes[i]` goes from piece i to the next (default: what enters the next one's first
+    segment). Micro-batches are those of the first piece.
+    """
     made = how_for(cluster, how)
-    boundary = [piece.segments[0].input_bytes for piece in pieces[1:]] + [0.0]
-    sends = [transfer_s(cluster, nbytes, level) for nbytes in boundary]
+    if boundary_bytes is None:
+        boundary_bytes = [piece.segments[0].input_bytes for piece in pieces[1:]]
+    sends = [*(transfer_s(cluster, nbytes, level) for nbytes in boundary_bytes), 0.0]
     passes = _each(pieces, made)
     work = [_work(p, schedule, sends, i) for i, p in enumerate(passes)]
     beside = made.overlap if overlap_sends is None else overlap_sends
-    executed = execute(schedule, work, step.micro_batches, beside)
-    return _timeline(step, pieces, schedule, passes, work, executed, made.record)
+    executed = execute(schedule, work, pieces[0].micro_batches, beside)
+    return _timeline(pieces, schedule, passes, work, executed, made.record)
 
 
 def _each(pieces: Sequence[Step], how: How) -> list[Passes]:
@@ -89,7 +110,6 @@ def _work(passes: Passes, schedule: Schedule, sends: Sequence[float], i: int) ->
 
 
 def _timeline(
-    step: Step,
     pieces: Sequence[Step],
     schedule: Schedule,
     passes: Sequence[Passes],
@@ -97,7 +117,7 @@ def _timeline(
     executed: Executed,
     record: bool,
 ) -> Timeline:
-    p, m = schedule.stages, step.micro_batches
+    p, m = schedule.stages, pieces[0].micro_batches
     in_flight = peak_in_flight(schedule, executed, work)
     uses, ends = [], []
     for stage in range(p):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.cost.cluster import parse_cluster
-from autopar.cost.pipeline import simulate_pipeline, transfer_s
+from autopar.cost.pipeline import simulate_pipeline, simulate_stages, transfer_s
 from autopar.cost.schedules import Schedule
 from autopar.cost.simulate import simulate
 from autopar.cost.stages import balanced, layers_of, stages_of
@@ -139,6 +139,20 @@ def test_transfers_between_hosts() -> None:
     assert made.step_s > alone.step_s
     blocking = simulate_pipeline(model(), Schedule(2), cluster, overlap_sends=False)
     assert blocking.step_s > made.step_s
+
+
+def test_pieces_that_are_given() -> None:
+    """Unequal pieces: the slowest is the pace, and a transfer of their own counts."""
+    whole = model(copies=6, micro_batches=10)
+    pieces = stages_of(whole, 2, layers_per_stage=[2, 4])
+    made = simulate_stages(pieces, Schedule(2))
+    # Layers of 3 s: the second stage works 10 x 12 s after 2 s of forward, 4 s of backward follow.
+    assert made.step_s - made.optimizer_s == pytest.approx(120.0 + 2.0 + 4.0)
+    assert made.step_s == simulate_pipeline(whole, Schedule(2), layers_per_stage=[2, 4]).step_s
+    cluster = parse_cluster("2x8xH100")
+    far = simulate_stages(pieces, Schedule(2), cluster, boundary_bytes=[1e11], level=1)
+    sent = transfer_s(cluster, 1e11, 1)
+    assert far.step_s > made.step_s + 2 * sent * 0.99
 
 
 def test_sums_of_a_pipeline() -> None:
