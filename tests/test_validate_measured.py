@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.validate_measured import Row, auto_over_best, kendall, row_of, summarise
+
+
+def row(model: str, strategy: str, predicted: float, measured: float) -> Row:
+    times = ({"step": predicted}, {"step": measured})
+    return Row(model, (strategy,), "dp=4", *times, steps=5, spread=0.0, foreign=0.0)
+
+
+def test_kendall() -> None:
+    assert kendall([(1, 1), (2, 2), (3, 3)]) == 1.0
+    assert kendall([(1, 3), (2, 2), (3, 1)]) == -1.0
+    assert kendall([(1, 1), (2, 3), (3, 2)]) == pytest.approx(1 / 3)
+    assert kendall([(1, 1)]) == 1.0
+
+
+def test_a_row_has_medians_and_what_is_neither_communication_nor_optimizer() -> None:
+    measured = {
+        "step": [1.0, 9.0, 1.2],
+        "forward": [0.3, 0.3, 0.3],
+        "backward": [0.5, 0.5, 0.5],
+        "optimizer": [0.1, 0.1, 0.1],
+        "comm": [0.2, 0.2, 0.2],
+        "wait": [0.1, 0.1, 0.1],
+    }
+    plan = {
+        "strategies": ["data", "auto"],
+        "mesh": "dp=4",
+        "predicted": {"step": 1.5},
+        "measured": measured,
+        "foreign": [0.0, 0.02],
+    }
+    made = row_of("gpt", plan)
+    assert made.measured["step"] == 1.2
+    assert made.error == pytest.approx(0.25)
+    assert made.measured["compute"] == pytest.approx(0.6)
+    assert (made.steps, made.foreign) == (3, 0.02)
+
+
+def test_the_summary_names_every_goal_that_is_missed() -> None:
+    good = [row(f"m{i // 2}", ("auto", "data")[i % 2], 1.1 * i + 1, i + 1) for i in range(24)]
+    assert summarise(good)["missed"] == []
+    bad = [row("m", "auto", 2.0, 1.5), row("m", "data", 3.0, 1.0)]
+    found = summarise(bad)
+    assert auto_over_best(bad) == 1.5
+    assert found["pairs"] == 2
+    assert len(found["missed"]) == 5
