@@ -18,6 +18,7 @@ from autopar.plan import (
     Alternative,
     Plan,
     Prediction,
+    Recompute,
     Storage,
     Traffic,
     load_plan,
@@ -51,6 +52,12 @@ plans = st.builds(
     notes=st.lists(texts, max_size=3).map(tuple),
     hints=counts,
     gap=times,
+    recompute=st.lists(
+        st.builds(
+            lambda name, full, some: Recompute(name, full + some, full, some), texts, sizes, sizes
+        ),
+        max_size=2,
+    ).map(tuple),
     activations=st.lists(
         st.builds(Activation, *[texts] * 3, sizes, *[texts] * 4, sizes), max_size=3
     ).map(tuple),
@@ -107,6 +114,10 @@ def changed(**fields: Any) -> str:
         ("{}", "not an autopar plan"),
         (changed(version=99), "has version 99, this autopar reads version 1"),
         (changed(colour="red"), "colour"),
+        (
+            changed(recompute=[{"block": "b", "copies": 2, "full": 2, "selective": 1}]),
+            "1 of 2 copies",
+        ),
         (changed(gap="wide"), "gap is 'wide', not float"),
         (changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}), "mesh axis of size 0"),
         (changed(params={"w": {"sharding": "[x]"}}), "w names the axis 'x'"),

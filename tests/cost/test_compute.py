@@ -230,3 +230,24 @@ def test_an_op_is_read_from_a_graph_node() -> None:
     drop = graph.call_function(torch.ops.aten.dropout.default, (x, 0.0, True))
     drop.meta["value"] = x.meta["value"]
     assert dict(local_op(drop).info) == {"p": 0.0, "training": True}
+
+
+@pytest.mark.parametrize(("parts", "share"), [(1, 1 / 2), (2, 3 / 4), (4, 7 / 8)])
+def test_split_causal_rows_cost_what_the_last_device_does(parts: int, share: float) -> None:
+    """Of n devices the last one sees all keys but half of those at its own rows: 1 - 1/2n."""
+    q, k = spec(1, 4, 4096 // parts, 64), spec(1, 4, 4096, 64)
+    times = [
+        time(
+            plain(),
+            LocalOp(
+                "scaled_dot_product_attention",
+                (q, k, k),
+                (q,),
+                info={"causal": causal, "rows": 4096},
+            ),
+        )
+        for time in (forward_time, backward_time)
+        for causal in (True, False)
+    ]
+    assert times[0] == pytest.approx(share * times[1])
+    assert times[2] == pytest.approx(share * times[3])

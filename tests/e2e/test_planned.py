@@ -67,6 +67,7 @@ def equals_one_device(model: str, plan: Plan, ranks: RankPool, folder: Path) -> 
         train_and_compare, model, "auto", "float64", STEPS, str(file), plan.to_json()
     )[0]
     assert outcome.mesh == str(plan.mesh)
+    assert outcome.recomputed == sum(r.full + r.selective for r in plan.recompute)
     assert outcome.loss <= LIMIT_FLOAT64
     assert outcome.gradient <= LIMIT_FLOAT64, outcome.worst
     assert outcome.parameter <= LIMIT_FLOAT64, outcome.worst

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import UserError
+from autopar.ir.recomputed import mark_of
 from autopar.plan import plan_from_json
 from tests.zoo import LARGE_REC, ZOO, Entry
 
@@ -39,7 +40,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model under one strategy; `inapplicable` is the planner's reason, errors are relative."""
+    """One model under one strategy; `inapplicable` is the planner's reason, errors are relative.
+
+    `recomputed` counts the regions of rank 0's program that the backward runs again.
+    """
 
     mesh: str = ""
     inapplicable: str = ""
@@ -47,6 +51,7 @@ class Outcome:
     gradient: float = 0.0
     parameter: float = 0.0
     worst: str = ""
+    recomputed: int = 0
 
 
 def build(entry: Entry, dtype: str) -> nn.Module:
@@ -123,8 +128,10 @@ def train_and_compare(
         return None
     losses, gradients, state = torch.load(file, mmap=True)
     worst: dict[str, float] = {}
+    graph = model.autopar.session.stages[-1].graph
     outcome = Outcome(
         mesh,
+        recomputed=len({mark_of(node) for node in graph.calls()} - {None}),
         loss=max(abs(a - b) / abs(b) for a, b in zip(run.losses, losses, strict=True)),
         gradient=max(
             (error_of(a, b, worst) for a, b in zip(run.gradients, gradients, strict=True)),
