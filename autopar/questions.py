@@ -34,7 +34,8 @@ class Question:
     """A plan with its captured model: enough to price it anywhere and to plan anew.
 
     `hints` are the sizes that the plan was made for, `guards` conditions on them, `limit_bytes` the
-    memory per device that a plan may use (None: what the cluster's device has).
+    memory per device that a plan may use (None: what the cluster's device has), `notes` what the
+    capture says of itself.
     """
 
     plan: Plan
@@ -44,6 +45,7 @@ class Question:
     cluster: Cluster
     optimizer: str
     limit_bytes: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def limit(self) -> float:
@@ -62,16 +64,23 @@ class Question:
         hints = dict(self.hints)
         for name, size in sizes.items():
             if name not in by_name:
-                raise UserError(
-                    f"the captured model has a fixed {SIZE_NAMES.get(name, name)}",
-                    fix="plan the model at that size, and ask about that plan",
-                )
+                raise self.fixed(name)
             hints[by_name[name]] = size
         for guard in self.guards:
             if guard.subs(hints) != sympy.true:
                 asked = ", ".join(f"{SIZE_NAMES.get(n, n)} {size}" for n, size in sizes.items())
                 raise UserError(f"the model does not allow {asked}: it needs {guard}")
         return replace(self, hints=hints)
+
+    def fixed(self, name: str) -> UserError:
+        """What to say where a size is asked about that the capture has as a number."""
+        what = SIZE_NAMES.get(name, name)
+        static = [note for note in self.notes if note.startswith("the sequence is static: ")]
+        why = f": {static[0].partition(': ')[2]}" if name == "s" and static else ""
+        return UserError(
+            f"the captured model has a fixed {what}{why}",
+            fix="plan the model at that size, and ask about that plan",
+        )
 
     def best(self, strategy: str | None = None, progress: Progress = lambda _: None) -> Plan:
         """A new plan at the question's setting, from the same capture."""
@@ -111,7 +120,9 @@ def ask(
     captured = capture_training(module, args, kwargs, dynamic_sequence=True, fold=True)
     plan.check(captured.fingerprint)
     hints = {s: plan.hints.get(s.name, size) for s, size in captured.symbols.items()}
-    return Question(plan, prepare(captured.graph), hints, captured.guards, where, kind, limit)
+    return Question(
+        plan, prepare(captured.graph), hints, captured.guards, where, kind, limit, captured.notes
+    )
 
 
 def _cluster_of(plan: Plan, cluster: str | None) -> Cluster:

@@ -16,7 +16,7 @@ from .cost.evaluate import Array
 from .errors import UserError
 from .passes.case import Case
 from .plan import Plan
-from .questions import SIZE_NAMES, Question
+from .questions import Question
 from .report import plain_table
 from .units import bytes_text, seconds_text
 
@@ -95,10 +95,7 @@ def _values(
         name = variable[0]
         known = {symbol.name: size for symbol, size in question.hints.items()}
         if name not in known:
-            raise UserError(
-                f"the captured model has a fixed {SIZE_NAMES[name]}",
-                fix="ask about another variable, or compare plans made at other sizes",
-            )
+            raise question.fixed(name)
         units = set() if variable == "batch" else {max(1, known[name] // 64)}
         for case in cases.values():
             k = case.accounts.micro_batches if variable == "batch" else 1
