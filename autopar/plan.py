@@ -14,6 +14,7 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .cost.timeline import TimelineSummary
 from .errors import UserError
 from .ir.mesh import Axis, Mesh
 from .ir.text import parse_sharding
@@ -21,15 +22,16 @@ from .ir.text import parse_sharding
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-VERSION = 1
+VERSION = 2
 T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted cost of one training step on the slowest device.
+    """Predicted cost of one training step on the slowest device: that of its simulated timeline.
 
-    Times in seconds, memory in bytes. `comm_bytes` is what one device sends per step, per
+    Times in seconds, memory in bytes; `comm_s` is the communication that compute waits for, and
+    `memory_bytes` the peak. `comm_bytes` is what one device sends per step, per
     collective name.
     """
 
@@ -126,7 +128,9 @@ class Plan:
     runs replicated). `params[name]` is keyed by the parameter's first fully qualified name.
     `hints` are the sizes of the captured symbols for which the plan was made, `gap` is how far the
     solver was from proving it the best of its kind (0.01: one percent). `activations` and `traffic`
-    describe the plan for people; nothing is read back from them.
+    describe the plan for people; nothing is read back from them. A step runs `micro_batches`
+    forwards and backwards; `memory_limit` is the bytes per device that the plan was made for,
+    `timeline` its simulated step.
     """
 
     fingerprint: str
@@ -143,6 +147,9 @@ class Plan:
     recompute: tuple[Recompute, ...] = ()
     activations: tuple[Activation, ...] = ()
     traffic: tuple[Traffic, ...] = ()
+    micro_batches: int = 1
+    memory_limit: float | None = None
+    timeline: TimelineSummary | None = None
     version: int = VERSION
 
     @property
@@ -241,6 +248,9 @@ def _build(raw: dict[str, Any]) -> Plan:
     fields["recompute"] = tuple(_recompute(r) for r in raw["recompute"])
     fields["activations"] = tuple(_checked(Activation(**a)) for a in raw["activations"])
     fields["traffic"] = tuple(_checked(Traffic(**t)) for t in raw["traffic"])
+    fields["micro_batches"] = _positive(raw["micro_batches"])
+    if raw["timeline"] is not None:
+        fields["timeline"] = TimelineSummary.from_json(raw["timeline"])
     for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
         raise KeyError(name)
     plan = _checked(Plan(**fields))
@@ -293,5 +303,5 @@ def _check_axes(of: str, used: set[str], axes: set[str]) -> None:
 
 def _positive(value: Any) -> int:
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"mesh axis of size {value!r}")
+        raise ValueError(f"{value!r} is not a positive number")
     return value

@@ -12,7 +12,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 
 from .columns import is_getitem, producer_of
-from .options import Option
+from .options import Allowed, Option
 
 Node = torch.fx.Node
 
@@ -34,6 +34,8 @@ THREE_AXES: tuple[tuple[tuple[str, str], ...], ...] = (
     (("dp", "batch"), ("fsdp", "batch"), ("tp", "feature")),
 )
 
+ROLE_OF = {name: role for roles in THREE_AXES for name, role in roles}
+
 Factors = Mapping[Node, frozenset[str]]
 
 
@@ -45,7 +47,8 @@ class Family:
     the dim of stacked experts. `feature`: anything but the batch.
     `data`: the batch is split wherever it can be, nothing else is, and parameters are whole.
     `zero`: the same, parameters stored sharded. `tensor`: anything but the batch may be split,
-    parameters are never gathered, and every matrix that can be is split.
+    parameters are never gathered, and every matrix that can be is split. `only`, where given,
+    restricts the choices further.
     """
 
     name: str
@@ -53,8 +56,11 @@ class Family:
     batch: Factors
     sequence: Factors = field(default_factory=dict)
     expert: Factors = field(default_factory=dict)
+    only: Allowed | None = None
 
     def allows(self, node: Node, axis: str, choice: Choice) -> bool:
+        if self.only is not None and not self.only(node, axis, choice):
+            return False
         role = self.role[axis]
         if role == "any" or not choice.factor:
             return True

@@ -94,9 +94,9 @@ class _Field:
 def propose(
     frames: Frames, request: Request, keep: int = 4, progress: Progress = lambda _: None
 ) -> list[Proposal]:
-    """Candidates by rising bound: `keep` solved ones at least where there are, the rest as bounds.
+    """Candidates: solved ones by rising time, at least `keep` where there are, then bounds.
 
-    Empty of solved ones where nothing fits in memory; the leanest candidate is in the list then.
+    None is solved where nothing fits in memory; every mesh with its least memory is in the list.
     """
     search = _Outer(frames, request, keep, progress)
     return search.run()
@@ -126,14 +126,19 @@ class _Outer:
                 if self._is_short(variant):
                     self._cover(roles, variant)
                     self._explore()
+        solved = {(str(p.mesh), p.variant) for p in self.solved}
         rest = [
             Proposal(
-                self.frames.get(f.roles), f.table.meshes[i], f.variant, float(f.bound_s[i]),
+                self.frames.get(f.roles),
+                mesh,
+                f.variant,
+                float(f.bound_s[i]),
                 least_bytes=float(f.least_bytes[i]),
             )
             for f in self.fields
-            for i in np.flatnonzero(f.open)
-        ]  # fmt: skip
+            for i, mesh in enumerate(f.table.meshes)
+            if (str(mesh), f.variant) not in solved
+        ]
         order = sorted(self.solved, key=lambda p: p.relaxed.time_s if p.relaxed else 0.0)
         return order + sorted(rest, key=lambda p: p.bound_s)
 

@@ -1,63 +1,50 @@
-"""Choose a plan: candidates of mesh and family, a programme for each, the cheapest that fits."""
+"""Choose a plan: candidates by rising bound, the best few settled exactly and simulated."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import sympy
 import torch.fx
 
 from autopar.cost.cluster import Cluster, make_mesh
+from autopar.cost.timeline import summarise
 from autopar.errors import PassError, UserError
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
-from autopar.ir.rule import ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
 from autopar.units import bytes_text
 
-from .blocks import Blocks, find_blocks
+from .accounts import MODES, NONE
 from .describe import describe_activations, describe_traffic, renamed, type_of
-from .families import FAMILIES, Family, batch_factors
-from .options import Option, call_options, param_options, place_call
+from .families import FAMILIES, ROLE_OF, Factors
+from .forced import check_forced, force
+from .frame import Variant
+from .options import Option, place_call
 from .price import Pricer
+from .problem import Problem, options_of, problem_of
 from .programme import Assignment, edges_of, is_getitem, solve
-from .rules_of import rules_of, unsharded_ops
-from .specialise import specialise
+from .propose import Frames, Proposal, Request, propose
+from .rules_of import unsharded_ops
+from .settle import Settled, settle
+
+__all__ = ["MODES", "Frames", "Problem", "choose_for", "predict", "search"]
 
 Node = torch.fx.Node
 Progress = Callable[[str], None]
 
 USABLE_MEMORY = 0.92  # of the device's, the rest is left to the allocator's fragmentation
+SETTLED = 4  # candidates that are solved exactly and simulated
+SHOWN = 12  # other meshes that a plan lists
+LEAN = 4  # candidates that are made as lean as they can be where nothing fits
+ATTEMPTS = 3  # at leaving room for what a step needs for a moment
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A mesh with a family, and its solved programme (None: nothing fits or nothing applies)."""
-
-    family: str
-    mesh: Mesh
-    pricer: Pricer
-    assignment: Assignment | None
-    why: str = ""
-    least_bytes: float | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What every candidate shares: the graph at its hint sizes, its rules and repeated blocks."""
-
-    graph: Graph
-    rules: Mapping[str, ShardingRule]
-    blocks: Blocks
-    batch: Mapping[Node, frozenset[str]]
-    cluster: Cluster
-    optimizer: str
+_options = options_of
 
 
 def search(
@@ -70,11 +57,16 @@ def search(
     memory_limit: float | None = None,
     optimizer: str = "adamw",
     progress: Progress = lambda _: None,
+    micro_batches: Sequence[int] = (1,),
+    recompute: Sequence[str] = (NONE,),
+    frames: Frames | None = None,
 ) -> Plan:
     """The cheapest plan that fits for a captured graph on a cluster.
 
-    `memory_limit` is bytes per device (default: the device's memory). Raises UserError if the
-    strategy is unknown or does not apply, or if nothing fits, saying what is short and by how much.
+    `memory_limit` is bytes per device (default: the device's memory). `micro_batches` and
+    `recompute` (of `MODES`) are what may be tried. `frames`, from an earlier search of the same
+    graph, make this one fast. Raises UserError if the strategy is unknown or does not apply, or if
+    nothing fits, saying what is short and by how much.
     """
     if strategy not in FAMILIES:
         raise UserError(
@@ -83,156 +75,127 @@ def search(
     limit = (
         memory_limit if memory_limit is not None else cluster.device.memory_bytes * USABLE_MEMORY
     )
-    concrete = specialise(graph, symbols)
-    rules = rules_of(concrete)
-    problem = Problem(
-        concrete,
-        rules,
-        find_blocks(concrete),
-        batch_factors(concrete, rules, graph),
-        cluster,
-        optimizer,
-    )
-    wanted = list(_candidates(strategy, cluster))
-    others = [] if strategy != "auto" else ["data", "zero", "tensor"]
-    tried: list[Candidate] = []
-    bound = float("inf")
-    for family, sizes in wanted + [c for other in others for c in _candidates(other, cluster)]:
-        start = time.perf_counter()
-        searched = family == strategy
-        tried.append(_try(problem, family, sizes, limit, bound if searched else float("inf")))
-        if searched and (found := tried[-1].assignment) is not None:
-            bound = min(bound, found.time_s)
-        label = " x ".join(map(str, sizes.values()))
-        progress(f"{family} on {label}: {time.perf_counter() - start:.1f} s")
-    chosen = [c for c in tried[: len(wanted)] if c.assignment is not None]
-    if not chosen:
-        _raise_nothing_fits(tried[: len(wanted)], strategy, limit, cluster.size)
-    best = min(chosen, key=lambda c: c.assignment.time_s if c.assignment else 0.0)
-    return _to_plan(problem, best, tried, fingerprint, strategy, symbols)
+    problem = problem_of(graph, symbols, cluster, optimizer)
+    if strategy != "auto":
+        forced = force(problem, strategy, limit, progress)
+        check_forced(forced, strategy, limit, cluster.size)
+        return _finish(problem, forced, [], strategy, fingerprint, symbols, limit)
+    frames = frames or Frames(problem)
+    problems = {1: problem}
+    tightened = limit
+    for _ in range(ATTEMPTS):
+        request = Request(cluster, symbols, tightened, tuple(micro_batches), tuple(recompute))
+        proposals = propose(frames, request, SETTLED, progress)
+        found = _settle_best(proposals, request, problems, graph, progress)
+        if not found:
+            break
+        least = min(s.timeline.peak_bytes for s in found)
+        if least <= limit:
+            break
+        # What a step needs for a moment is not in the programme: leave room for it.
+        tightened *= 0.99 * limit / least
+    fitting = [s for s in found if s.timeline.peak_bytes <= limit]
+    if not fitting:
+        _raise_no_plan(proposals, request, problems, graph, limit)
+    tried: list[Settled | Alternative] = list(fitting)
+    for other in ("data", "zero", "tensor") if cluster.size > 1 else ():
+        tried += force(problem, other, limit, progress)
+    return _finish(problem, tried, proposals, strategy, fingerprint, symbols, limit)
 
 
-def _candidates(strategy: str, cluster: Cluster) -> list[tuple[str, dict[str, int]]]:
-    """(family, axis sizes) pairs, axis names outermost first."""
-    n = cluster.size
+def _at(
+    problems: dict[int, Problem], request: Request, graph: Graph, micro_batches: int
+) -> Problem:
+    """The problem at the sizes of one micro-batch, made once."""
+    if micro_batches not in problems:
+        first = problems[1]
+        sizes = request.at(micro_batches)
+        problems[micro_batches] = problem_of(graph, sizes, first.cluster, first.optimizer)
+    return problems[micro_batches]
+
+
+def _settle_best(
+    proposals: Sequence[Proposal],
+    request: Request,
+    problems: dict[int, Problem],
+    graph: Graph,
+    progress: Progress,
+) -> list[Settled]:
+    """The best few candidates, solved exactly and simulated."""
     found = []
-    for roles in FAMILIES[strategy]:
-        if len(roles) == 1 or n == 1:
-            name = "tp" if roles == ("tensor",) else "dp"
-            found.append((strategy, {name: n}))
-            continue
-        for outer in range(2, n // 2 + 1):
-            if n % outer == 0:
-                found.append((strategy, {"dp": outer, "tp": n // outer}))
-    if strategy == "auto" and len(cluster.levels) > 1:
-        found = [c for c in found if len(c[1]) == 1 or _fits_hosts(c[1]["tp"], cluster)]
+    for proposal in _distinct(proposals)[:SETTLED]:
+        problem = _at(problems, request, graph, proposal.variant.micro_batches)
+        family = problem.family("auto", proposal.frame.roles)
+        limit = request.memory_limit
+        made = settle(
+            "auto", problem, proposal.mesh, family, proposal.variant, limit, near=proposal
+        )
+        progress(f"{proposal.mesh}: solved exactly")
+        if made is not None:
+            found.append(made)
     return found
 
 
-def _fits_hosts(inner: int, cluster: Cluster) -> bool:
-    """Whether the inner axis stays inside a host."""
-    return cluster.host_size % inner == 0
-
-
-def _try(
-    problem: Problem, family_name: str, sizes: Mapping[str, int], limit: float, bound_s: float
-) -> Candidate:
-    """Solve one candidate; nothing slower than `bound_s` is of interest."""
-    mesh = make_mesh(problem.cluster, dict(sizes))
-    roles = next(r for r in FAMILIES[family_name] if len(r) == len(sizes))
-    family = Family(family_name, dict(zip(sizes, roles, strict=True)), problem.batch)
-    pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
-    options = _options(problem, mesh, pricer, family)
-    assignment = solve(problem.graph, problem.blocks, options, pricer, limit, better_than_s=bound_s)
-    if assignment is None and bound_s < float("inf"):
-        why = f"nothing faster than {bound_s * 1e3:.4g} ms within {bytes_text(limit)} per device"
-        return Candidate(family_name, mesh, pricer, None, why)
-    if assignment is None:
-        lean = solve(problem.graph, problem.blocks, options, pricer, limit, minimise_memory=True)
-        if lean is None:
-            return Candidate(family_name, mesh, pricer, None, "does not apply")
-        why = f"needs {bytes_text(lean.memory_bytes)} per device, {bytes_text(limit)} are there"
-        return Candidate(family_name, mesh, pricer, None, why, lean.memory_bytes)
-    if family_name in ("tensor", "data+tensor") and not _splits_params(assignment):
-        return Candidate(family_name, mesh, pricer, None, "no parameter can be split in place")
-    return Candidate(family_name, mesh, pricer, assignment)
-
-
-def _splits_params(assignment: Assignment) -> bool:
-    return any(
-        node.meta.get("role") == "param" and any(option.gives[0].splits)
-        for node, option in assignment.option.items()
-    )
-
-
-def _options(
-    problem: Problem, mesh: Mesh, pricer: Pricer, family: Family
-) -> dict[Node, list[Option]]:
-    """Options of every representative node."""
-    options: dict[Node, list[Option]] = {}
-    wanted: dict[Node, dict[Sharding, None]] = defaultdict(dict)
-    stands_for = problem.blocks.representative
-    for node in problem.graph.fx.nodes:
-        if stands_for[node] is not node:
-            continue
-        if node.op == "output":
-            wants = tuple(
-                Sharding.replicated(v.rank) for s in tensor_inputs(node) for v in values_of(s)[:1]
-            )
-            options[node] = [Option((), wants, (), 0.0, 0.0)]
-        elif node.op == "call_function" and not is_getitem(node):
-            rule = problem.rules[node.name]
-            found = call_options(node, rule, mesh, pricer, family.allows)
-            options[node] = family.keeps(node, found)
-    for edge in edges_of(problem.graph):
-        if edge.producer.meta.get("role") == "param":
-            consumer = stands_for[edge.consumer]
-            for option in options[consumer]:
-                wanted[stands_for[edge.producer]].setdefault(option.wants[edge.slot])
-    for node in problem.graph.placeholders():
-        if stands_for[node] is not node or not values_of(node):
-            continue
-        if node.meta["role"] == "param":
-            found = param_options(node, wanted[node], mesh, pricer)
-            options[node] = family.keeps_stored(node, mesh, found)
-        else:
-            whole = Sharding.replicated(values_of(node)[0].rank)
-            options[node] = [Option((), (), (whole,), 0.0, 0.0)]
-    return options
-
-
-def _raise_nothing_fits(tried: list[Candidate], strategy: str, limit: float, size: int) -> NoReturn:
-    if not tried:
-        raise UserError(
-            f"the strategy {strategy!r} needs a mesh of two axes, and {size} devices make none",
-            fix="use a number of devices that is a product of two, or strategy='auto'",
-        )
-    needs = [(c.least_bytes, str(c.mesh)) for c in tried if c.least_bytes is not None]
-    if not needs:
-        raise UserError(
-            f"the strategy {strategy!r} does not apply to this model: {tried[0].why}",
-            fix="use strategy='auto' or 'data'",
-        )
-    least, mesh = min(needs)
+def _raise_no_plan(
+    proposals: Sequence[Proposal],
+    request: Request,
+    problems: dict[int, Problem],
+    graph: Graph,
+    limit: float,
+) -> NoReturn:
+    """Say what the leanest plan needs, and how much is short."""
+    lean: list[tuple[float, str]] = []
+    for p in sorted(proposals, key=lambda p: p.least_bytes)[:LEAN]:
+        problem = _at(problems, request, graph, p.variant.micro_batches)
+        family = problem.family("auto", p.frame.roles)
+        made = settle("auto", problem, p.mesh, family, p.variant, limit, minimise_memory=True)
+        if made is not None:
+            lean.append((made.timeline.peak_bytes, str(p.mesh)))
+    if not lean:
+        raise PassError("search", "a_candidate_exists", "no mesh has an assignment")
+    needs, mesh = min(lean)
+    needs = max(needs, limit * 1.001)
     raise UserError(
-        f"the model fits on no plan: the leanest ({mesh}) needs {bytes_text(least)} per device, "
-        f"the limit is {bytes_text(limit)}: {bytes_text(least - limit)} short",
+        f"the model fits on no plan: the leanest ({mesh}) needs {bytes_text(needs)} per device, "
+        f"the limit is {bytes_text(limit)}: {bytes_text(needs - limit)} short",
         fix="use more devices, a smaller batch, or a higher memory_limit",
     )
 
 
-def _to_plan(
+def _distinct(proposals: Sequence[Proposal]) -> list[Proposal]:
+    """Solved candidates without those that do as another one does, on more axes."""
+    kept: list[Proposal] = []
+    for p in proposals:
+        if p.relaxed is None:
+            continue
+        same = any(
+            q.relaxed is not None
+            and q.variant == p.variant
+            and abs(q.relaxed.time_s - p.relaxed.time_s) < 1e-6 * p.relaxed.time_s
+            and abs(q.relaxed.memory_bytes - p.relaxed.memory_bytes) < 1e-3 * p.relaxed.memory_bytes
+            for q in kept
+        )
+        if not same:
+            kept.append(p)
+    return kept
+
+
+def _finish(
     problem: Problem,
-    best: Candidate,
-    tried: list[Candidate],
-    fingerprint: str,
+    tried: Sequence[Settled | Alternative],
+    proposals: Sequence[Proposal],
     strategy: str,
+    fingerprint: str,
     symbols: Mapping[sympy.Symbol, int],
+    limit: float,
 ) -> Plan:
-    assert best.assignment is not None
-    option = best.assignment.option
-    rename = _axis_names(best, problem.batch)
+    settled = [s for s in tried if isinstance(s, Settled)]
+    mine = [s for s in settled if s.name == strategy]
+    best = min(mine, key=lambda s: (s.timeline.peak_bytes > limit, s.timeline.step_s))
+    option, pricer = best.option, best.pricer
+    rename = _axis_names(best.mesh, best.assignment, best.problem.batch)
     mesh = Mesh(tuple(replace(a, name=rename[a.name]) for a in best.mesh.axes))
+    graph = best.problem.graph
     choices = {
         node.name: {rename[axis]: str(choice) for axis, choice in o.choices}
         for node, o in option.items()
@@ -243,7 +206,7 @@ def _to_plan(
             str(renamed(o.gives[0], rename)),
             o.regather,
             type_of(value_of(node)),
-            int(best.pricer.local_bytes(value_of(node), o.gives[0])),
+            int(pricer.local_bytes(value_of(node), o.gives[0])),
         )
         for node, o in option.items()
         if node.meta.get("role") == "param"
@@ -255,24 +218,131 @@ def _to_plan(
         strategy=strategy,
         choices=choices,
         params=params,
-        predicted=predict(problem.graph, option, best.pricer),
-        alternatives=tuple(_alternatives(problem, best, tried)),
-        notes=tuple(unsharded_ops(problem.graph, problem.rules, best.pricer)),
+        predicted=predicted(best),
+        alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
+        notes=tuple(unsharded_ops(graph, best.problem.rules, pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=best.assignment.gap,
-        activations=describe_activations(problem.graph, problem.rules, option, best.pricer, rename),
-        traffic=describe_traffic(problem.graph, option, best.pricer, rename),
+        activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
+        traffic=describe_traffic(graph, option, pricer, rename),
+        recompute=best.recompute,
+        micro_batches=best.variant.micro_batches,
+        memory_limit=limit,
+        timeline=summarise(best.timeline),
     )
 
 
-def _axis_names(best: Candidate, batch: Mapping[Node, frozenset[str]]) -> dict[str, str]:
+def predicted(settled: Settled) -> Prediction:
+    """The prediction of a settled candidate: its simulated step, with its traffic."""
+    timeline, step = settled.timeline, settled.step
+    parts = {name: int(n) for name, n in step.state_bytes.items()}
+    rest = int(timeline.peak_bytes) - sum(parts.values())
+    if rest < 0:  # the peak comes before all gradients are there
+        parts["gradients"] += rest
+    else:
+        parts["activations and buffers"] = rest
+    sent: dict[str, float] = defaultdict(float)
+    for t in describe_traffic(
+        settled.problem.graph, settled.option, settled.pricer, {n: n for n in settled.mesh.names}
+    ):
+        sent[t.collective] += t.sent_bytes * settled.variant.micro_batches
+    return Prediction(
+        time_s=timeline.step_s,
+        compute_s=timeline.compute_s,
+        comm_s=timeline.exposed_total_s,
+        optimizer_s=timeline.optimizer_s,
+        memory_bytes=int(timeline.peak_bytes),
+        memory_parts=parts,
+        comm_bytes={kind: int(n) for kind, n in sorted(sent.items())},
+    )
+
+
+def _alternatives(
+    problem: Problem,
+    best: Settled,
+    tried: Sequence[Settled | Alternative],
+    proposals: Sequence[Proposal],
+    limit: float,
+) -> list[Alternative]:
+    best_s = best.timeline.step_s
+    found: list[Alternative] = []
+    shown = {(str(best.mesh), best.variant)}
+    for one in tried:
+        if one is best:
+            continue
+        if isinstance(one, Alternative):
+            found.append(one)
+            continue
+        shown.add((str(one.mesh), one.variant))
+        found.append(
+            Alternative(
+                one.name,
+                _mesh_text(one.mesh, one.variant),
+                one.timeline.step_s,
+                int(one.timeline.peak_bytes),
+                _why(one, best),
+            )
+        )
+    # Bounds are of blocking times: compare them with the best relaxation, not its timeline.
+    least = min((p.relaxed.time_s for p in proposals if p.relaxed), default=best_s)
+    for p in proposals:
+        if len(found) >= SHOWN:
+            break
+        if (str(p.mesh), p.variant) in shown or (p.relaxed is None and p.bound_s <= 0):
+            continue
+        shown.add((str(p.mesh), p.variant))
+        ratio = p.bound_s / least
+        if p.relaxed is not None:
+            why = f"{ratio:.2f}x by its relaxation"
+            found.append(
+                Alternative(
+                    "auto",
+                    _mesh_text(p.mesh, p.variant),
+                    best_s * ratio,
+                    int(p.relaxed.memory_bytes),
+                    why,
+                )
+            )
+        else:
+            why = f"at least {ratio:.2f}x: its bound"
+            if p.least_bytes > limit:
+                why = f"needs at least {bytes_text(p.least_bytes)} per device"
+            found.append(Alternative("auto", _mesh_text(p.mesh, p.variant), None, None, why))
+    if problem.cluster.size > 1:
+        found.append(_one_process(problem, best_s))
+    return found
+
+
+def _why(one: Settled, best: Settled) -> str:
+    a, b = one.timeline, best.timeline
+    gaps = {
+        "communication": a.exposed_total_s - b.exposed_total_s,
+        "compute": a.compute_s - b.compute_s,
+        "optimizer": a.optimizer_s - b.optimizer_s,
+    }
+    reason = max(gaps, key=gaps.__getitem__)
+    if gaps[reason] <= 1e-3 * b.step_s:
+        return "as good as the chosen plan"
+    return f"{a.step_s / b.step_s:.2f}x: {reason} +{gaps[reason] * 1e3:.3g} ms"
+
+
+def _mesh_text(mesh: Mesh, variant: Variant) -> str:
+    parts = [str(mesh)]
+    if variant.micro_batches > 1:
+        parts.append(f"{variant.micro_batches} micro-batches")
+    if variant.mode != NONE:
+        parts.append(f"{variant.mode} recomputation")
+    return ", ".join(parts)
+
+
+def _axis_names(mesh: Mesh, assignment: Assignment, batch: Factors) -> dict[str, str]:
     """Call the only axis `dp` if it splits the batch, else `tp`."""
-    names = best.mesh.names
-    if len(names) != 1 or best.assignment is None:
+    names = mesh.names
+    if len(names) != 1:
         return {name: name for name in names}
     on_batch = any(
         choice.factor in batch.get(node, ())
-        for node, option in best.assignment.option.items()
+        for node, option in assignment.option.items()
         for _, choice in option.choices
         if choice.factor
     )
@@ -321,35 +391,6 @@ def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Pred
     )
 
 
-def _alternatives(problem: Problem, best: Candidate, tried: list[Candidate]) -> list[Alternative]:
-    assert best.assignment is not None
-    best_s = best.assignment.time_s
-    found = []
-    for candidate in tried:
-        if candidate is best:
-            continue
-        mesh, assignment = str(candidate.mesh), candidate.assignment
-        if assignment is None:
-            found.append(Alternative(candidate.family, mesh, None, None, candidate.why))
-            continue
-        p = predict(problem.graph, assignment.option, candidate.pricer)
-        b = predict(problem.graph, best.assignment.option, best.pricer)
-        gaps = {
-            "communication": p.comm_s - b.comm_s,
-            "compute": p.compute_s - b.compute_s,
-            "optimizer": p.optimizer_s - b.optimizer_s,
-        }
-        reason = max(gaps, key=gaps.__getitem__)
-        if gaps[reason] <= 1e-3 * best_s:
-            why = "as good as the chosen plan"
-        else:
-            why = f"{p.time_s / best_s:.2f}x: {reason} +{gaps[reason] * 1e3:.3g} ms"
-        found.append(Alternative(candidate.family, mesh, p.time_s, p.memory_bytes, why))
-    if problem.cluster.size > 1:
-        found.append(_one_process(problem, best_s))
-    return found
-
-
 def _one_process(problem: Problem, best_s: float) -> Alternative:
     """The same step on one device (on a CPU: one process with all the threads)."""
     mesh = make_mesh(problem.cluster, {"dp": 1})
@@ -396,20 +437,12 @@ def choose_for(
 
     Keyed by node name, then axis. The plan's mesh and storage are kept.
     """
-    concrete = specialise(graph, symbols)
-    rules = rules_of(concrete)
-    mesh = plan.mesh
-    problem = Problem(
-        concrete,
-        rules,
-        find_blocks(concrete),
-        batch_factors(concrete, rules, graph),
-        cluster,
-        optimizer,
-    )
-    roles = dict(zip(mesh.names, next(iter(FAMILIES["auto"])) * len(mesh.names), strict=True))
-    pricer = Pricer(cluster, mesh, optimizer)
-    options = _options(problem, mesh, pricer, Family("auto", roles, problem.batch))
+    mesh, problem = plan.mesh, problem_of(graph, symbols, cluster, optimizer)
+    concrete, pricer = problem.graph, Pricer(cluster, mesh, optimizer)
+    roles = {a.name: "any" for a in mesh.axes}
+    if len(roles) > 2:
+        roles = {name: ROLE_OF.get(name, "feature") for name in roles}
+    options = options_of(problem, mesh, pricer, problem.family("auto", roles))
     for node in concrete.placeholders("param"):
         if node in options:
             stored = next(plan.params[f] for f in node.meta["fqns"] if f in plan.params)

@@ -208,12 +208,14 @@ def test_a_wrong_evaluation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_of(zoo_subject("mlp"), 4)
 
 
-def test_two_hosts_keep_tensor_parallelism_inside() -> None:
+def test_axes_lie_on_the_levels_of_the_cluster() -> None:
     from autopar.cost.cluster import parse_cluster
+    from autopar.passes.propose import meshes_of
 
     cluster = parse_cluster("2x4xH100")
-    sizes = [s for _, s in search._candidates("auto", cluster) if len(s) == 2]
-    assert sizes == [{"dp": 2, "tp": 4}, {"dp": 4, "tp": 2}]
+    meshes = list(meshes_of((("dp", "any"), ("tp", "any")), cluster))
+    assert [str(m) for m in meshes] == ["dp=2 x tp=4", "dp=4 x tp=2"]
+    assert [[a.level for a in m.axes] for m in meshes] == [[1, 0], [1, 0]]
 
 
 # Evaluation ---------------------------------------------------------------------------------------

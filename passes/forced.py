@@ -1,0 +1,106 @@
+"""Named strategies: every axis has a fixed use (`families`), the rest is solved as always."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch.fx
+
+from autopar.cost.cluster import make_mesh
+from autopar.errors import UserError
+from autopar.plan import Alternative
+from autopar.units import bytes_text
+
+from .families import FAMILIES
+from .frame import Variant
+from .problem import Problem
+from .programme import Assignment
+from .settle import Settled, settle
+
+Node = torch.fx.Node
+Progress = Callable[[str], None]
+
+
+def force(
+    problem: Problem, strategy: str, limit: float, progress: Progress = lambda _: None
+) -> list[Settled | Alternative]:
+    """Every mesh of a named strategy: settled, or an alternative that says why not.
+
+    Strategies without a mesh for so many devices give nothing.
+    """
+    tried: list[Settled | Alternative] = []
+    for sizes in meshes_of_strategy(strategy, problem.cluster.size):
+        start = time.perf_counter()
+        tried.append(_try(problem, strategy, sizes, limit))
+        label = " x ".join(map(str, sizes.values()))
+        progress(f"{strategy} on {label}: {time.perf_counter() - start:.1f} s")
+    return tried
+
+
+def check_forced(
+    tried: list[Settled | Alternative], strategy: str, limit: float, size: int
+) -> None:
+    """Raise UserError where a strategy that was asked for has no plan."""
+    if any(isinstance(one, Settled) for one in tried):
+        return
+    if not tried:
+        raise UserError(
+            f"the strategy {strategy!r} needs a mesh of two axes, and {size} devices make none",
+            fix="use a number of devices that is a product of two, or strategy='auto'",
+        )
+    short = [one for one in tried if isinstance(one, Alternative) and one.memory_bytes]
+    if not short:
+        first = tried[0]
+        why = first.why if isinstance(first, Alternative) else ""
+        raise UserError(
+            f"the strategy {strategy!r} does not apply to this model: {why}",
+            fix="use strategy='auto' or 'data'",
+        )
+    least = min(short, key=lambda one: one.memory_bytes or 0)
+    needs = float(least.memory_bytes or 0)
+    raise UserError(
+        f"the model fits on no plan: the leanest ({least.mesh}) needs {bytes_text(needs)} per "
+        f"device, the limit is {bytes_text(limit)}: {bytes_text(needs - limit)} short",
+        fix="use more devices, a smaller batch, or a higher memory_limit",
+    )
+
+
+def meshes_of_strategy(strategy: str, devices: int) -> list[dict[str, int]]:
+    """Axis sizes, outermost first."""
+    found: list[dict[str, int]] = []
+    for roles in FAMILIES[strategy]:
+        if len(roles) == 1 or devices == 1:
+            found.append({"tp" if roles == ("tensor",) else "dp": devices})
+            continue
+        for outer in range(2, devices // 2 + 1):
+            if devices % outer == 0:
+                found.append({"dp": outer, "tp": devices // outer})
+    return found
+
+
+def _try(
+    problem: Problem, strategy: str, sizes: dict[str, int], limit: float
+) -> Settled | Alternative:
+    mesh = make_mesh(problem.cluster, sizes)
+    roles = next(r for r in FAMILIES[strategy] if len(r) == len(sizes))
+    family = problem.family(strategy, dict(zip(sizes, roles, strict=True)))
+    made = settle(strategy, problem, mesh, family, Variant(), limit)
+    if made is None or made.timeline.peak_bytes > limit:
+        lean = settle(strategy, problem, mesh, family, Variant(), limit, minimise_memory=True)
+        if lean is None:
+            return Alternative(strategy, str(mesh), None, None, "does not apply")
+        needs = lean.timeline.peak_bytes
+        why = f"needs {bytes_text(needs)} per device, {bytes_text(limit)} are there"
+        return Alternative(strategy, str(mesh), None, int(needs), why)
+    if strategy in ("tensor", "data+tensor") and not _splits_params(made.assignment):
+        why = "no parameter can be split in place"
+        return Alternative(strategy, str(mesh), None, None, why)
+    return made
+
+
+def _splits_params(assignment: Assignment) -> bool:
+    return any(
+        node.meta.get("role") == "param" and any(option.gives[0].splits)
+        for node, option in assignment.option.items()
+    )

@@ -1,0 +1,164 @@
+"""Settle one candidate: its programme solved exactly, recomputation shared out, time simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch.fx
+
+from autopar.cost.recompute import with_recompute
+from autopar.cost.simulate import simulate
+from autopar.cost.step import Step
+from autopar.cost.timeline import Timeline
+from autopar.ir.mesh import Mesh
+from autopar.ir.rule import Choice
+from autopar.plan import Recompute
+
+from .accounts import NONE, Accounts, overlap_of, regions_of
+from .families import Family
+from .frame import Variant
+from .options import Option
+from .price import Pricer
+from .problem import Problem, options_of
+from .programme import Assignment, solve
+from .propose import Proposal
+from .share_recompute import share_recompute
+from .step_of import step_of
+
+Node = torch.fx.Node
+Keeps = Mapping[str, frozenset[tuple[tuple[str, Choice], ...]]]
+Stores = Mapping[str, frozenset[str]]
+
+REDUCED = 0.02  # options that cost at least so much more of the step than the bound are left out
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A candidate that can be run: what every node does, over time.
+
+    `problem` is at the sizes of one micro-batch.
+    """
+
+    name: str
+    problem: Problem
+    mesh: Mesh
+    pricer: Pricer
+    variant: Variant
+    assignment: Assignment
+    recompute: tuple[Recompute, ...]
+    step: Step
+    timeline: Timeline
+
+    @property
+    def option(self) -> Mapping[Node, Option]:
+        return self.assignment.option
+
+
+def settle(
+    name: str,
+    problem: Problem,
+    mesh: Mesh,
+    family: Family,
+    variant: Variant,
+    memory_limit: float,
+    near: Proposal | None = None,
+    minimise_memory: bool = False,
+) -> Settled | None:
+    """The best assignment on a mesh within the limit, or None; or the leanest, whatever the limit.
+
+    With `near`, a candidate whose relaxation was solved, only options close to it are tried first.
+    """
+    pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
+    regions = regions_of(problem.graph, problem.blocks)
+    modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
+    overlap = overlap_of(problem.cluster)
+    accounts = Accounts(pricer, regions, variant.micro_batches, modes, overlap)
+    assignment = None
+    for keep in (*([_close(near)] if near is not None and near.relaxed else []), None):
+        options = _options(problem, mesh, pricer, family, keep)
+        assignment = solve(
+            problem.graph,
+            problem.blocks,
+            options,
+            pricer,
+            memory_limit,
+            minimise_memory=minimise_memory,
+            accounts=accounts,
+        )
+        if assignment is not None:
+            break
+    if assignment is None:
+        return None
+    recompute: tuple[Recompute, ...] = ()
+    if variant.mode != NONE:
+        recompute = share_recompute(
+            problem.graph, problem.blocks, assignment.option, accounts, memory_limit
+        )
+    return settled(name, problem, mesh, pricer, variant, assignment, recompute)
+
+
+def settled(
+    name: str,
+    problem: Problem,
+    mesh: Mesh,
+    pricer: Pricer,
+    variant: Variant,
+    assignment: Assignment,
+    recompute: tuple[Recompute, ...] = (),
+) -> Settled:
+    """An assignment with its simulated step."""
+    step = step_of(problem.graph, problem.blocks, assignment.option, pricer, variant.micro_batches)
+    modes = {r.block: (r.full, r.selective) for r in recompute}
+    step = with_recompute(step, modes) if modes else step
+    timeline = simulate(step, problem.cluster)
+    return Settled(name, problem, mesh, pricer, variant, assignment, recompute, step, timeline)
+
+
+def _close(near: Proposal) -> tuple[Keeps, Stores]:
+    """What each node may do, of the options whose reduced cost is small."""
+    assert near.relaxed is not None and near.relaxation is not None
+    relaxation, columns = near.relaxation, near.relaxation.columns
+    reduced = relaxation.reduced(near.at, near.relaxed.weights)
+    most = REDUCED * near.relaxed.time_s
+    keeps: dict[str, frozenset[tuple[tuple[str, Choice], ...]]] = {}
+    stores: dict[str, frozenset[str]] = {}
+    for node, options in columns.options.items():
+        first = columns.first[node]
+        close = [o for i, o in enumerate(options) if reduced[first + i] <= most]
+        if node.op == "placeholder":
+            stores[node.name] = frozenset(str(o.gives[0]) for o in close)
+        else:
+            keeps[node.name] = frozenset(o.choices for o in close)
+    return keeps, stores
+
+
+def _options(
+    problem: Problem,
+    mesh: Mesh,
+    pricer: Pricer,
+    family: Family,
+    keep: tuple[Keeps, Stores] | None,
+) -> dict[Node, list[Option]]:
+    if keep is None:
+        return options_of(problem, mesh, pricer, family)
+    keeps, stores = keep
+    allowed: dict[tuple[str, str], set[Choice]] = {}
+    for node, chosen in keeps.items():
+        for choices in chosen:
+            for axis, choice in choices:
+                allowed.setdefault((node, axis), set()).add(choice)
+
+    def near(node: Node, axis: str, choice: Choice) -> bool:
+        return choice in allowed.get((node.name, axis), ())
+
+    options = options_of(problem, mesh, pricer, replace(family, only=near))
+    return {
+        node: [
+            o
+            for o in found
+            if node.op != "placeholder" or str(o.gives[0]) in stores.get(node.name, ())
+        ]
+        or found
+        for node, found in options.items()
+    }
