@@ -93,10 +93,15 @@ def _from_rows(rows: Tensor, shape: Sequence[int], like: Tensor, route: Route) -
 
 
 def _positions(indices: Sequence[Tensor], route: Route) -> tuple[Tensor, torch.Size]:
-    """Flat positions in the indexed dims taken as one, and the shape of the broadcast indices."""
+    """Flat positions in the indexed dims taken as one, and the shape of the broadcast indices.
+
+    On CPU a wrong index raises here; elsewhere its position is -1, which nobody owns, and the
+    exchange, whose counts come to the host anyway, raises.
+    """
     shape = torch.Size(torch.broadcast_shapes(*(i.shape for i in indices)))  # type: ignore[no-untyped-call]
     wide = [i.to(torch.int64).expand(shape) for i in indices]
-    flat = None
+    flat: Tensor | None = None
+    legal: Tensor | None = None
     for index, size in zip(wide, route.sizes, strict=True):
         part = index.reshape(-1)
         if part.device.type == "cpu" and not torch.compiler.is_compiling() and part.numel():
@@ -106,9 +111,11 @@ def _positions(indices: Sequence[Tensor], route: Route) -> tuple[Tensor, torch.S
                 raise IndexError(f"index {wrong} is out of bounds for dimension with size {size}")
         if route.wraps:
             part = part.where(part >= 0, part + size)
+        inside = (part >= 0) & (part < size)
+        legal = inside if legal is None else legal & inside
         flat = part if flat is None else flat * size + part
-    assert flat is not None
-    return flat, shape
+    assert flat is not None and legal is not None
+    return flat.where(legal, -1), shape
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,9 @@ class _Exchange:
             ones = [1] * group.size
             asked = group.all_to_all(counts, ones, ones).wait().tolist()
             sent = counts.tolist()
+            lost = positions.numel() - sum(sent)
+            if lost and sum(stop - start for start, stop in route.owned) == route.sizes[0]:
+                raise IndexError(f"{lost} indices are out of bounds for sizes {route.sizes}")
             order = order[: sum(sent)]
             wanted = group.all_to_all(positions.index_select(0, order), asked, sent).wait()
             here = wanted - route.owned[group.rank][0] * inner

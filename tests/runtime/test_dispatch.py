@@ -149,6 +149,17 @@ def test_positions_out_of_range(wraps: bool, wrong: int) -> None:
         routed_gather(torch.zeros(6, 2), [torch.tensor([0, wrong])], route, group)
 
 
+def test_positions_out_of_range_where_only_counts_come_to_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU: no early look
+    route = Route(0, (6, 3), ((0, 6),))
+    group = ThreadWorld(1).group(0)
+    wrong = [torch.tensor([0, 5, 5]), torch.tensor([0, 3, 2])]
+    with pytest.raises(IndexError, match=r"1 indices are out of bounds for sizes \(6, 3\)"):
+        routed_gather(torch.zeros(6, 3, 2), wrong, route, group)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(lengths(), st.integers(0, 2), st.booleans())
 def test_prefix_sum(pieces: tuple[int, ...], dim: int, whole: bool) -> None:
