@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import sympy
 import torch.fx
@@ -96,7 +95,7 @@ def search(
         tightened *= 0.99 * limit / least
     fitting = [s for s in found if s.timeline.peak_bytes <= limit]
     if not fitting:
-        _raise_no_plan(proposals, request, problems, graph, limit)
+        fitting = [_leanest(proposals, request, problems, graph, limit)]
     tried: list[Settled | Alternative] = list(fitting)
     for other in ("data", "zero", "tensor") if cluster.size > 1 else ():
         tried += force(problem, other, limit, progress)
@@ -136,25 +135,27 @@ def _settle_best(
     return found
 
 
-def _raise_no_plan(
+def _leanest(
     proposals: Sequence[Proposal],
     request: Request,
     problems: dict[int, Problem],
     graph: Graph,
     limit: float,
-) -> NoReturn:
-    """Say what the leanest plan needs, and how much is short."""
-    lean: list[tuple[float, str]] = []
+) -> Settled:
+    """The candidate that needs least memory; raises UserError if that is too much."""
+    lean: list[Settled] = []
     for p in sorted(proposals, key=lambda p: p.least_bytes)[:LEAN]:
         problem = _at(problems, request, graph, p.variant.micro_batches)
         family = problem.family("auto", p.frame.roles)
         made = settle("auto", problem, p.mesh, family, p.variant, limit, minimise_memory=True)
         if made is not None:
-            lean.append((made.timeline.peak_bytes, str(p.mesh)))
+            lean.append(made)
     if not lean:
         raise PassError("search", "a_candidate_exists", "no mesh has an assignment")
-    needs, mesh = min(lean)
-    needs = max(needs, limit * 1.001)
+    least = min(lean, key=lambda s: s.timeline.peak_bytes)
+    needs, mesh = least.timeline.peak_bytes, least.mesh
+    if needs <= limit:
+        return least
     raise UserError(
         f"the model fits on no plan: the leanest ({mesh}) needs {bytes_text(needs)} per device, "
         f"the limit is {bytes_text(limit)}: {bytes_text(needs - limit)} short",
