@@ -27,7 +27,9 @@ Sample = tuple[str, float, float]  # key, x (flops or bytes), seconds
 
 KB, MB = 1 << 10, 1 << 20
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
-BUCKET_FROM = 16 * MB  # larger messages are buckets of parameters, smaller ones single activations
+# Smaller messages are single activations, those in between buckets of parameters (25 MiB), larger
+# ones single parameters.
+BUCKETS = (16 * MB, 32 * MB)
 BUCKET_TENSORS = 16
 WINDOWS_S = (2e-3, 1e-2, 4e-2)  # of compute between two meetings of the ranks
 CALL_S = 0.05  # what a collective may take per round, compute in between left out
@@ -55,7 +57,7 @@ def make_groups(nproc: int) -> dict[int, Group | None]:
 def collective_call(kind: str, group: Group, nbytes: int) -> Callable[[], Any]:
     """A call, waited for, whose byte count by the convention of cost.comm is `nbytes`."""
     n = group.size
-    tensors = BUCKET_TENSORS if nbytes >= BUCKET_FROM else 1
+    tensors = BUCKET_TENSORS if BUCKETS[0] <= nbytes <= BUCKETS[1] else 1
     rows = 64 if nbytes >= 64 * KB else 4
     columns = max(nbytes // 4 // tensors // rows // n, 1)
     if kind == "broadcast":
@@ -66,7 +68,7 @@ def collective_call(kind: str, group: Group, nbytes: int) -> Callable[[], Any]:
         swap = SwapSpec(_even(0, rows * n, n), _even(1, columns * n, n))
         return _typed("swap", swap, group, [torch.ones(rows, columns * n)] * tensors)
     # Parameters are divided by rows, activations mostly not.
-    dim = 0 if tensors > 1 else 1
+    dim = 0 if nbytes >= BUCKETS[0] else 1
     shape = (rows * n, columns) if dim == 0 else (rows, columns * n)
     spec = _even(dim, shape[dim], n)
     if kind == "reduce_scatter":

@@ -34,8 +34,8 @@ WINDOWS = 8  # of each length and round in which the ranks' skew is measured
 def collective_sizes(quick: bool) -> list[int]:
     """Bytes at which collectives are timed."""
     if quick:
-        return [KB, 64 * KB, MB, 16 * MB]
-    return [KB, 16 * KB, 128 * KB, 512 * KB, 2 * MB, 8 * MB, 16 * MB, 32 * MB]
+        return [KB, 128 * KB, 2 * MB, 16 * MB, 64 * MB]
+    return [KB, 16 * KB, 128 * KB, 512 * KB, 2 * MB, 8 * MB, 16 * MB, 32 * MB, 64 * MB]
 
 
 def tiny_parameters(nproc: int) -> list[Tensor]:
