@@ -141,16 +141,21 @@ def answer(before: Question, after: Question, progress: Any) -> dict[str, Any]:
         nothing = error.what
     seconds = time.perf_counter() - start
     best = after.case(new) if new is not None else None
-    fits = same is not None and same.memory_bytes <= after.limit
-    if same is not None and not fits:
-        why = f"does not fit: {bytes_text(same.memory_bytes - after.limit)} too much per device"
+    figures = None if same is None else _figures(same)
+    if figures is not None:
+        figures["fits"] = figures["memory_bytes"] <= after.limit
+        if not figures["fits"]:
+            over = bytes_text(figures["memory_bytes"] - after.limit)
+            why = f"does not fit: {over} too much per device"
+    better = None if best is None else _figures(best)
+    ratio = figures["time_s"] / better["time_s"] if figures and better else None
     return {
         "before": _figures(before.case()),
-        "same_plan": None if same is None else {**_figures(same), "fits": fits},
+        "same_plan": figures,
         "same_plan_note": why,
-        "new_plan": None if best is None else _figures(best),
+        "new_plan": better,
         "new_plan_note": nothing,
-        "ratio": _ratio(same, best),
+        "ratio": ratio,
         "limit_bytes": after.limit,
         "setting": {
             "cluster": after.cluster.name,
@@ -180,22 +185,18 @@ def _moved(question: Question) -> tuple[Case | None, str]:
     return case, note
 
 
-def _ratio(same: Case | None, best: Case | None) -> float | None:
-    if same is None or best is None:
-        return None
-    return timeline_of(same).step_s / timeline_of(best).step_s
-
-
 def _figures(case: Case) -> dict[str, Any]:
-    """`time_s` is the timeline's step, `formula_s` what the formula of the step says."""
+    """Time and peak memory of the timeline, and what the formulas of the step say."""
+    timeline = timeline_of(case)
     return {
         "mesh": str(case.plan.mesh),
         "strategy": case.plan.strategy,
         "micro_batches": case.accounts.micro_batches,
-        "time_s": timeline_of(case).step_s,
+        "time_s": timeline.step_s,
         "formula_s": case.time_s,
         "compute_s": case.paid.compute_s,
-        "memory_bytes": case.memory_bytes,
+        "memory_bytes": timeline.peak_bytes,
+        "formula_bytes": case.memory_bytes,
     }
 
 
