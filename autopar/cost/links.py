@@ -113,6 +113,19 @@ class Links:
             for flow in queue:
                 flow.start += seconds
 
+    def backlog(self) -> dict[str, float]:
+        """Seconds of work that wait on every axis."""
+        return {axis: sum(f.work_s for f in queue) for axis, queue in self.queues.items()}
+
+    def grow(self, now: dict[str, float], before: dict[str, float], times: int) -> None:
+        """Let what waits grow so many times more by as much as it has grown."""
+        for axis, seconds in now.items():
+            growth = seconds - before.get(axis, 0.0)
+            if growth > 1e-12 and self.queues[axis]:
+                last = self.queues[axis][-1]
+                more = Flow("backlog", last.kind, axis, last.level, times * growth, last.phase)
+                self.queues[axis].append(more)
+
     def signature(self) -> tuple[tuple[str, tuple[tuple[str | float, ...], ...]], ...]:
         """What is in flight, without names and times: equal states go on equally."""
         return tuple(

@@ -25,7 +25,8 @@ from .step import Step
 from .timeline import Points, Span, Timeline
 
 MOST_RECORDED = 60_000  # spans or memory events that repeated micro-batches may add
-MOST_MICRO_BATCHES = 8  # simulated one by one before the last stands for the rest
+MOST_MICRO_BATCHES = 12  # simulated one by one before the last stands for the rest
+MOST_IN_FLIGHT = 256  # beyond it a state is not compared: its backlog grows
 
 Signature = tuple[Any, ...]
 
@@ -190,24 +191,23 @@ class _Run:
         count = self.step.micro_batches
         done = 0
         before: Signature | None = None
-        before_s = 0.0
+        before_s, backlog = 0.0, self.machine.links.backlog()
         while done < count:
             mark = self._mark()
             self._micro_batch(done == 0, done == count - 1)
             done += 1
             now, elapsed = self._signature(()), self.machine.time - mark.time
+            waiting = self.machine.links.backlog()
             left = count - 1 - done  # the last one is different
-            if left > 0 and done > 1 and not self.flat:
-                periodic = now == before
-                if periodic or (done >= MOST_MICRO_BATCHES and abs(elapsed - before_s) < 1e-6):
-                    self.exact &= periodic
-                    self._repeat(mark, left)
-                    done += left
-                elif done >= 4 * MOST_MICRO_BATCHES:
+            steady = done >= 4 and abs(elapsed - before_s) <= 1e-9 * elapsed
+            settled = now == before or steady or done == MOST_MICRO_BATCHES
+            if settled and left > 0 and done > 1 and not self.flat:
+                self._repeat(mark, left)
+                if now != before:  # what waits grows by as much every time
                     self.exact = False
-                    self._repeat(mark, left)
-                    done += left
-            before, before_s = now, elapsed
+                    self.machine.links.grow(waiting, backlog, left)
+                done += left
+            before, before_s, backlog = now, elapsed, waiting
 
     def _micro_batch(self, first: bool, last: bool) -> None:
         self.one_way(False, first, last)
@@ -261,6 +261,8 @@ class _Run:
     def _signature(self, gathered: Sequence[Gathered] | deque[Gathered]) -> Signature:
         """The state of the machine without names and times: equal states go on equally."""
         machine = self.machine
+        if sum(map(len, machine.links.queues.values())) > MOST_IN_FLIGHT:
+            return (object(),)  # like no other
         place: dict[int, tuple[str, int]] = {
             id(flow): (axis, i)
             for axis, queue in machine.links.queues.items()

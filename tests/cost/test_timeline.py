@@ -336,6 +336,17 @@ def test_reuse_of_copies_is_exact(made: list[Segment], micro_batches: int, overl
     assert all(a.end_s <= b.start_s + 1e-9 for a, b in pairwise(compute))
 
 
+def test_a_growing_backlog() -> None:
+    """Reductions of 5 s in every micro-batch of 3 s: the link is busy from the first one on."""
+    layer = block(gradient(5.0), op("a", deps=(0,)))
+    made = simulate(step(layer, micro_batches=40), how=How(reduce_every=True))
+    flat = simulate(step(layer, micro_batches=40), how=How(reduce_every=True), flat=True)
+    assert not made.exact and flat.exact
+    assert made.step_s == pytest.approx(3.0 + 40 * 5.0)
+    assert made.step_s == pytest.approx(flat.step_s)
+    assert made.exposed_total_s == pytest.approx(flat.exposed_total_s)
+
+
 def test_a_deep_model_is_cheap_to_simulate() -> None:
     """A hundred copies and five hundred micro-batches: a few copies of a few are simulated."""
     layer = block(gathered(0.25), op("a", deps=(0,)), psum(0.125, deps=(1,)), op("b", deps=(2,)),
