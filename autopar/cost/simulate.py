@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from .cluster import Cluster
 from .links import Flow
+from .prepared import Prepared, prepare
 from .schedules import Schedule
-from .simulator import Gathered, How, Machine, Prepared, prepare
+from .simulator import Gathered, How, Machine
 from .step import Step
 from .timeline import Points, Span, Timeline
 
@@ -155,7 +156,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.machine = Machine(self.how)
         self.units = [
-            (prepare(segment, i, self.how), segment.copies)
+            (prepare(segment, i, self.how.bucket_bytes, self.how.most_s_per_byte), segment.copies)
             for i, segment in enumerate(self.step.segments)
         ]
 
