@@ -71,13 +71,14 @@ def _call(node: Node, rule: ShardingRule, texts: Mapping[str, str], pricer: Pric
             where=node.meta.get("source") or None,
             fix="correct this op's choices, or make a new plan",
         )
+    forward, backward = pricer.op_times_s(node, rule, placed, chosen)
     return Option(
         tuple(chosen.items()),
         placed.inputs,
         placed.outputs,
-        pricer.op_time_s(node, rule, placed, chosen),
+        forward + backward,
         pricer.saved_output_bytes(node, placed),
-        forward_s=pricer.op_forward_s(node, rule, placed, chosen),
+        forward_s=forward,
     )
 
 

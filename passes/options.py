@@ -88,13 +88,14 @@ def call_options(
         if placed is None or any(_doubled(s) for s in (*placed.inputs, *placed.outputs)):
             continue
         chosen = tuple((axis, c) for axis, c in combination if not c.is_replicate)
+        forward, backward = pricer.op_times_s(node, rule, placed, dict(chosen))
         option = Option(
             chosen,
             placed.inputs,
             placed.outputs,
-            pricer.op_time_s(node, rule, placed, dict(chosen)),
+            forward + backward,
             pricer.saved_output_bytes(node, placed),
-            forward_s=pricer.op_forward_s(node, rule, placed, dict(chosen)),
+            forward_s=forward,
         )
         key = (option.wants, option.gives)
         if key not in best or option.time_s < best[key].time_s:

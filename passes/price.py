@@ -106,8 +106,15 @@ class Pricer:
         self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
     ) -> float:
         """Local compute of an op, and what it communicates by itself."""
-        compute = self.compute_time_s(node, placed)
-        return compute + sum(self.own_times_s(node, rule, placed, chosen))
+        return sum(self.op_times_s(node, rule, placed, chosen))
+
+    def op_times_s(
+        self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
+    ) -> tuple[float, float]:
+        """The same as (forward, backward)."""
+        forward, backward = self.compute_times_s(node, placed)
+        first, second = self.own_times_s(node, rule, placed, chosen)
+        return forward + first, backward + second
 
     def own_times_s(
         self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
@@ -222,13 +229,6 @@ class Pricer:
     def edge_forward_s(self, producer: Node, port: int, source: Sharding, want: Sharding) -> float:
         """The forward's share of `edge_time_s`: what recomputation repeats."""
         return sum(c.forward_s for c in self.edge_collectives(producer, port, source, want))
-
-    def op_forward_s(
-        self, node: Node, rule: ShardingRule, placed: Placed, chosen: Mapping[str, Choice]
-    ) -> float:
-        """The forward's share of `op_time_s`."""
-        own = self.own_times_s(node, rule, placed, chosen)[0]
-        return self.compute_times_s(node, placed)[0] + own
 
     def _find_edge_time_s(
         self,

@@ -27,6 +27,7 @@ Progress = Callable[[str], None]
 Roles = tuple[tuple[str, str], ...]
 
 LARGEST_INNER = 64  # members of an axis that communicates activations, at most
+MANY = 16  # devices from which a restricted search comes before the full one
 WORTH = 1e-3  # a candidate that is closer than this to the best is not looked for
 NEAR = 1.05  # candidates this close to the best are solved until there are enough of them
 
@@ -239,7 +240,8 @@ def role_sets(problem: Problem, request: Request) -> list[Roles]:
     found: list[Roles] = [(("dp", "any"),)]
     if request.axes >= 2:
         found.append((("dp", "any"), ("tp", "any")))
-        found.append((("dp", "batch"), ("tp", "feature")))
+        if request.cluster.size >= MANY:  # contained in the former, and a bound for it
+            found.append((("dp", "batch"), ("tp", "feature")))
     if request.axes >= 3:
         for roles in THREE_AXES:
             kinds = {role for _, role in roles}

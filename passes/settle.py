@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -75,7 +76,10 @@ def settle(
     overlap = overlap_of(problem.cluster)
     accounts = Accounts(pricer, regions, variant.micro_batches, modes, overlap)
     assignment = None
-    for keep in (*([_close(near)] if near is not None and near.relaxed else []), None):
+    tries: list[tuple[tuple[Keeps, Stores] | None, float]] = [(None, math.inf)]
+    if near is not None and near.relaxed is not None:
+        tries.insert(0, (_close(near), near.relaxed.time_s * (1 + REDUCED)))
+    for keep, better_than_s in tries:
         options = _options(problem, mesh, pricer, family, keep)
         assignment = solve(
             problem.graph,
@@ -84,6 +88,7 @@ def settle(
             pricer,
             memory_limit,
             minimise_memory=minimise_memory,
+            better_than_s=better_than_s,
             accounts=accounts,
         )
         if assignment is not None:

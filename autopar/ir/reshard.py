@@ -6,6 +6,7 @@ The cost model and the lowering use the same sequence, so what is priced is what
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from . import lowered
 from .lowered import Collective
@@ -31,17 +32,23 @@ def reshard_steps(source: Sharding, target: Sharding, mesh: Mesh) -> list[Step]:
     shrink the local tensor come before steps that grow it. Raises ValueError where no sequence
     exists (a split or replicated value cannot become a partial maximum).
     """
+    return list(_steps(source, target))
+
+
+@lru_cache(maxsize=1 << 17)
+def _steps(source: Sharding, target: Sharding) -> tuple[Step, ...]:
+    """The steps do not depend on sizes: the planner asks for the same ones on every mesh."""
     current, steps = source, []
     while current != target:
-        step = _next_step(current, target, mesh)
+        step = _next_step(current, target)
         steps.append(step)
         current = step.after
         if len(steps) > 64:
             raise ValueError(f"no way from {source} to {target}")
-    return steps
+    return tuple(steps)
 
 
-def _next_step(current: Sharding, target: Sharding, mesh: Mesh) -> Step:
+def _next_step(current: Sharding, target: Sharding) -> Step:
     surplus = {
         dim: _surplus(current, target, dim) for dim in range(current.rank) if current.splits[dim]
     }

@@ -11,7 +11,7 @@ the last ones smaller or empty, axis by axis.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from .mesh import Mesh
 
@@ -147,7 +147,7 @@ class Sharding:
     ) -> Sharding:
         splits = list(self.splits)
         splits[dim] = Split(axes, outer, block) if axes else WHOLE
-        return replace(self, splits=tuple(splits))
+        return Sharding(tuple(splits), self.partial, self.varying)
 
     def with_partial(self, axis: str, reduction: str | None) -> Sharding:
         """Add (or, with None, remove) a partial axis."""
@@ -155,24 +155,21 @@ class Sharding:
         pairs.pop(axis, None)
         if reduction is not None:
             pairs[axis] = reduction
-        return replace(self, partial=tuple(sorted(pairs.items())))
+        return Sharding(self.splits, tuple(sorted(pairs.items())), self.varying)
 
     def with_varying(self, *axes: str) -> Sharding:
-        return replace(self, varying=tuple(sorted({*self.varying, *axes})))
+        return Sharding(self.splits, self.partial, tuple(sorted({*self.varying, *axes})))
 
     def without_varying(self, *axes: str) -> Sharding:
         """Drop the given varying axes (all of them if none is given)."""
         keep = tuple(a for a in self.varying if axes and a not in axes)
-        return replace(self, varying=keep)
+        return Sharding(self.splits, self.partial, keep)
 
     def without_axis(self, axis: str) -> Sharding:
         """The same sharding, replicated on `axis`."""
-        splits = tuple(
-            replace(s, axes=tuple(a for a in s.axes if a != axis)) if axis in s.axes else s
-            for s in self.splits
-        )
-        splits = tuple(s if s.axes else WHOLE for s in splits)
-        return replace(self.with_partial(axis, None), splits=splits)
+        splits = tuple(_without(split, axis) for split in self.splits)
+        partial = tuple(pair for pair in self.partial if pair[0] != axis)
+        return Sharding(splits, partial, self.varying)
 
     def local_shape(
         self, shape: tuple[int, ...], mesh: Mesh, coordinates: Mapping[str, int]
@@ -197,3 +194,10 @@ class Sharding:
         for axis in self.varying:
             text += f" ~{axis}"
         return text
+
+
+def _without(split: Split, axis: str) -> Split:
+    if axis not in split.axes:
+        return split
+    axes = tuple(a for a in split.axes if a != axis)
+    return Split(axes, split.outer, split.block) if axes else WHOLE
