@@ -13,12 +13,17 @@ from autopar.ir.recomputed import MARK, mark_of
 
 Node = torch.fx.Node
 
+# Gathers of parameters that are dropped after their use (ZeRO-3) that are there or on their way at
+# a time: one in use and the next. All at once would hold the whole model.
+GATHERS_AHEAD = 2
+
 
 def overlap_collectives(graph: Graph) -> Graph:
     """Split exchanges into `open` (right after their inputs) and `close` (right before first use).
 
     Exchanges with no op to run between the two points stay whole. The order depends on the graph
-    alone, so it is the same on every rank. In the backward the roles turn round: `close` issues
+    alone, so it is the same on every rank. Of gathered parameters that are dropped after their use,
+    only the next one is gathered ahead. In the backward the roles turn round: `close` issues
     when the last gradient is there, and `open`, being older, waits last.
     """
     new = graph.copy()
@@ -70,6 +75,10 @@ def _split(graph: Graph, node: Node) -> None:
     graph.fx.erase_node(node)
 
 
+def _close_of(start: Node) -> list[Node]:
+    return [n for n in _readers(start) if n.target is CLOSE]
+
+
 def _rescheduled(graph: Graph) -> Graph:
     """The same nodes in a new order: opens as soon as their inputs are there, closes on demand."""
     nodes = list(graph.fx.nodes)
@@ -79,6 +88,9 @@ def _rescheduled(graph: Graph) -> Graph:
     lazy |= {n for n in nodes if n.target is OPEN} - set(eager)
     lazy |= {n for n in nodes if n.target is operator.getitem and n.args[0] in lazy}
     waiting = {n: set(n.all_input_nodes) for n in eager}
+    dropped = [n for n in eager if all(s.meta.get("regather") for s in n.all_input_nodes)]
+    for start, earlier in zip(dropped[GATHERS_AHEAD:], dropped, strict=False):
+        waiting[start].update(_close_of(earlier))
     out = torch.fx.Graph()
     env: dict[Node, Node] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import expecttest
+import torch.fx
 
 from autopar.ir.graph import Graph
 from autopar.ir.lowered import CLOSE, EXCHANGE, OPEN
@@ -133,3 +134,36 @@ def test_every_open_is_closed_once_and_before_its_readers() -> None:
             pending = close.args[3]
             assert pending.args[0] in opens
             assert made.index(pending.args[0]) < made.index(close)
+
+
+def test_dropped_parameters_are_gathered_one_ahead() -> None:
+    """The third weight is asked for once the first one is there, and so on."""
+    layers = 4
+    lines = [f'%w{i}: param f32[8, 8] grad "w{i}"' for i in range(layers)]
+    lines += ['%y0: input f32[4, 8] "x"']
+    lines += [
+        f"%y{i + 1}: f32[4, 8] grad = aten.linear(%y{i}, %w{i})   # m.py:{i}" for i in range(layers)
+    ]
+    text = "\n".join(["mesh dp=2", *lines, f"return %y{layers}"])
+    names = [f"w{i}" for i in range(layers)]
+    rows = {f"y{i + 1}": {"dp": "b"} for i in range(layers)}
+    for regather in ("", " ".join(names)):
+        mesh, graph = lowered(text, rows, dict.fromkeys(names, "[dp, -]"), regather)
+        made = overlap_collectives(localise_shapes(graph, mesh, 0))
+        verify(made, mesh, ("topological", "no_dead_code"))
+        order = [
+            f"{node.target.name} {source}"
+            for node in made.calls()
+            if node.target in (OPEN, CLOSE)
+            for source in [_gathered(node)]
+            if source in names
+        ]
+        ahead = [order.index(f"open w{i + 2}") > order.index(f"close w{i}") for i in range(2)]
+        assert ahead == [bool(regather)] * 2, order
+
+
+def _gathered(node: torch.fx.Node) -> str:
+    """The parameter that an open or a close is about."""
+    while node.op != "placeholder":
+        node = node.all_input_nodes[0]
+    return node.name
