@@ -31,7 +31,7 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 # ones single parameters.
 BUCKETS = (16 * MB, 32 * MB)
 BUCKET_TENSORS = 16
-WINDOWS_S = (2e-3, 1e-2, 4e-2)  # of compute between two meetings of the ranks
+WINDOWS_S = (5e-3, 2e-2, 6e-2)  # of compute between two meetings of the ranks
 CALL_S = 0.05  # what a collective may take per round, compute in between left out
 
 
@@ -132,7 +132,7 @@ def run_skew(group: Group, windows: int) -> Iterator[Sample]:
 
     Key `skew`, x the window's seconds, and the fraction in place of a time.
     """
-    x, big = torch.full((256, 256), 1e-3), torch.zeros(1 << 18)
+    x, big = torch.full((384, 384), 1e-3), torch.zeros(1 << 20)
     token = torch.ones(8)
 
     def unit() -> None:

@@ -54,17 +54,23 @@ def measure(
 ) -> list[Sample]:
     """One round: (key, flops or bytes, seconds) of everything."""
     found: list[Sample] = []
+
+    def skew() -> None:
+        whole = groups.get(clock.ranks)
+        if whole is not None:
+            clock.report("skew of the ranks")
+            found.extend(run_skew(whole, WINDOWS))
+
+    skew()
     for source in (compute_work(quick), optimizer_work(parameters)):
         for work in source:
             clock.report(work.key.removeprefix("bandwidth:"))
             seconds = clock(work.fn, work.hot, work.nbytes)
             found.append((work.key, work.x, seconds / work.times))
+    skew()
     if groups:
         found += run_collectives(clock, groups, collective_sizes(quick))
-        clock.report("skew of the ranks")
-        whole = groups[clock.ranks]
-        assert whole is not None
-        found += run_skew(whole, WINDOWS)
+    skew()
     return found
 
 
