@@ -41,7 +41,7 @@ class Efficiency:
 
     `product`, `fp8`, `attention`: of the rates of benchmarks that repeat one kernel (a step also
     has transposed operands, changing shapes, and runs into the power limit). `memory`: of the
-    stream bandwidth. `link`: of collectives' bandwidth within a host. Fitted on one half of
+    stream bandwidth. `link`: of collectives' bandwidth in groups of 8. Fitted on one half of
     published training steps, checked on the other half: docs/accuracy.md.
     """
 
@@ -52,12 +52,12 @@ class Efficiency:
     link: float = 1.0
 
 
-AMPERE = Efficiency(product=0.74, fp8=0.74, attention=0.9, memory=0.95)
-HOPPER = Efficiency(product=0.74, fp8=0.97, attention=0.86, memory=0.54)
-HOPPER_500W = Efficiency(product=0.74, fp8=0.9, attention=0.54, memory=0.54)
-VOLTA = Efficiency(product=0.6, fp8=0.6, attention=0.6, memory=0.73)
-# The runs on AWS p3.16xlarge show a third of what NCCL reaches on NVLink elsewhere.
-VOLTA_P3 = replace(VOLTA, link=0.28)
+AMPERE = Efficiency(product=0.79, fp8=0.79, attention=0.93, memory=1.0)
+HOPPER = Efficiency(product=1.0, fp8=1.0, attention=0.88, memory=0.42)
+HOPPER_500W = Efficiency(product=1.0, fp8=1.0, attention=0.54, memory=0.42)
+VOLTA = Efficiency(product=0.62, fp8=0.62, attention=0.62, memory=0.75)
+# The runs on AWS p3.16xlarge show a quarter of what NCCL reaches in groups of 8 elsewhere.
+VOLTA_P3 = replace(VOLTA, link=0.25)
 FITTED = "what steps of training reach: docs/accuracy.md"
 
 
@@ -84,20 +84,20 @@ class Recipe:
 
 # AWS p3.16xlarge: 25 Gb/s for 8 devices (the datasheet row says so).
 P3_NETWORK = 25e9 / 8 / 8
-A100_GEMM = ("A100 SXM 80GB", "NVIDIA A100 SXM")
-H100_GEMM = ("H100 80GB (variant unstated)", "NVIDIA H100 SXM")
-H100_FP8 = ("H100 SXM 80GB", "NVIDIA H100 SXM")
+A100_GEMM = ("A100 SXM 80GB",)
+H100_GEMM = ("H100 80GB (variant unstated)",)
+H100_FP8 = ("H100 SXM 80GB",)
 A100_LINK = (("A100 SXM", ""),)
 H100_LINK = (("H100 SXM 80GB", "NVLS"),)
 V100_LINK = (("V100 NVLink2", ""),)
 A100_NET, H100_NET = "DGX A100 NVL3+8x200Gb", "DGX H100 NVL4+8x400Gb"
 B200_NET = "B200 (p6-b200, EFA v4 8x400Gb)"
 RECIPES = (
-    Recipe("V100", "V100 SXM2 16/32GB", A100_GEMM[:1], None, V100_LINK, None, VOLTA),
+    Recipe("V100", "V100 SXM2 16/32GB", A100_GEMM, None, V100_LINK, None, VOLTA),
     Recipe(
         "V100-P3",
         "V100 SXM2 16/32GB",
-        A100_GEMM[:1],
+        A100_GEMM,
         None,
         V100_LINK,
         None,
@@ -126,7 +126,7 @@ RECIPES = (
         "H200 SXM",
         (("H200 SXM", "NVLS"),),
         "H200 (4 nodes, ring)",
-        fp8=("H200 SXM", "NVIDIA H200 SXM"),
+        fp8=("H200 SXM",),
     ),
     Recipe("B200", "B200 SXM", ("B200", "NVIDIA B200 SXM"), None, ((B200_NET, ""),), B200_NET),
     Recipe("MI300X", "MI300X 192GB", ("AMD MI300X",), None, (("MI300X", ""),), None),
@@ -373,14 +373,20 @@ def host_level(tables: Tables, recipe: Recipe) -> Level:
     collectives["broadcast"] = (CollectiveCurve(8, gather.alpha_s, gather.bandwidth),)
     link = recipe.reaches.link
     if link != 1.0:
-        collectives = {kind: tuple(slower(c, link) for c in collectives[kind]) for kind in KINDS}
+        collectives = {kind: beyond_quads(collectives[kind], link) for kind in KINDS}
     return Level("host", 8, {kind: collectives[kind] for kind in KINDS})
 
 
-def slower(curve: CollectiveCurve, share: float) -> CollectiveCurve:
-    """A collective that reaches a share of its measured bandwidth."""
-    note = f"{curve.bandwidth.source}; times {share:g}, {FITTED}"
-    return replace(curve, bandwidth=Curve(curve.bandwidth.scaled(share).points, note))
+def beyond_quads(curves: tuple[CollectiveCurve, ...], share: float) -> tuple[CollectiveCurve, ...]:
+    """Groups of 2 and 4 as they are, of 8 at a share of the bandwidth.
+
+    V100 hosts join two quads of four devices: NVLinks within a quad, fewer of them between.
+    """
+    whole = curves[-1]
+    note = f"{whole.bandwidth.source}; times {share:g}, {FITTED}"
+    slow = replace(whole, bandwidth=Curve(whole.bandwidth.scaled(share).points, note))
+    known = {curve.group: curve for curve in curves[:-1]}
+    return (*(known.get(g, replace(whole, group=g)) for g in (2, 4)), slow)
 
 
 def ring_peak(tables: Tables, recipe: Recipe, rows: list[Row]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from .plan_of import RunPlan
 from .pricing import FUSABLE
 
 # What the search leaves to the allocator, and what a process holds beside tensors: the driver's
-# context, NCCL's and cuBLAS' buffers (1 to 3 GiB, as nvidia-smi shows before the first step).
-RUNTIME_BYTES = 2.0 * 2**30
+# context, NCCL's and cuBLAS' buffers (chosen on the fitted half of the runs).
+RUNTIME_BYTES = 4.0 * 2**30
+# A synchronous step waits for its slowest device: its time grows by this share per doubling of the
+# hosts (weak scaling of the fitted half of the runs).
+STRAGGLING = 0.004
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,8 @@ def time_of(plan: RunPlan, made: Layered, policy: str) -> tuple[float, dict[str,
         hideable = backward[0] if stages == 1 else backward[0] / max(vpp, 1)
         reduce = max(reduce - hideable, 0.05 * reduce) if reduce else 0.0
     update = max(optimizer)
-    total = steady + bubble + reduce + update
+    hosts = max(1.0, plan.row.gpus / plan.whole.host_size)
+    total = (steady + bubble + reduce + update) * (1 + STRAGGLING * math.log2(hosts))
     parts = {
         "compute": m * (layer.forward_s + layer.backward_s) * max(plan.stages),
         "recompute": m * layer.again_s * max(plan.stages),

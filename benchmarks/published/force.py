@@ -17,8 +17,9 @@ from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 from autopar.passes.blocks import Blocks
 from autopar.passes.options import Option
 from autopar.passes.price import Pricer
+from autopar.passes.problem import Problem, options_of
 from autopar.passes.programme import is_getitem, producer_of, solve
-from autopar.passes.search import USABLE_MEMORY, Problem, _options
+from autopar.passes.search import USABLE_MEMORY
 
 __all__ = ["USABLE_MEMORY", "Axes", "Forced", "Solved", "axes_of", "solve_forced"]
 
@@ -155,7 +156,7 @@ def solve_forced(
     Raises UserError where the roles leave nothing (a dim that does not divide, say).
     """
     problem = Problem(graph, rules, blocks, forced.axes.batch, pricer.cluster, pricer.optimizer)
-    options = _options(problem, pricer.mesh, pricer, forced)  # type: ignore[arg-type]
+    options = options_of(problem, pricer.mesh, pricer, forced)  # type: ignore[arg-type]
     found = solve(graph, blocks, options, pricer, float("inf"))
     if found is None:
         raise UserError(

@@ -131,7 +131,8 @@ class PublishedPricer(Pricer):
         """A product at the fp8 rate, and the casts of its operands and of the gradient.
 
         A cast reads 2 bytes twice (for the scale, then to write) and writes 1 byte twice (the
-        second time transposed): 6 bytes per element.
+        second time transposed): 6 bytes per element; where kernels are fused, the one that makes
+        the operand writes it. Weights are cast once per step.
         """
         op = self._op(node, placed)
         # Row-wise scales rule out fast accumulation: no faster than 16 bits.
@@ -139,10 +140,10 @@ class PublishedPricer(Pricer):
         bandwidth = self.device.bandwidth_curve("copy")
 
         def cast(elements: float) -> float:
-            return 6.0 * elements / float(bandwidth(6.0 * elements))
+            nbytes = (2.0 if self.pricing.fuses else 6.0) * elements
+            return nbytes / float(bandwidth(nbytes))
 
-        inputs = sum(float(spec.numel) for spec in op.inputs[:2])
-        forward = float(forward_time(device, op)) + cast(inputs)
+        forward = float(forward_time(device, op)) + cast(float(op.inputs[0].numel))
         backward = 0.0
         if any(v.requires_grad for v in values_of(node)):
             backward = float(backward_time(device, op)) + cast(float(op.outputs[0].numel))
