@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -19,15 +20,19 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar.compat import TorchDispatchMode
 from autopar.ir.mesh import Mesh
+from autopar.ir.recomputed import mark_of
 from autopar.passes.blocks import find_blocks
+from autopar.passes.rules_of import rules_of
 from autopar.plan import Recompute
 from autopar.runtime.group import Group, ThreadWorld, run_threads
 from autopar.runtime.placements import local_shard
 from autopar.runtime.program import Program, load_program
+from tests.random_plans import MESHES, random_decisions
 from tests.simulate import (
     Decisions,
     Subject,
     assert_equivalent,
+    check_zoo,
     concrete,
     decisions_of,
     groups_of,
@@ -36,6 +41,7 @@ from tests.simulate import (
     simulate,
     single_device,
     subject_of,
+    zoo_subject,
 )
 
 RANKS, COPIES = 2, 3
@@ -285,3 +291,34 @@ def test_the_program_shows_its_regions() -> None:
     assert "def block_0_0(" in source and "def block_0_1(kept, " in source
     assert "kept.matmul(linear, " in source
     assert source.count("run_region(block_0_") == 2
+
+
+@pytest.mark.parametrize("strategy", ["data", "zero"])
+def test_ranks_with_nothing_to_compute(strategy: str) -> None:
+    """Three rows on four ranks: the last one recomputes, and communicates, as the others do."""
+    made = zoo_subject("gpt_attention_dropout")
+    ((first, _, copies),) = find_blocks(concrete(made)).regions
+    what = decisions_of(made, plan_of(made, 4, strategy))
+    what = replace(what, recompute=(Recompute(first.name, copies, 1, 1),))
+    marks = {mark_of(n) for n in lower_all(made.graph, three(made), what)[3].calls()}
+    assert {m.to_the_end for m in marks if m is not None} == {True}
+    check_zoo("gpt_attention_dropout", what, 3)
+
+
+def three(made: Subject) -> dict[Any, int]:
+    (symbol,) = made.capture.symbols
+    return {symbol: 3}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_plans_and_modes(seed: int) -> None:
+    random = Random(seed)
+    made = zoo_subject("llama")
+    graph = concrete(made)
+    what = random_decisions(graph, rules_of(graph), random.choice(MESHES), random)
+    modes = [(1, 1), (2, 0), (0, 2)]
+    blocks = [
+        Recompute(first.name, copies, *random.choice(modes))
+        for first, _, copies in find_blocks(graph).regions
+    ]
+    check_zoo("llama", replace(what, recompute=tuple(blocks)))
