@@ -205,25 +205,27 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
     cluster = setting.pop("cluster")
     sizes = ", ".join(f"{name}={size}" for name, size in setting.items())
     where = f"on {cluster}" + (f", {sizes}" if sizes else "")
-    table = plain_table(f"what if {where}", "", "mesh", ">time", ">memory", "*")
+    table = plain_table(f"what if {where}", "", "mesh", ">time", ">memory")
     rows = (
         ("the plan, as made", "before", ""),
         ("the same plan there", "same_plan", found["same_plan_note"]),
         ("the best plan there", "new_plan", found["new_plan_note"]),
     )
-    for name, key, note in rows:
+    for name, key, _ in rows:
         figures = found[key]
         if figures is None:
-            table.add_row(name, "-", "-", "-", note)
+            table.add_row(name, "-", "-", "-")
             continue
         table.add_row(
             name,
             figures["mesh"],
             seconds_text(figures["time_s"]),
             bytes_text(figures["memory_bytes"]),
-            note,
         )
     console.print(table)
+    for name, _, note in rows:
+        if note:
+            console.print(Text(f"{name}: {note}"))
     if found["ratio"] is not None:
         text = f"the same plan takes {found['ratio']:.3g} times as long as the best one there"
         console.print(Text(text))

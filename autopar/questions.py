@@ -17,6 +17,7 @@ from .cost.cluster import Cluster, parse_cluster
 from .cost.families import op_name
 from .errors import UserError
 from .ir.graph import Graph
+from .passes.accounts import FULL, NONE, SELECTIVE
 from .passes.case import Case, make_case
 from .passes.columns import is_getitem
 from .passes.describe import collapse, pattern
@@ -83,16 +84,25 @@ class Question:
         )
 
     def best(self, strategy: str | None = None, progress: Progress = lambda _: None) -> Plan:
-        """A new plan at the question's setting, from the same capture."""
+        """A new plan at the question's setting, from the same capture.
+
+        Micro-batches and recomputation are tried where this plan has them.
+        """
+        plan = self.plan
+        modes = [NONE]
+        modes += [SELECTIVE] if any(r.selective for r in plan.recompute) else []
+        modes += [FULL] if any(r.full for r in plan.recompute) else []
         return search(
             self.graph,
-            self.plan.fingerprint,
+            plan.fingerprint,
             self.hints,
             self.cluster,
-            strategy=strategy or self.plan.strategy,
+            strategy=strategy or plan.strategy,
             memory_limit=self.limit_bytes,
             optimizer=self.optimizer,
             progress=progress,
+            micro_batches=sorted({1, plan.micro_batches}),
+            recompute=modes,
         )
 
 

@@ -75,9 +75,11 @@ def _same(a: Plan, b: Plan) -> bool:
 
 
 def _rivals(question: Question, progress: Callable[[str], None]) -> dict[str, Plan]:
-    """The best plan of every strategy that applies."""
+    """The best plan of every other strategy that applies."""
     found: dict[str, Plan] = {}
     for strategy in RIVALS:
+        if strategy == question.plan.strategy:
+            continue
         progress(f"planning: {strategy}")
         try:
             plan = question.best(strategy)

@@ -139,7 +139,7 @@ def make_case(
     `symbolic` is the prepared captured graph. Raises UserError where the plan asks for something
     that an op cannot do at these sizes.
     """
-    micro_batches = int(getattr(plan, "micro_batches", 1))
+    micro_batches = plan.micro_batches
     sizes = dict(hints)
     if micro_batches > 1 and BATCH in sizes:
         if sizes[BATCH] % micro_batches:
