@@ -113,32 +113,40 @@ class Kept:
             return function(*args, **kwargs)
 
     def unread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A product that only kept collectives read: played back, its elements are undefined."""
+        """A product that no saved tensor needs: played back, its elements are undefined."""
         with _Kernels(self, ("matmul", "conv"), keeps=False):
             return function(*args, **kwargs)
 
-    def collective(self, function: Callable[..., Any], *args: Any) -> Any:
-        """An exchange, or the `close` of one: its outputs are kept."""
+    def received(self, function: Callable[..., Any], *args: Any) -> Any:
+        """An exchange, or the `close` of one, whose outputs are kept."""
+        return self._received(function, args, keeps=True)
+
+    def received_unread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """An exchange, or the `close` of one, whose outputs no saved tensor needs."""
+        return self._received(function, args, keeps=False)
+
+    def sent(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The `open` of an exchange that is not played back."""
+        edges = len(args[3:])  # after the op, its specs and its group
+        return (None,) * (edges + 1) if self._replaying else function(*args)
+
+    def _received(self, function: Callable[..., Any], args: tuple[Any, ...], keeps: bool) -> Any:
         if self._replaying:
             many, notes = self._next()
-            leaves = tuple(x.detach().requires_grad_(grad) for x, grad in notes)
+            leaves = tuple(_tensor(x).requires_grad_(grad) for x, grad in notes)
             return leaves if many else leaves[0]
         out = function(*args)
         outputs = out if isinstance(out, tuple) else (out,)
+        note = _alias if keeps else _Blank.of
         self._entries.append(
-            (isinstance(out, tuple), tuple((x.detach(), x.requires_grad) for x in outputs))
+            (isinstance(out, tuple), tuple((note(x), x.requires_grad) for x in outputs))
         )
         return out
-
-    def open(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The `open` of an exchange whose `close` is kept."""
-        edges = len(args[3:])  # after the op, its specs and its group
-        return (None,) * (edges + 1) if self._replaying else function(*args)
 
     def kernel(self, call: Callable[[], Any], keeps: bool) -> Any:
         """The result of a kernel, below autograd."""
         if self._replaying:
-            return tree_map_only(_Blank, _Blank.tensor, tree_map_only(Tensor, _alias, self._next()))
+            return tree_map_only((Tensor, _Blank), _tensor, self._next())
         out = call()
         # Not the tensors themselves, which autograd gives the history that holds this region.
         self._entries.append(tree_map_only(Tensor, _alias if keeps else _Blank.of, out))
@@ -167,6 +175,10 @@ class _Blank:
 
     def tensor(self) -> Tensor:
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+def _tensor(kept: Tensor | _Blank) -> Tensor:
+    return kept.detach() if isinstance(kept, Tensor) else kept.tensor()
 
 
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]

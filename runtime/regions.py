@@ -13,7 +13,7 @@ import torch.fx
 from autopar.cost.families import op_family, op_name
 from autopar.errors import PassError
 from autopar.ir.graph import Graph
-from autopar.ir.lowered import CLOSE, EXCHANGE, OPEN, Collective
+from autopar.ir.lowered import CLOSE, DROPOUT, EXCHANGE, OPEN, Collective
 from autopar.ir.recomputed import SELECTIVE, Recomputed, mark_of
 
 Node = torch.fx.Node
@@ -78,24 +78,41 @@ def steps_of(graph: Graph) -> list[Step]:
 def kept_by(region: Region) -> dict[Node, str]:
     """Which nodes a selective region does not run again, and the method of `Kept` for each.
 
-    What collectives and matrix work give is kept; of a product that only collectives read, theirs
-    is enough.
+    What collectives and matrix work give is kept, unless no saved tensor depends on it: a product
+    that only collectives read, or what only the residual stream takes up before the region ends.
     """
     if region.mark.mode != SELECTIVE:
         return {}
     found: dict[Node, str] = {}
+    unsaved: set[Node] = set()  # what reads these saves nothing that depends on them
+    inside = set(region.nodes)
     for node in reversed(region.nodes):
+        readers = [user for user in node.users if user in inside]
+        if all(user in unsaved and _saves_no_input(user) for user in readers):
+            unsaved.add(node)
         family = op_family(op_name(node.target))
         if node.target in (OPEN, CLOSE, EXCHANGE):
             op: Any = node.args[0]  # of a lowered op, FX's type of arguments does not hold
             if isinstance(op, Collective) and op.forward is not None:
-                found[node] = "open" if node.target is OPEN else "collective"
+                received = "received_unread" if node in unsaved else "received"
+                found[node] = "sent" if node.target is OPEN else received
         elif family == "attention":
             found[node] = "attention"
         elif family in ("matmul", "conv"):
-            collected = all(found.get(user) in ("open", "collective") for user in node.users)
-            found[node] = "unread" if collected else "matmul"
+            sent = bool(node.users) and all(user in found and _sends(user) for user in node.users)
+            found[node] = "unread" if sent or node in unsaved else "matmul"
     return found
+
+
+def _sends(node: Node) -> bool:
+    return node.target in (OPEN, EXCHANGE)
+
+
+def _saves_no_input(node: Node) -> bool:
+    """Whether autograd keeps nothing that depends on the elements of the node's inputs."""
+    if node.target in (OPEN, CLOSE, EXCHANGE, DROPOUT):
+        return True
+    return op_family(op_name(node.target)) == "view" or op_name(node.target) in ("add", "sub")
 
 
 def _region(mark: Recomputed, nodes: list[Node]) -> Region:
