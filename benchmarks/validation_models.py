@@ -173,10 +173,10 @@ VALIDATION_MODELS = {
     model.name: model
     for model in (
         ValidationModel("gpt", lambda: GPT(layers=4), _text(8, 128, 8192)),
-        ValidationModel("mlp_quarter", lambda: WideMLP(2048, 8192), _vectors(8, 2048)),
+        ValidationModel("mlp_wide", lambda: WideMLP(1280, 5120), _vectors(8, 1280)),
         ValidationModel("mlp_small", lambda: WideMLP(768, 3072), _vectors(256, 768)),
         ValidationModel("resnet", MODELS["resnet"].build, MODELS["resnet"].batch),
-        ValidationModel("rec", lambda: Recommender(rows=400_000), _items(400_000)),
+        ValidationModel("rec", lambda: Recommender(rows=300_000), _items(300_000)),
         ValidationModel("llama", Llama, _text(8, 128, 4096)),
         ValidationModel("bert", Bert, _text(16, 64, 4096)),
         ValidationModel("moe", MixtureOfExperts, _tokens),
