@@ -10,6 +10,7 @@ Node metadata keys that autopar owns:
 - `stack`: the full stack trace text, or "".
 - `module`: dotted path of the module instance that made the node, or "".
 - `region`: id of the activation-checkpointing region the node belongs to, or None.
+- `recompute`: a `Recomputed` where the backward runs the node again, or None (`ir.recomputed`).
 
 Graphs are functional: no op mutates its inputs. The output node holds one flat tuple: the user's
 outputs first, then the new value of every mutated buffer.
