@@ -40,7 +40,7 @@ def predict_group(rows: Sequence[Row]) -> list[tuple[str, Result | str]]:
     """Predictions of rows that share a model, or why there is none; runs in a worker."""
     import torch
 
-    from .published.assemble import predict
+    from .published.predict import predict
     from .published.solve import layered
 
     torch.set_num_threads(1)

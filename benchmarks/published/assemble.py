@@ -1,14 +1,11 @@
-"""From the priced layer of a stage to the step time and the memory of a whole run."""
+"""The priced parts of a run's model, what of them is recomputed, and the memory they take."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.cost.cluster import Cluster
-from autopar.cost.comm import level_time
 from autopar.cost.families import op_family
 from autopar.cost.step import Part, Segment
 
@@ -19,93 +16,9 @@ from .pricing import FUSABLE
 # What the search leaves to the allocator, and what a process holds beside tensors: the driver's
 # context, NCCL's and cuBLAS' buffers (chosen on the fitted half of the runs).
 RUNTIME_BYTES = 4.0 * 2**30
-# A synchronous step waits for its slowest device: its time grows by this share per doubling of the
-# hosts (weak scaling of the fitted half of the runs).
-STRAGGLING = 0.004
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of one copy of a segment for one micro-batch.
-
-    Compute forward, backward and repeated, with the activation collectives that nothing hides;
-    `beside_s`, those that run beside the products next to them, forward and backward; gathers and
-    reductions of parameters that happen per micro-batch; `once_s`, gradients reduced per step.
-    """
-
-    slowdown: float
-
-    forward_s: float
-    backward_s: float
-    again_s: float
-    gather_s: float
-    regather_s: float
-    reduce_s: float
-    once_s: float
-    beside_s: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def whole_forward_s(self) -> float:
-        return self._beside(self.forward_s, self.gather_s, self.beside_s[0])
-
-    @property
-    def whole_backward_s(self) -> float:
-        parameters = self.regather_s + self.reduce_s
-        return self._beside(self.backward_s + self.again_s, parameters, self.beside_s[1])
-
-    def _beside(self, compute_s: float, parameters_s: float, tensor_s: float) -> float:
-        """Compute with traffic on other streams: the longest of the three.
-
-        Collectives of parameters slow compute down; those that are pipelined with products use the
-        copy engines.
-        """
-        slowed = compute_s + self.slowdown * min(parameters_s, compute_s)
-        return max(slowed, parameters_s, tensor_s)
-
-
-def costs_of(plan: RunPlan, segment: Segment, policy: str) -> Costs:
-    """Costs of one copy of a segment under a recomputation policy."""
-    overlap = plan.software.overlaps_tensor
-    forward = backward = again = gather = regather = reduce = once = 0.0
-    hidden = [0.0, 0.0]
-    repeated = _repeated(plan, segment, policy)
-    reduce_factor = plan.software.reduce_bytes / 2
-    for part in segment.parts:
-        if part.is_compute:
-            forward += part.forward_s
-            backward += part.backward_s
-            again += part.forward_s * repeated.get(part.name, 0.0)
-        elif part.param and part.axis != "tp":
-            back = part.backward_s * reduce_factor
-            if part.axis == "dpr" and plan.sharded:  # a shard is reduced among the replicas
-                back /= plan.sizes["dp"]
-            if not plan.sharded or plan.gathers_once:
-                once += back + part.forward_s
-            else:
-                gather += part.forward_s
-                regather += part.forward_s if part.regather else 0.0
-                reduce += back
-        elif overlap and part.axis in ("tp", "cp"):
-            hidden[0] += part.forward_s
-            hidden[1] += part.backward_s + part.forward_s * repeated.get(part.name, 0.0)
-        else:
-            forward += part.forward_s
-            backward += part.backward_s
-            again += part.forward_s * repeated.get(part.name, 0.0)
-    return Costs(
-        plan.cluster.device.overlap_slowdown,
-        forward,
-        backward,
-        again,
-        gather,
-        regather,
-        reduce,
-        once,
-        (hidden[0], hidden[1]),
-    )
-
-
-def _repeated(plan: RunPlan, segment: Segment, policy: str) -> dict[str, float]:
+def repeated_parts(plan: RunPlan, segment: Segment, policy: str) -> dict[str, float]:
     """How much of each part's forward is repeated in the backward."""
     if policy not in ("full", "layer", "selective"):
         return {}
@@ -135,15 +48,6 @@ def _is_core(part: Part) -> bool:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Seconds per step and bytes at the peak, with what they are made of (seconds per step)."""
-
-    time_s: float
-    memory_bytes: float
-    parts: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Layered:
     """A step's segments by what they are, and the stored bytes of each."""
 
@@ -156,69 +60,6 @@ class Layered:
     first_optimizer_s: float
     layer_optimizer_s: float
     last_optimizer_s: float
-
-
-def time_of(plan: RunPlan, made: Layered, policy: str) -> tuple[float, dict[str, float]]:
-    """Seconds of one step, and what they are spent on."""
-    layer = costs_of(plan, made.layer, policy)
-    first, last = costs_of(plan, made.first, "none"), costs_of(plan, made.last, "none")
-    stages = len(plan.stages)
-    wire = p2p_s(plan)
-    forward, backward, once, optimizer = [], [], [], []
-    for i, layers in enumerate(plan.stages):
-        members = [(layer, layers)]
-        o = made.layer_optimizer_s * layers
-        if i == 0:
-            members.append((first, 1))
-            o += made.first_optimizer_s
-        if i == stages - 1:
-            members.append((last, 1))
-            o += made.last_optimizer_s
-        forward.append(sum(c.whole_forward_s * n for c, n in members))
-        backward.append(sum(c.whole_backward_s * n for c, n in members))
-        once.append(sum(c.once_s * n for c, n in members))
-        optimizer.append(o)
-    vpp, m = plan.row.vpp, plan.micro_batches
-    sends = 0.0
-    if stages > 1:
-        hidden = plan.software.overlaps_p2p and vpp > 1
-        sends = 0.0 if hidden else 2 * wire * vpp
-    busy = [f + b + sends for f, b in zip(forward, backward, strict=True)]
-    slowest = max(busy)
-    steady = m * slowest
-    bubble = (sum(busy) - slowest) / vpp
-    reduce = max(once)
-    if plan.software.overlaps_data:
-        hideable = backward[0] if stages == 1 else backward[0] / max(vpp, 1)
-        reduce = max(reduce - hideable, 0.05 * reduce) if reduce else 0.0
-    update = max(optimizer)
-    hosts = max(1.0, plan.row.gpus / plan.whole.host_size)
-    total = (steady + bubble + reduce + update) * (1 + STRAGGLING * math.log2(hosts))
-    parts = {
-        "compute": m * (layer.forward_s + layer.backward_s) * max(plan.stages),
-        "recompute": m * layer.again_s * max(plan.stages),
-        "ends": m * (sum(x.whole_forward_s + x.whole_backward_s for x in (first, last))),
-        "p2p": m * sends,
-        "bubble": bubble,
-        "reduce": reduce,
-        "optimizer": update,
-        "layer_gather_ms": 1e3 * (layer.gather_s + layer.regather_s + layer.reduce_s),
-    }
-    return total, parts
-
-
-def p2p_s(plan: RunPlan) -> float:
-    """Seconds to send one micro-batch's activations to the next stage."""
-    if len(plan.stages) < 2:
-        return 0.0
-    row, shape = plan.row, plan.shape
-    nbytes = 2.0 * plan.micro_batch * row.seq / row.cp * shape.hidden
-    if plan.sequence_parallel or plan.software.scatters_p2p:
-        nbytes /= row.tp
-    cluster: Cluster = plan.whole
-    level = cluster.levels[0] if plan.cluster.size < cluster.host_size else cluster.levels[-1]
-    latency, transfer = level_time(level, "broadcast", nbytes, 2)
-    return float(latency + transfer)
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -241,7 +82,7 @@ def tensors_of(plan: RunPlan, made: Layered, policy: str) -> float:
     elif policy == "layer":
         kept, working = (entering + whole) / 2, whole
     elif policy == "selective":
-        again = _repeated(plan, made.layer, policy)
+        again = repeated_parts(plan, made.layer, policy)
         kept = max(entering, _saved(plan, made.layer.parts, again))
         working = whole - kept
     else:
@@ -320,10 +161,3 @@ def policy_of(plan: RunPlan, made: Layered) -> str:
         if tensors_of(plan, made, policy) <= plan.memory_bytes:
             return policy
     return "full"
-
-
-def predict(plan: RunPlan, made: Layered) -> Prediction:
-    """Time and memory of a run."""
-    policy = policy_of(plan, made)
-    time_s, parts = time_of(plan, made, policy)
-    return Prediction(time_s, memory_of(plan, made, policy), parts)
