@@ -317,11 +317,16 @@ class Session:
         return all(mine.get(name) == planned.get(name) for name in self.plan.choices)
 
     def _recompute(self, made: Capture, sizes: Mapping[Any, int]) -> tuple[Recompute, ...]:
-        """What of a capture the backward computes again: the plan names blocks of its own."""
+        """What of a capture the backward computes again: the plan names blocks of its own.
+
+        Other sizes may make ops alike that were not, and blocks begin elsewhere.
+        """
         assert self.plan is not None
-        if made.fingerprint == self.plan.fingerprint or not self.plan.recompute:
-            return self.plan.recompute
-        return matching_recompute(specialise(made.graph, sizes), self.plan.recompute)
+        plan = self.plan
+        hints = {str(symbol): size for symbol, size in sizes.items()}
+        if not plan.recompute or (made.fingerprint == plan.fingerprint and hints == plan.hints):
+            return plan.recompute
+        return matching_recompute(specialise(made.graph, sizes), plan.recompute)
 
     def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
         key = tuple(sizes[symbol] for symbol in captured.capture.symbols)

@@ -56,12 +56,14 @@ def mark_recompute(graph: Graph, recompute: Sequence[Recompute] = ()) -> Graph:
 def matching_recompute(graph: Graph, recompute: Sequence[Recompute]) -> tuple[Recompute, ...]:
     """The recomputation of a plan for another capture of its model (of another batch, say).
 
-    Blocks are matched by their number of copies, in order; those without a match keep everything.
+    Blocks are matched by first node and number of copies, else by the number alone, in order; those
+    without a match keep everything.
     """
     left = list(find_blocks(graph).regions)
     found: list[Recompute] = []
     for block in recompute:
-        match = next((r for r in left if r[2] == block.copies), None)
+        alike = [r for r in left if r[2] == block.copies]
+        match = next((r for r in alike if r[0].name == block.block), alike[0] if alike else None)
         if match is not None:
             left.remove(match)
             found.append(replace(block, block=match[0].name))

@@ -20,7 +20,7 @@ from tests.followed_plans import following, plan_of_decisions
 from tests.simulate import concrete, plan_of, zoo_subject
 
 pytestmark = pytest.mark.multiprocess
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def four_ranks() -> Iterator[RankPool]:
         yield pool
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt_outside", "gpt_attention_dropout"])
+@pytest.mark.parametrize("model", ["llama", "gpt_attention_dropout"])
 def test_data_and_sequence(model: str, four_ranks: RankPool, tmp_path: Path) -> None:
     subject = zoo_subject(model)
     graph = concrete(subject)
@@ -43,10 +43,7 @@ def test_data_and_sequence(model: str, four_ranks: RankPool, tmp_path: Path) -> 
     [
         ("gpt_attention_dropout", "data", 2, 0),
         ("gpt_attention_dropout", "zero", 1, 1),
-        ("gpt_attention_dropout", "data+tensor", 0, 2),
-        ("llama", "zero", 0, 2),
-        ("llama", "tensor", 1, 1),
-        ("llama", "data+tensor", 2, 0),
+        ("llama", "tensor", 0, 2),
     ],
 )
 def test_recomputed(
