@@ -8,9 +8,10 @@ from autopar.errors import UserError
 
 if TYPE_CHECKING:
     from autopar.api import parallelize
+    from autopar.hints import hint
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "parallelize"]
+__all__ = ["UserError", "__version__", "hint", "parallelize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from autopar.api import parallelize
 
         return parallelize
+    if name == "hint":
+        from autopar.hints import hint
+
+        return hint
     raise AttributeError(f"module 'autopar' has no attribute {name!r}")
 
 

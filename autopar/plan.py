@@ -121,6 +121,18 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class HintPrice:
+    """A hint that the plan keeps, as a file of hints has it, and what the best plan without takes.
+
+    An empty `hint` is all of them together. Seconds per step and bytes; None where not known.
+    """
+
+    hint: Mapping[str, Any]
+    time_s: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that the lowering needs beside the captured graph.
 
@@ -150,6 +162,7 @@ class Plan:
     micro_batches: int = 1
     memory_limit: float | None = None
     timeline: TimelineSummary | None = None
+    hinted: tuple[HintPrice, ...] = ()
     version: int = VERSION
 
     @property
@@ -248,6 +261,7 @@ def _build(raw: dict[str, Any]) -> Plan:
     fields["recompute"] = tuple(_recompute(r) for r in raw["recompute"])
     fields["activations"] = tuple(_checked(Activation(**a)) for a in raw["activations"])
     fields["traffic"] = tuple(_checked(Traffic(**t)) for t in raw["traffic"])
+    fields["hinted"] = tuple(_checked(HintPrice(**h)) for h in raw["hinted"])
     fields["micro_batches"] = _positive(raw["micro_batches"])
     if raw["timeline"] is not None:
         fields["timeline"] = TimelineSummary.from_json(raw["timeline"])

@@ -14,13 +14,13 @@ import torch.fx
 from .api import optimizer_name, parse_bytes
 from .cli_plan import load_call
 from .cost.cluster import Cluster, parse_cluster
-from .cost.families import op_name
 from .errors import UserError
 from .ir.graph import Graph
 from .passes.accounts import FULL, NONE, SELECTIVE
 from .passes.case import Case, make_case
 from .passes.columns import is_getitem
 from .passes.describe import collapse, pattern
+from .passes.hints import op_names
 from .passes.prepare import prepare
 from .passes.search import USABLE_MEMORY, search
 from .plan import Plan, load_plan
@@ -166,13 +166,6 @@ def find_ops(case: Case, wanted: str) -> list[Node]:
             for name in op_names(node):
                 names.setdefault(name, []).append(stands_for[node])
     return _matching(names, wanted, "op")
-
-
-def op_names(node: Node) -> list[str]:
-    """Everything an op can be called by."""
-    module, op = node.meta.get("module", ""), op_name(node.target)
-    names = [node.name, module, pattern(module), f"{module}.{op}".lstrip("."), op]
-    return list(dict.fromkeys(n for n in (*names, node.meta.get("source", "")) if n))
 
 
 def find_params(case: Case, wanted: str) -> list[Node]:

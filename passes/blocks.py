@@ -15,6 +15,7 @@ import torch.fx
 from numpy.typing import NDArray
 
 from autopar.ir.graph import Graph, values_of
+from autopar.ir.hint import MARK
 
 Node = torch.fx.Node
 
@@ -64,6 +65,7 @@ def _signatures(calls: list[Node]) -> NDArray[np.int64]:
     for i, node in enumerate(calls):
         static = torch.fx.map_arg((node.args, node.kwargs), _input_text)
         text = f"{node.target} {static} {[(v.shape, v.dtype) for v in values_of(node)]}"
+        text += _hints(node)
         found[i] = ids.setdefault(text, len(ids))
     return found
 
@@ -74,7 +76,12 @@ class _Text(str):
 
 def _input_text(node: Node) -> _Text:
     types = [(v.shape, v.dtype, v.requires_grad) for v in values_of(node)]
-    return _Text(f"{node.op if node.op == 'placeholder' else 'call'}{types}")
+    return _Text(f"{node.op + _hints(node) if node.op == 'placeholder' else 'call'}{types}")
+
+
+def _hints(node: Node) -> str:
+    """What of a node's hints copies of a block must share."""
+    return "".join(str(hint.words()) for hint in node.meta.get(MARK, ()))
 
 
 def _repeats(signature: NDArray[np.int64], at: int = 0) -> list[tuple[int, int, int]]:

@@ -14,6 +14,7 @@ from autopar.units import bytes_text
 
 from .families import FAMILIES
 from .frame import Variant
+from .hints import hints_in
 from .problem import Problem
 from .programme import Assignment
 from .settle import Settled, settle
@@ -89,7 +90,8 @@ def _try(
     if made is None or made.timeline.peak_bytes > limit:
         lean = settle(strategy, problem, mesh, family, Variant(), limit, minimise_memory=True)
         if lean is None:
-            return Alternative(strategy, str(mesh), None, None, "does not apply")
+            why = "does not keep the hints" if hints_in(problem.graph) else "does not apply"
+            return Alternative(strategy, str(mesh), None, None, why)
         needs = lean.timeline.peak_bytes
         why = f"needs {bytes_text(needs)} per device, {bytes_text(limit)} are there"
         return Alternative(strategy, str(mesh), None, int(needs), why)

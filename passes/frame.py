@@ -12,6 +12,7 @@ import torch.fx
 from numpy.typing import NDArray
 
 from autopar.cost.cluster import Cluster, make_mesh
+from autopar.ir.hint import MARK, may_reshard
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 
@@ -82,6 +83,11 @@ class Frame:
     saves: Callable[[Node, int], bool]
     ways: dict[tuple[Sharding, Sharding], Way | None] = field(default_factory=dict)
     layouts: dict[Node, Layouts] = field(default_factory=dict)
+
+    @cached_property
+    def is_empty(self) -> bool:
+        """Whether the user's hints leave some node nothing to do with these roles."""
+        return not all(self.options.values())
 
     @cached_property
     def symbolic(self) -> Mapping[str, object]:
@@ -172,6 +178,8 @@ class Frame:
             wants = {o.wants[edge.slot] for o in options[edge.consumer]}
             for source, regather in gives:
                 for want in wants:
+                    if not may_reshard(edge.producer.meta.get(MARK, ()), source, want):
+                        continue
                     if pricer.way(source, want) is not None:
                         key = pricer.reshard(edge.producer, edge.port, source, want)
                         uses.append((edge, key, regather))

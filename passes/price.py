@@ -25,6 +25,7 @@ from autopar.cost.compute import (
 from autopar.cost.families import op_name
 from autopar.cost.memory import saved, state_bytes
 from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
+from autopar.ir.hint import MARK, may_reshard
 from autopar.ir.lowered import (
     GATHER_INV,
     GATHER_VARY,
@@ -218,6 +219,8 @@ class Pricer:
         """
         if source == want:
             return 0.0
+        if MARK in producer.meta and not may_reshard(producer.meta[MARK], source, want):
+            return float("inf")
         value = values_of(producer)[port]
         role = producer.meta.get("role") if producer.op == "placeholder" else None
         key = (source, want, self._bytes(value), value.requires_grad, role, regather)

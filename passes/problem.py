@@ -18,6 +18,7 @@ from autopar.ir.sharding import Sharding
 from .blocks import Blocks, find_blocks
 from .columns import edges_of, is_getitem
 from .families import Factors, Family, batch_factors, expert_factors, sequence_factors
+from .hints import keep_hinted
 from .options import Option, call_options, param_options
 from .price import Pricer
 from .rules_of import rules_of
@@ -87,7 +88,7 @@ def options_of(
         elif node.op == "call_function" and not is_getitem(node):
             rule = problem.rules[node.name]
             found = call_options(node, rule, mesh, pricer, family.allows)
-            options[node] = family.keeps(node, found)
+            options[node] = keep_hinted(node, family.keeps(node, found))
     for edge in edges_of(problem.graph):
         if edge.producer.meta.get("role") == "param":
             consumer = stands_for[edge.consumer]
@@ -97,7 +98,7 @@ def options_of(
         if stands_for[node] is not node or not values_of(node):
             continue
         if node.meta["role"] == "param":
-            found = param_options(node, wanted[node], mesh, pricer)
+            found = keep_hinted(node, param_options(node, wanted[node], mesh, pricer))
             options[node] = family.keeps_stored(node, mesh, found)
         else:
             whole = Sharding.replicated(values_of(node)[0].rank)

@@ -20,6 +20,7 @@ from autopar.ir.mesh import Mesh
 from .accounts import FULL, NONE, SELECTIVE
 from .families import THREE_AXES
 from .frame import Frame, Table, Variant, build_frame
+from .hints import hinted_axes, role_sets_with
 from .problem import Problem
 from .relax import Relaxation, Relaxed
 
@@ -175,6 +176,8 @@ class _Outer:
         if not meshes:
             return False
         frame = self.frames.get(roles)
+        if frame.is_empty:
+            return False
         sizes = self.request.at(variant.micro_batches)
         table = frame.table(meshes, self.request.cluster, sizes, variant)
         open_ = (table.least_s < self.best_s) & (table.least_bytes <= self.request.memory_limit)
@@ -237,6 +240,9 @@ def _label(variant: Variant) -> str:
 
 def role_sets(problem: Problem, request: Request) -> list[Roles]:
     """The sets of axes to try: one, two without restriction, and three with a role each."""
+    named = hinted_axes(problem.graph)
+    if named:
+        return role_sets_with(named)
     found: list[Roles] = [(("dp", "any"),)]
     if request.axes >= 2:
         found.append((("dp", "any"), ("tp", "any")))

@@ -24,6 +24,8 @@ from .describe import describe_activations, describe_traffic, renamed, type_of
 from .families import FAMILIES, ROLE_OF, Factors
 from .forced import check_forced, force
 from .frame import Variant
+from .hints import without_hints
+from .impossible import no_candidate
 from .options import Option, place_call
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
@@ -151,7 +153,7 @@ def _leanest(
         if made is not None:
             lean.append(made)
     if not lean:
-        raise PassError("search", "a_candidate_exists", "no mesh has an assignment")
+        raise no_candidate(problems[1])
     least = min(lean, key=lambda s: s.timeline.peak_bytes)
     needs, mesh = least.timeline.peak_bytes, least.mesh
     if needs <= limit:
@@ -337,9 +339,9 @@ def _mesh_text(mesh: Mesh, variant: Variant) -> str:
 
 
 def _axis_names(mesh: Mesh, assignment: Assignment, batch: Factors) -> dict[str, str]:
-    """Call the only axis `dp` if it splits the batch, else `tp`."""
+    """Call the only axis `dp` if it splits the batch, else `tp`; one with a role keeps its name."""
     names = mesh.names
-    if len(names) != 1:
+    if len(names) != 1 or names[0] not in ("dp", "tp"):
         return {name: name for name in names}
     on_batch = any(
         choice.factor in batch.get(node, ())
@@ -438,7 +440,7 @@ def choose_for(
 
     Keyed by node name, then axis. The plan's mesh and storage are kept.
     """
-    mesh, problem = plan.mesh, problem_of(graph, symbols, cluster, optimizer)
+    mesh, problem = plan.mesh, problem_of(without_hints(graph), symbols, cluster, optimizer)
     concrete, pricer = problem.graph, Pricer(cluster, mesh, optimizer)
     roles = {a.name: "any" for a in mesh.axes}
     if len(roles) > 2:

@@ -46,7 +46,7 @@ _FAMILY_NAMES = {
     "view": """view reshape _unsafe_view flatten unflatten permute transpose t mT numpy_T movedim
         swapdims unsqueeze squeeze expand expand_as view_as slice select narrow split
         split_with_sizes tensor_split chunk unbind getitem detach alias as_strided diagonal unfold
-        view_as_real view_as_complex sym_size lift_fresh positive pvary keep_first slice_vary
+        view_as_real view_as_complex sym_size lift_fresh positive hint pvary keep_first slice_vary
         slice_inv""",
     "matmul": """linear mm bmm matmul addmm baddbmm einsum mv addmv dot _grouped_mm
         grouped_mm_fallback grouped_mm""",

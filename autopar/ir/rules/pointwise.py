@@ -125,6 +125,7 @@ RULES: dict[str, Handler] = {
     **{f"aten.{name}": add for name in ("add", "sub", "subtract", "rsub")},
     **{f"aten.{name}": passing("self", "other") for name in ("mul", "multiply")},
     **{f"aten.{name}": divide for name in ("div", "divide", "true_divide")},
+    "autopar.hint": passing("x"),
     "aten.type_as": like,
     "aten.where": where,
     "aten.masked_fill": masked_fill,
