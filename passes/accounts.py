@@ -173,6 +173,9 @@ class Accounts:
         saved = self.pricer.saved_input_bytes(
             flow.producer, flow.port, flow.source, flow.want, flow.regather
         )
+        if self.accumulates(flow):
+            value = values_of(flow.producer)[flow.port]
+            saved += self.pricer.local_bytes(value, flow.want.without_varying())
         modes = {self.mode(e.consumer) for e in flow.readers}
         if NONE in modes or flow.producer.op == "placeholder":
             return times * saved
@@ -180,6 +183,25 @@ class Accounts:
             kept = self._is_kept(flow.producer)
             return 0.0 if kept and flow.source == flow.want else saved
         return times * saved
+
+    def holds(self, edge: Edge) -> bool:
+        """Whether what arrives on an edge stays in memory beyond its reader.
+
+        Autograd keeps it; or it is a parameter that serves several micro-batches.
+        """
+        if self.micro_batches > 1 and edge.producer.meta.get("role") == "param":
+            return True
+        return self.pricer.saves_input(edge.consumer, edge.slot)
+
+    def accumulates(self, flow: Flow) -> bool:
+        """Whether a parameter's gradient is summed whole before it is reduced, once per step."""
+        return (
+            self.micro_batches > 1
+            and self.overlaps(flow)
+            and not flow.regather
+            and flow.want.without_varying() != flow.source
+            and values_of(flow.producer)[flow.port].requires_grad
+        )
 
     def _is_kept(self, node: Node) -> bool:
         """Whether a recomputed block keeps the node's output (counted with the node)."""
@@ -236,7 +258,7 @@ def read_flows(
                 want,
                 made.regather,
                 tuple(sorted(ends, key=edge_key)),
-                any(accounts.pricer.saves_input(e.consumer, e.slot) for e in shared),
+                any(accounts.holds(e) for e in shared),
             )
             found[flow] = found.get(flow, 0) + 1
     return found

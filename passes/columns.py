@@ -47,7 +47,7 @@ class Edge:
 class Flow:
     """A value on its way from what its producer gives to what some of its readers want.
 
-    `readers` are all that read the value, `saved` says whether one of those keeps it.
+    `readers` are all that read the value, `saved` says whether one of those holds it.
     """
 
     producer: Node
@@ -194,13 +194,13 @@ def build_columns(  # one straight line through the equations, in their order
     count: Mapping[Node, int],
     admits: Admits,
     shrinks: Callable[[Sharding, Sharding], bool],
-    saves: Callable[[Node, int], bool],
+    holds: Callable[[Edge], bool],
 ) -> Columns | None:
     """The programme's structure, or None where an edge has no way at all.
 
     `admits(edge, source, want, regather)` says whether a reshard may be considered,
-    `shrinks` whether it leaves less of the value on every device, `saves(consumer, slot)` whether
-    autograd keeps that input.
+    `shrinks` whether it leaves less of the value on every device, `holds(edge)` whether what
+    arrives stays in memory.
     """
     made = _Builder()
     first: dict[Node, int] = {}
@@ -237,7 +237,7 @@ def build_columns(  # one straight line through the equations, in their order
                 shared[key].append((edge, column))
         for (source, want, regather), members in shared.items():
             edge = members[0][0]
-            saving = [c for e, c in members if saves(e.consumer, e.slot)]
+            saving = [c for e, c in members if holds(e)]
             item = len(flows)
             flows.append(
                 Flow(edge.producer, edge.port, source, want, regather, readers, bool(saving))

@@ -53,6 +53,14 @@ class Prices:
 
 
 @dataclass(frozen=True)
+class Priced:
+    """Prices of one micro-batch, before a variant says how often each is paid."""
+
+    pricer: GridPricer
+    options: Mapping[Node, OptionPrices]
+
+
+@dataclass(frozen=True)
 class Table:
     """Prices of the options of every node on some meshes: [options, meshes] arrays per node.
 
@@ -98,19 +106,31 @@ class Frame:
     def times_read(self) -> Mapping[Edge, int]:
         return times_read(self.patterns)
 
-    def table(
-        self,
-        meshes: Sequence[Mesh],
-        cluster: Cluster,
-        symbols: Mapping[sympy.Symbol, int],
-        variant: Variant,
-    ) -> Table:
-        """Prices of all options; `symbols` are the sizes of one micro-batch."""
-        problem, k = self.problem, variant.micro_batches
-        grid = Grid(cluster, tuple(meshes), symbols)
+    def priced(
+        self, meshes: Sequence[Mesh], cluster: Cluster, symbols: Mapping[sympy.Symbol, int]
+    ) -> Priced:
+        """Prices of all options on some meshes; `symbols` are the sizes of one micro-batch."""
+        problem = self.problem
         pricer = GridPricer(
-            grid, self.symbolic, problem.symbols, problem.optimizer, self.ways, self.layouts
+            Grid(cluster, tuple(meshes), symbols),
+            self.symbolic,
+            problem.symbols,
+            problem.optimizer,
+            self.ways,
+            self.layouts,
         )
+        options = {
+            node: pricer.stored(node, listed)
+            if node.op == "placeholder"
+            else pricer.call(node, problem.rules[node.name], listed)
+            for node, listed in self.options.items()
+            if node.op != "output"
+        }
+        return Priced(pricer, options)
+
+    def table(self, priced: Priced, variant: Variant) -> Table:
+        """What the options cost in a step of a variant."""
+        k, grid = variant.micro_batches, priced.pricer.grid
         cost: dict[Node, Array] = {}
         memory: dict[Node, Array] = {}
         least_s, least_bytes = np.zeros(len(grid)), np.zeros(len(grid))
@@ -118,21 +138,21 @@ class Frame:
             if node.op == "output":
                 cost[node] = memory[node] = np.zeros((len(options), len(grid)))
                 continue
-            count = self.count[node]
+            count, found = self.count[node], priced.options[node]
             if node.op == "placeholder":
-                priced = pricer.stored(node, options)
-                cost[node], memory[node] = count * priced.backward_s, count * priced.kept_bytes
+                cost[node], memory[node] = count * found.backward_s, count * found.kept_bytes
             else:
-                priced = pricer.call(node, problem.rules[node.name], options)
                 again = self._again(node, variant.mode)
-                once = (1 + again) * priced.forward_s + priced.backward_s
+                once = (1 + again) * found.forward_s + found.backward_s
                 cost[node] = count * k * once
-                memory[node] = self._kept(node, priced, count, variant.mode)
-            cost[node][~priced.legal] = ILLEGAL_S
+                memory[node] = self._kept(node, found, count, variant.mode)
+            cost[node][~found.legal] = ILLEGAL_S
             least_s += cost[node].min(axis=0)
-            least_bytes += np.where(priced.legal, memory[node], np.inf).min(axis=0)
-        overlap = overlap_of(cluster)
-        return Table(tuple(meshes), pricer, variant, overlap, cost, memory, least_s, least_bytes)
+            least_bytes += np.where(found.legal, memory[node], np.inf).min(axis=0)
+        overlap = overlap_of(grid.cluster)
+        return Table(
+            grid.meshes, priced.pricer, variant, overlap, cost, memory, least_s, least_bytes
+        )
 
     def programme(self, table: Table, within_s: float) -> tuple[Columns, Prices] | None:
         """Columns of what a step below `within_s` seconds can contain on some mesh of the table.
@@ -153,9 +173,12 @@ class Frame:
             key = table.pricer.reshard(edge.producer, edge.port, source, want)
             return (edge, key, regather) in within
 
-        columns = build_columns(
-            self.patterns, options, self.count, admits, self.shrinks, self.saves
-        )
+        def holds(edge: Edge) -> bool:
+            if table.variant.micro_batches > 1 and edge.producer.meta.get("role") == "param":
+                return True
+            return self.saves(edge.consumer, edge.slot)
+
+        columns = build_columns(self.patterns, options, self.count, admits, self.shrinks, holds)
         if columns is None:
             return None
         return columns, self._prices(table, columns, kept, priced)
@@ -230,9 +253,8 @@ class Frame:
             (late if key.late and table.overlap else cost)[column] += seconds
         for column, item, times in columns.memory.triples():
             flow = columns.flows[item]
-            memory[column] += self._copies(flow, times, table.variant.mode) * table.pricer.saved(
-                flow
-            )
+            copies = self._copies(flow, times, table.variant.mode)
+            memory[column] += copies * table.pricer.held(flow, table.variant.micro_batches)
         return Prices(cost, late, hides, memory)
 
     def _again(self, node: Node, mode: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,16 +33,18 @@ from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import GATHER_VARY, PVARY, Collective
 from autopar.ir.mesh import Mesh
 from autopar.ir.reshard import reshard_steps
-from autopar.ir.rule import Placed, ShardingRule
+from autopar.ir.rule import Dim, Dims, Placed, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding, Split
 
 from .bucket_collectives import BUCKET_BYTES
 from .columns import Flow
 from .options import Option
-from .price import REDUCES_INSIDE, Pricer, message_bytes
+from .price import message_bytes
+from .route_costs import GROUPED, SCATTERS, route_messages
 
 Node = torch.fx.Node
 Array = NDArray[np.float64]
+Sizes = Mapping[str, int]
 Span = tuple[int, ...]
 Way = tuple[tuple[Collective, str, tuple[str, ...]], ...]
 
@@ -158,7 +160,7 @@ class GridPricer:
         self.device = grid.cluster.device
         self._symbolic = symbolic
         self._reference = reference
-        self._fractions: dict[tuple[int, Split], tuple[Array, Array]] = {}
+        self._fractions: dict[tuple[int, tuple[str, ...]], tuple[Array, Array]] = {}
         self._sizes: dict[object, int] = {}
         self._ways = ways
         self._known_layouts = layouts
@@ -183,30 +185,47 @@ class GridPricer:
             self._sizes[size] = int(size.subs(self.grid.symbols))
         return self._sizes[size]
 
-    def _share(self, size: int, split: Split) -> tuple[Array, Array]:
-        """Of a dim of `size` at the reference: (largest shard's fraction, units per device)."""
-        key = (size, split)
+    def _share(self, units: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
+        """Of a dim of so many units: (largest shard's fraction, units per device)."""
+        key = (units, axes)
         if key not in self._fractions:
-            units = float(max(size // (split.outer * split.block), 1))
-            left = np.full(len(self.grid), units)
-            for axis in split.axes:
+            left = np.full(len(self.grid), float(units))
+            for axis in axes:
                 left = np.ceil(left / self.grid.sizes[axis])
-            self._fractions[key] = (left / units, units / self.grid.product(split.axes))
+            self._fractions[key] = (left / units, units / self.grid.product(axes))
         return self._fractions[key]
 
-    def local(self, node: Node, port: int, shardings: Layout) -> tuple[list[Any], Any]:
-        """Local dims, each [shardings, meshes], and whether every device gets a unit of each."""
-        whole, reference = self.shape(node, port), values_of(node)[port].int_shape()
+    def _factors(self, node: Node, rule: ShardingRule) -> tuple[Sizes, Sizes]:
+        """Sizes of the factors of an op's rule: at the reference, and on the grid."""
+        read = [(source, 0) for source in tensor_inputs(node)]
+        tensors = read + [(node, port) for port, _ in enumerate(values_of(node))]
+        was = factor_sizes(rule, [values_of(n)[port].int_shape() for n, port in tensors])
+        return was, factor_sizes(rule, [self.shape(n, port) for n, port in tensors])
+
+    def local(
+        self,
+        node: Node,
+        port: int,
+        shardings: Layout,
+        factors: Dims | None = None,
+        sizes: tuple[Sizes, Sizes] = ({}, {}),
+    ) -> tuple[list[Any], Any]:
+        """Local dims, each [shardings, meshes], and whether every device gets a unit of each.
+
+        `factors` of the dims and their `sizes`, at the reference and on the grid, say which part of
+        a dim is divided where the grid's batch is not the reference's.
+        """
+        whole = self.shape(node, port)
         legal = np.ones((shardings.count, len(self.grid)), dtype=np.bool_)
         dims: list[Any] = []
-        for size, was, (splits, which) in zip(whole, reference, shardings.dims, strict=True):
+        for d, (size, (splits, which)) in enumerate(zip(whole, shardings.dims, strict=True)):
             if not any(splits):
                 dims.append(np.full((shardings.count, 1), float(size)))
                 continue
-            shares = [self._share(was, split) for split in splits]
-            scale = size / max(was, 1)
+            dim = factors[d] if factors else ()
+            shares = [self._share(_units(size, s, dim, *sizes), s.axes) for s in splits]
             dims.append(np.stack([size * part for part, _ in shares])[which])
-            has = np.stack([units * scale >= 1 for _, units in shares])
+            has = np.stack([units >= 1 for _, units in shares])
             has[[not split for split in splits]] = True
             legal &= has[which]
         return dims, legal
@@ -237,13 +256,14 @@ class GridPricer:
         legal = np.ones(full, dtype=np.bool_)
         inputs, outputs = [], []
         wants, gives = self._layouts(node, options)
-        for source, layout in zip(tensor_inputs(node), wants, strict=True):
-            dims, ok = self.local(source, 0, layout)
+        sizes = self._factors(node, rule)
+        for slot, (source, layout) in enumerate(zip(tensor_inputs(node), wants, strict=True)):
+            dims, ok = self.local(source, 0, layout, rule.inputs[slot], sizes)
             inputs.append(tuple(dims))
             legal &= ok
         made: Any = 0.0
         for port, layout in enumerate(gives):
-            dims, ok = self.local(node, port, layout)
+            dims, ok = self.local(node, port, layout, rule.outputs[port], sizes)
             outputs.append(tuple(dims))
             legal &= ok
             made = made + math.prod(dims, start=1.0) * values_of(node)[port].dtype.itemsize
@@ -274,36 +294,51 @@ class GridPricer:
         own = [(axis, c) for axis, c in option.choices if rule.communicates_over(c.factor)]
         if not own:
             return forward, backward
-        if op_name(node.target) in REDUCES_INSIDE:
-            for axis, _ in own:
-                sizes = message_bytes(node, placed, self._local_of(node))
-                forward = forward + self._all_reduce(axis, sizes[0])
-                backward = backward + self._all_reduce(axis, sizes[1])
-            return forward, backward
-        # Rare: mesh by mesh, in proportion where a micro-batch is smaller than the reference.
-        share = math.prod(self.shape(node)) / max(math.prod(values_of(node)[0].int_shape()), 1)
-        pairs = [p.own_times_s(node, rule, placed, dict(own)) for p in self._exact]
-        both = np.array(pairs).T * float(share)
-        return both[0], both[1]
+        routed = self._routed(node)
+        for axis, choice in own:
+            if choice.factor in rule.comm:
+                sizes = _own_messages(node, axis, placed, self._local_of(node, rule))
+                forward = forward + self._collective_s("all_reduce", axis, sizes[0])
+                backward = backward + self._collective_s("all_reduce", axis, sizes[1])
+            sent = [
+                route_messages(node, rule, placed, choice.factor, axis, mesh)
+                for mesh in self.grid.meshes
+            ]
+            for same in zip(*sent, strict=True):
+                nbytes = np.array([m.nbytes for m in same]) * routed ** same[0].power
+                seconds = self._collective_s(same[0].kind, axis, nbytes)
+                if same[0].backward:
+                    backward = backward + seconds
+                else:
+                    forward = forward + seconds
+        return forward, backward
 
-    @cached_property
-    def _exact(self) -> list[Pricer]:
-        grid = self.grid
-        return [Pricer(grid.cluster, mesh, self.optimizer) for mesh in grid.meshes]
+    def _routed(self, node: Node) -> float:
+        """How many times the rows of the reference a routed op exchanges on the grid."""
+        name = op_name(node.target)
+        rows = (
+            node if name not in (*SCATTERS, *GROUPED) else tensor_inputs(node)[-(name in SCATTERS)]
+        )
+        was = max(math.prod(values_of(rows)[0].int_shape()), 1)
+        return math.prod(self.shape(rows)) / was
 
-    def _local_of(self, node: Node) -> Any:
+    def _local_of(self, node: Node, rule: ShardingRule) -> Any:
+        sources, sizes = tensor_inputs(node), self._factors(node, rule)
+        slot = {id(value_of(source)): i for i, source in enumerate(sources)}
+
         def local(value: Value, sharding: Sharding) -> tuple[Any, ...]:
-            owner = next((n for n in tensor_inputs(node) if value in values_of(n)[:1]), node)
-            dims, _ = self.local(owner, 0, layout_of([sharding]))
+            i = slot.get(id(value), -1)
+            owner, factors = (node, rule.outputs[0]) if i < 0 else (sources[i], rule.inputs[i])
+            dims, _ = self.local(owner, 0, layout_of([sharding]), factors, sizes)
             return tuple(dim[0] for dim in dims)
 
         return local
 
-    def _all_reduce(self, axis: str, nbytes: Any) -> Array:
+    def _collective_s(self, kind: str, axis: str, nbytes: Any) -> Array:
         sizes = np.broadcast_to(np.asarray(nbytes, dtype=np.float64), (len(self.grid),))
         made = np.zeros(len(self.grid))
         for span, at in self.grid.spans[axis]:
-            made[at] = collective_time(self.grid.cluster, "all_reduce", sizes[at], span)
+            made[at] = collective_time(self.grid.cluster, kind, sizes[at], span)
         return made
 
     def stored(self, node: Node, options: Sequence[Option]) -> OptionPrices:
@@ -409,14 +444,52 @@ class GridPricer:
             self._wholes[key] = (self.whole_bytes(node, port), value.requires_grad, late)
         return Reshard(source, want, *self._wholes[key])
 
+    def held(self, flow: Flow, micro_batches: int) -> Array:
+        """What `Accounts.flow_memory` says of a saved flow that is not recomputed."""
+        held = self.saved(flow)
+        param = flow.producer.op == "placeholder" and flow.producer.meta.get("role") == "param"
+        if micro_batches == 1 or not param or flow.regather:
+            return held
+        if flow.want.without_varying() == flow.source:
+            return held
+        if not values_of(flow.producer)[flow.port].requires_grad:
+            return held
+        return held + self._part(flow)
+
+    def _part(self, flow: Flow) -> Array:
+        axes = tuple(sorted(a for s in flow.want.splits for a in s.axes))
+        return self.whole_bytes(flow.producer, flow.port) / self._product(axes)
+
     def saved(self, flow: Flow) -> Array:
         """What `Pricer.saved_input_bytes` says of a flow, on every mesh."""
         if flow.producer.op == "placeholder":
             param = flow.producer.meta.get("role") == "param" and not flow.regather
             if not param or flow.want.without_varying() == flow.source:
                 return np.zeros(len(self.grid))
-        axes = tuple(sorted(a for s in flow.want.splits for a in s.axes))
-        return self.whole_bytes(flow.producer, flow.port) / self._product(axes)
+        return self._part(flow)
+
+
+def _own_messages(
+    node: Node, axis: str, placed: Placed, local: Callable[[Value, Sharding], tuple[Any, ...]]
+) -> tuple[Any, Any]:
+    """What `Pricer.own_messages` says, of local shapes that are arrays."""
+    if op_name(node.target) != "cumsum":
+        return message_bytes(node, placed, local)
+    value, dim = values_of(node)[0], placed.outputs[0].dim_of(axis) or 0
+    shape = local(value, placed.outputs[0])
+    rest = math.prod((*shape[:dim], *shape[dim + 1 :]), start=1.0 * value.dtype.itemsize)
+    return rest, rest * value.requires_grad
+
+
+def _units(size: int, split: Split, dim: Dim, was: Sizes, now: Sizes) -> int:
+    """Units that a split divides in a dim of `size`; the split was made at the sizes `was`."""
+    if split.outer == split.block == 1:
+        return max(size, 1)
+    for i, factor in enumerate(dim):
+        outer, block = (math.prod(was[f] for f in part) for part in (dim[:i], dim[i + 1 :]))
+        if (outer, block) == (split.outer, split.block):
+            return max(now[factor], 1)
+    return max(size // (split.outer * split.block), 1)
 
 
 def _way(source: Sharding, want: Sharding, mesh: Mesh) -> Way | None:

@@ -121,7 +121,7 @@ def solve(
         count,
         admits,
         pricer.shrinks,
-        pricer.saves_input,
+        accounts.holds,
     )
     if columns is None:
         return None

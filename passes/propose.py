@@ -19,7 +19,7 @@ from autopar.ir.mesh import Mesh
 
 from .accounts import FULL, NONE, SELECTIVE
 from .families import THREE_AXES
-from .frame import Frame, Table, Variant, build_frame
+from .frame import Frame, Priced, Table, Variant, build_frame
 from .hints import hinted_axes, role_sets_with
 from .problem import Problem
 from .relax import Relaxation, Relaxed
@@ -89,6 +89,7 @@ class _Field:
     bound_s: np.ndarray[tuple[int], np.dtype[np.float64]]
     open: np.ndarray[tuple[int], np.dtype[np.bool_]]
     least_bytes: np.ndarray[tuple[int], np.dtype[np.float64]]
+    lean_known: np.ndarray[tuple[int], np.dtype[np.bool_]]
     relaxation: Relaxation | None = None
     built_for_s: float = math.inf
 
@@ -109,6 +110,8 @@ class _Outer:
         self.frames, self.request, self.keep, self.progress = frames, request, keep, progress
         self.solved: list[Proposal] = []
         self.fields: list[_Field] = []
+        self.tight = False  # some candidate did not fit
+        self.priced: dict[tuple[Roles, int], Priced] = {}
 
     @property
     def best_s(self) -> float:
@@ -116,17 +119,16 @@ class _Outer:
 
     def run(self) -> list[Proposal]:
         one, *others = role_sets(self.frames.problem, self.request)
-        variants = self._variants()
-        for variant in variants:  # one axis costs little and bounds the rest
-            if not self._is_short(variant):
-                continue
-            self._cover(one, variant)
-            self._explore()
-        # Two axes without restriction are the largest programmes: last, with the best bound.
-        for roles in (*others[1:], *others[:1]):
-            for variant in variants:
-                if self._is_short(variant):
-                    self._cover(roles, variant)
+        # One axis costs little and bounds the rest. Two axes without restriction are the largest
+        # programmes: last, with the best bound.
+        for roles in (one, *others[1:], *others[:1]):
+            for mode in (m for m in (NONE, SELECTIVE, FULL) if m in self.request.modes):
+                for k in self._micro_batches():
+                    variant = Variant(k, mode)
+                    if not self._is_short(variant):
+                        continue
+                    if self._cover(roles, variant) > self.best_s:
+                        break  # smaller micro-batches only take longer
                     self._explore()
         solved = {(str(p.mesh), p.variant) for p in self.solved}
         rest = [
@@ -144,15 +146,9 @@ class _Outer:
         order = sorted(self.solved, key=lambda p: p.relaxed.time_s if p.relaxed else 0.0)
         return order + sorted(rest, key=lambda p: p.bound_s)
 
-    def _variants(self) -> list[Variant]:
+    def _micro_batches(self) -> list[int]:
         batch = next((n for s, n in self.request.symbols.items() if str(s) == "b"), 1)
-        return [
-            Variant(k, mode)
-            for mode in (NONE, SELECTIVE, FULL)
-            if mode in self.request.modes
-            for k in self.request.micro_batches
-            if batch % k == 0
-        ]
+        return [k for k in sorted(self.request.micro_batches) if batch % k == 0]
 
     def _is_short(self, variant: Variant) -> bool:
         """Whether memory binds without what the variant gives up: else it can gain nothing."""
@@ -170,21 +166,31 @@ class _Outer:
             and order.index(one.mode) <= order.index(other.mode)
         )
 
-    def _cover(self, roles: Roles, variant: Variant) -> bool:
-        """Open the meshes of some roles under a variant; whether any is worth looking at."""
-        meshes = tuple(meshes_of(roles, self.request.cluster))
-        if not meshes:
-            return False
-        frame = self.frames.get(roles)
+    def _cover(self, roles: Roles, variant: Variant) -> float:
+        """Open the meshes of some roles under a variant; the least seconds that any can take."""
+        frame, k = self.frames.get(roles), variant.micro_batches
         if frame.is_empty:
-            return False
-        sizes = self.request.at(variant.micro_batches)
-        table = frame.table(meshes, self.request.cluster, sizes, variant)
-        open_ = (table.least_s < self.best_s) & (table.least_bytes <= self.request.memory_limit)
+            return math.inf
+        if (roles, k) not in self.priced:
+            meshes = tuple(meshes_of(roles, self.request.cluster))
+            if not meshes:
+                return math.inf
+            sizes = self.request.at(k)
+            self.priced[roles, k] = frame.priced(meshes, self.request.cluster, sizes)
+        table = frame.table(self.priced[roles, k], variant)
+        fits = table.least_bytes <= self.request.memory_limit
         self.fields.append(
-            _Field(roles, variant, table, table.least_s.copy(), open_, table.least_bytes.copy())
+            _Field(
+                roles,
+                variant,
+                table,
+                table.least_s.copy(),
+                fits & (table.least_s < self.best_s),
+                table.least_bytes.copy(),
+                np.zeros(len(table.meshes), dtype=np.bool_),
+            )
         )
-        return bool(open_.any())
+        return float(table.least_s.min())
 
     def _explore(self) -> None:
         """Solve relaxations, the least bound first, until none is below the best."""
@@ -216,12 +222,13 @@ class _Outer:
                 return
             field_.relaxation = Relaxation(*built)
         field_.open[at] = False
-        relaxed = field_.relaxation.solve(at, self.request.memory_limit)
+        relaxed = None
+        if not self.tight or self._has_room(field_, at):
+            relaxed = field_.relaxation.solve(at, self.request.memory_limit)
         mesh = field_.table.meshes[at]
         if relaxed is None:
-            least = field_.relaxation.least_memory(at)
-            field_.open &= least <= self.request.memory_limit
-            field_.least_bytes = np.maximum(field_.least_bytes, least)
+            self.tight = True
+            self._has_room(field_, at)
             return
         self.progress(f"{mesh}{_label(variant)}: {relaxed.time_s * 1e3:.4g} ms")
         bounds = field_.relaxation.bounds(relaxed.weights)
@@ -229,6 +236,17 @@ class _Outer:
         self.solved.append(
             Proposal(frame, mesh, variant, relaxed.time_s, field_.relaxation, at, relaxed)
         )
+
+    def _has_room(self, field_: _Field, at: int) -> bool:
+        """Whether a mesh can keep to the limit at all; closes others of its field that cannot."""
+        assert field_.relaxation is not None
+        if field_.lean_known[at]:
+            return bool(field_.least_bytes[at] <= self.request.memory_limit)
+        least = field_.relaxation.least_memory(at)
+        field_.least_bytes = np.maximum(field_.least_bytes, least)
+        field_.lean_known[at] = True
+        field_.open &= field_.least_bytes <= self.request.memory_limit
+        return bool(field_.least_bytes[at] <= self.request.memory_limit)
 
 
 def _label(variant: Variant) -> str:

@@ -49,23 +49,7 @@ class Relaxation:
 
     def __init__(self, columns: Columns, prices: Prices) -> None:
         self.columns, self.prices = columns, prices
-        self._rows = len(columns.low)
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = columns.size + 1, self._rows
-        lp.col_cost_ = np.zeros(columns.size + 1)
-        lp.col_lower_ = np.zeros(columns.size + 1)
-        lp.col_upper_ = np.concatenate((np.ones(columns.size), [highspy.kHighsInf]))
-        lp.row_lower_, lp.row_upper_ = columns.low, columns.high
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.start_ = columns.starts.astype(np.int32)
-        lp.a_matrix_.index_ = columns.index.astype(np.int32)
-        lp.a_matrix_.value_ = columns.value
-        self._warm = False
-        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        for option, value in (("output_flag", False), ("threads", 1)):
-            self._solver.setOptionValue(option, value)
-        if self._solver.passModel(lp) == highspy.HighsStatus.kError:
-            raise PassError("relax", "programme_is_legal", "HiGHS does not take the programme")
+        self._fast, self._lean = _Solver(columns), _Solver(columns)
 
     def solve(self, at: int, memory_limit: float) -> Relaxed | None:
         """The relaxation on mesh `at` within `memory_limit` bytes; None if nothing is feasible."""
@@ -81,7 +65,7 @@ class Relaxation:
         if limited:
             row = np.append(prices.memory[:, at] / 2**20, 0.0)
             rows.append((-highspy.kHighsInf, memory_limit / 2**20, row))
-        found = self._run(np.append(np.where(legal, cost, 0.0), float(exposed)), legal, rows)
+        found = self._fast.run(np.append(np.where(legal, cost, 0.0), float(exposed)), legal, rows)
         if found is None:
             return None
         values, of_columns, duals = found
@@ -95,48 +79,11 @@ class Relaxation:
         """Bytes below which no assignment is, on every mesh; tight on mesh `at`."""
         memory = self.prices.memory
         legal = self.prices.cost[:, at] < ILLEGAL_S
-        self._warm = False  # another objective: the last basis would only mislead
-        found = self._run(np.append(np.where(legal, memory[:, at], 0.0), 0.0), legal, [])
-        self._warm = False
+        cost_of = np.append(np.where(legal, memory[:, at], 0.0), 0.0)
+        found = self._lean.run(cost_of, legal, [])
         if found is None:
             return np.full(memory.shape[1], np.inf)
         return self._least(memory - found[1][:, None])
-
-    def _run(
-        self, cost: Array, legal: NDArray[np.bool_], rows: list[tuple[float, float, Array]]
-    ) -> tuple[Array, Array, list[float]] | None:
-        """(columns, weights of the rows times the columns, duals of the extra rows) of one cost."""
-        solver, n = self._solver, self.columns.size
-        scale = 1e3 / max(float(np.abs(cost[:-1]).max(initial=0.0)), 1e-30)
-        everything = np.arange(n + 1, dtype=np.int32)
-        solver.changeColsCost(n + 1, everything, cost * scale)
-        upper = np.append(legal.astype(np.float64), highspy.kHighsInf)
-        solver.changeColsBounds(n + 1, everything, np.zeros(n + 1), upper)
-        for low, high, row in rows:
-            at = np.flatnonzero(np.abs(row) > 1e-9).astype(np.int32)
-            solver.addRow(low, high, len(at), at, row[at])
-        if not self._warm:
-            solver.clearSolver()
-        solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)
-        solver.run()
-        found = None
-        self._warm = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        if self._warm:
-            solution = solver.getSolution()
-            duals = np.array(solution.row_dual) / scale
-            own = duals[: self._rows].copy()
-            own[self.columns.one_of] = 0.0  # what a node must choose is in the bound itself
-            of_columns: Array = np.bincount(
-                self.columns.index,
-                weights=self.columns.value * np.repeat(own, np.diff(self.columns.starts)),
-                minlength=n,
-            ).astype(np.float64)
-            found = np.array(solution.col_value), of_columns, list(duals[self._rows :])
-        if rows:
-            solver.deleteRows(
-                len(rows), np.arange(self._rows, self._rows + len(rows), dtype=np.int32)
-            )
-        return found
 
     def bounds(self, weights: Weights) -> Array:
         """Seconds below which no assignment is, on every mesh."""
@@ -160,3 +107,61 @@ class Relaxation:
         for begin, end in self.columns.spans:
             made[begin:end] = left[begin:end] - left[begin:end].min()
         return made
+
+
+class _Solver:
+    """The rows of a programme in HiGHS; each run starts from the basis of the last one."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns, self._rows, self._warm = columns, len(columns.low), False
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = columns.size + 1, self._rows
+        lp.col_cost_ = np.zeros(columns.size + 1)
+        lp.col_lower_ = np.zeros(columns.size + 1)
+        lp.col_upper_ = np.concatenate((np.ones(columns.size), [highspy.kHighsInf]))
+        lp.row_lower_, lp.row_upper_ = columns.low, columns.high
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = columns.starts.astype(np.int32)
+        lp.a_matrix_.index_ = columns.index.astype(np.int32)
+        lp.a_matrix_.value_ = columns.value
+        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
+        for option, value in (("output_flag", False), ("threads", 1)):
+            self._solver.setOptionValue(option, value)
+        if self._solver.passModel(lp) == highspy.HighsStatus.kError:
+            raise PassError("relax", "programme_is_legal", "HiGHS does not take the programme")
+
+    def run(
+        self, cost: Array, legal: NDArray[np.bool_], rows: list[tuple[float, float, Array]]
+    ) -> tuple[Array, Array, list[float]] | None:
+        """(columns, weights of the rows times the columns, duals of the extra rows) of one cost."""
+        solver, n = self._solver, self._columns.size
+        scale = 1e3 / max(float(np.abs(cost[:-1]).max(initial=0.0)), 1e-30)
+        everything = np.arange(n + 1, dtype=np.int32)
+        solver.changeColsCost(n + 1, everything, cost * scale)
+        upper = np.append(legal.astype(np.float64), highspy.kHighsInf)
+        solver.changeColsBounds(n + 1, everything, np.zeros(n + 1), upper)
+        for low, high, row in rows:
+            at = np.flatnonzero(np.abs(row) > 1e-9).astype(np.int32)
+            solver.addRow(low, high, len(at), at, row[at])
+        if not self._warm:
+            solver.clearSolver()
+        solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)
+        solver.run()
+        found = None
+        self._warm = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
+        if self._warm:
+            solution = solver.getSolution()
+            duals = np.array(solution.row_dual) / scale
+            own = duals[: self._rows].copy()
+            own[self._columns.one_of] = 0.0  # what a node must choose is in the bound itself
+            of_columns: Array = np.bincount(
+                self._columns.index,
+                weights=self._columns.value * np.repeat(own, np.diff(self._columns.starts)),
+                minlength=n,
+            ).astype(np.float64)
+            found = np.array(solution.col_value), of_columns, list(duals[self._rows :])
+        if rows:
+            solver.deleteRows(
+                len(rows), np.arange(self._rows, self._rows + len(rows), dtype=np.int32)
+            )
+        return found

@@ -10,6 +10,7 @@ import sympy
 import torch.fx
 
 from autopar.cost.cluster import Cluster, make_mesh
+from autopar.cost.sent import sent_bytes
 from autopar.cost.timeline import summarise
 from autopar.errors import PassError, UserError
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
@@ -40,7 +41,7 @@ Node = torch.fx.Node
 Progress = Callable[[str], None]
 
 USABLE_MEMORY = 0.92  # of the device's, the rest is left to the allocator's fragmentation
-SETTLED = 4  # candidates that are solved exactly and simulated
+SETTLED = 3  # candidates that are solved exactly and simulated
 SHOWN = 12  # other meshes that a plan lists
 LEAN = 4  # candidates that are made as lean as they can be where nothing fits
 ATTEMPTS = 3  # at leaving room for what a step needs for a moment
@@ -83,9 +84,12 @@ def search(
         return _finish(problem, forced, [], strategy, fingerprint, symbols, limit)
     frames = frames or Frames(problem)
     problems = {1: problem}
+    # What the user recomputes stays as it is written.
+    written = any(node.meta.get("region") is not None for node in problem.graph.calls())
+    modes = (NONE,) if written else tuple(recompute)
     tightened = limit
     for _ in range(ATTEMPTS):
-        request = Request(cluster, symbols, tightened, tuple(micro_batches), tuple(recompute))
+        request = Request(cluster, symbols, tightened, tuple(micro_batches), modes)
         proposals = propose(frames, request, SETTLED, progress)
         found = _settle_best(proposals, request, problems, graph, progress)
         if not found:
@@ -166,21 +170,27 @@ def _leanest(
 
 
 def _distinct(proposals: Sequence[Proposal]) -> list[Proposal]:
-    """Solved candidates without those that do as another one does, on more axes."""
+    """Solved candidates; of those that do the same on more axes and on fewer, the latter."""
     kept: list[Proposal] = []
     for p in proposals:
         if p.relaxed is None:
             continue
-        same = any(
-            q.relaxed is not None
-            and q.variant == p.variant
-            and abs(q.relaxed.time_s - p.relaxed.time_s) < 1e-6 * p.relaxed.time_s
-            and abs(q.relaxed.memory_bytes - p.relaxed.memory_bytes) < 1e-3 * p.relaxed.memory_bytes
-            for q in kept
-        )
-        if not same:
+        twin = next((i for i, q in enumerate(kept) if _alike(p, q)), None)
+        if twin is None:
             kept.append(p)
+        elif len(p.mesh.axes) < len(kept[twin].mesh.axes):
+            kept[twin] = p
     return kept
+
+
+def _alike(p: Proposal, q: Proposal) -> bool:
+    if p.relaxed is None or q.relaxed is None or p.variant != q.variant:
+        return False
+    a, b = p.relaxed, q.relaxed
+    return (
+        abs(a.time_s - b.time_s) < 1e-3 * a.time_s
+        and abs(a.memory_bytes - b.memory_bytes) < 1e-2 * a.memory_bytes
+    )
 
 
 def _finish(
@@ -244,11 +254,6 @@ def predicted(settled: Settled) -> Prediction:
         parts["gradients"] += rest
     else:
         parts["activations and buffers"] = rest
-    sent: dict[str, float] = defaultdict(float)
-    for t in describe_traffic(
-        settled.problem.graph, settled.option, settled.pricer, {n: n for n in settled.mesh.names}
-    ):
-        sent[t.collective] += t.sent_bytes * settled.variant.micro_batches
     return Prediction(
         time_s=timeline.step_s,
         compute_s=timeline.compute_s,
@@ -256,7 +261,7 @@ def predicted(settled: Settled) -> Prediction:
         optimizer_s=timeline.optimizer_s,
         memory_bytes=int(timeline.peak_bytes),
         memory_parts=parts,
-        comm_bytes={kind: int(n) for kind, n in sorted(sent.items())},
+        comm_bytes={kind: int(n) for kind, n in sorted(sent_bytes(step).items())},
     )
 
 
