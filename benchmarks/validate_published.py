@@ -166,16 +166,27 @@ def print_summary(
         row = (name, str(e.rows), percent(e.median), percent(e.p90), percent(e.bias, True))
         table.add_row(*row, "", "", "")
     console.print(table)
-    ranks = Table(title="Order within each sweep (rows of one published table)")
-    for name in ("sweep", "rows", "Kendall"):
-        ranks.add_column(name, justify="left" if name == "sweep" else "right")
-    for name, group in score.sweeps(results).items():
-        tau = score.kendall(group)
-        ranks.add_row(name[:90], str(len(group)), "-" if tau is None else f"{tau:.2f}")
-    console.print(ranks)
+    print_ranks(console, results)
     console.print(f"covered {len(results)} of {rows} rows")
     for reason, count in Counter(skipped.values()).most_common():
         console.print(f"  not covered: {count} x {reason}")
+
+
+def print_ranks(console: Console, results: Sequence[Result]) -> None:
+    table = Table(
+        title="Order within each sweep, and within the published tables that it is made of"
+    )
+    for name in ("sweep", "rows", "Kendall", "tables", "Kendall of each"):
+        table.add_column(name, justify="left" if name in ("sweep", "Kendall of each") else "right")
+    parts = score.tables(results)
+    for name, group in score.sweeps(results).items():
+        inside = [score.kendall(g) for key, g in parts.items() if key.startswith(f"{name}: ")]
+        known = sorted(k for k in inside if k is not None)
+        tau = score.kendall(group)
+        each = " ".join(f"{k:.2f}" for k in known)
+        shown = "-" if tau is None else f"{tau:.2f}"
+        table.add_row(name, str(len(group)), shown, str(len(known)), each)
+    console.print(table)
 
 
 def _device_and_precision(row: Row) -> str:

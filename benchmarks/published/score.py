@@ -88,11 +88,21 @@ def errors(values: Iterable[float | None]) -> Errors:
 
 
 def sweeps(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Rows of one published table: the same set and the same source, at least four plans."""
+    """Rows of one set: runs of one system, whose plans and models vary."""
+    return _groups(results, lambda row: row.family)
+
+
+def tables(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Rows of one published table: the same set and the same source."""
+    return _groups(results, lambda row: f"{row.family}: {row.source}")
+
+
+def _groups(results: Sequence[Result], key: Callable[[Row], str]) -> dict[str, list[Result]]:
+    """Groups of at least four different plans."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         if result.row.step_s is not None:
-            groups.setdefault(f"{result.row.family}: {result.row.source}", []).append(result)
+            groups.setdefault(key(result.row), []).append(result)
     return {
         name: group
         for name, group in groups.items()

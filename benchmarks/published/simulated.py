@@ -107,5 +107,6 @@ def _as_run(plan: RunPlan, part: Part, again: float) -> Part:
         return replace(part, backward_s=backward, once=False)
     if plan.software.overlaps_tensor and part.axis in ("tp", "cp"):
         return replace(part, forward_s=0.0, backward_s=0.0)
-    backward = part.backward_s + again * part.forward_s
+    hidden = plan.software.overlaps_tensor_backward and part.axis == "tp"
+    backward = (0.0 if hidden else part.backward_s) + again * part.forward_s
     return replace(part, backward_s=backward, backward_kind=part.backward_kind or part.kind)

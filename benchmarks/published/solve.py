@@ -27,14 +27,14 @@ def captured(shape: Shape) -> tuple[Graph, Mapping[object, int]]:
     """The module's graph with a symbolic batch; the sequence and the widths are numbers."""
     module, arguments = build(shape, 4)
     made = capture(module, arguments, {})
-    return prepare(made.graph), made.symbols  # type: ignore[return-value]
+    return prepare(made.graph), made.symbols
 
 
 @lru_cache(maxsize=8)
 def sized(shape: Shape, batch: int) -> tuple[Graph, Mapping[str, ShardingRule], Blocks, Axes]:
     """The graph at one batch, with its rules, its repeated block, and what its factors are."""
     graph, symbols = captured(shape)
-    concrete = specialise(graph, dict.fromkeys(symbols, batch))  # type: ignore[arg-type]
+    concrete = specialise(graph, dict.fromkeys(symbols, batch))
     rules = rules_of(concrete)
     return concrete, rules, find_blocks(concrete), axes_of(concrete, rules)
 
