@@ -22,11 +22,15 @@ GROUPED = ("_grouped_mm", "grouped_mm_fallback")
 
 @dataclass(frozen=True)
 class Message:
-    """One collective that an op issues itself; `nbytes` as `autopar.cost.comm` counts them."""
+    """One collective that an op issues itself; `nbytes` as `autopar.cost.comm` counts them.
+
+    With `x` times the rows, it has `x ** power` times the bytes.
+    """
 
     kind: str
     nbytes: float
     backward: bool = False
+    power: float = 1.0
 
 
 def route_messages(
@@ -52,7 +56,7 @@ def route_messages(
         moved = _local_numel(out, placed.outputs[0], mesh) * out.dtype.itemsize
         grad = out.requires_grad
     found = [
-        Message("all_to_all", float(INDEX_BYTES * mesh[axis].size)),
+        Message("all_to_all", float(INDEX_BYTES * mesh[axis].size), power=0.0),
         Message("all_to_all", float(INDEX_BYTES * positions)),
         Message("all_to_all", float(moved)),
     ]
@@ -74,9 +78,9 @@ def _between_experts(node: Node, placed: Placed, mesh: Mesh) -> tuple[Message, .
     )
     rows = math.sqrt(here * placed.inputs[0].splits[0].parts(mesh))
     there, back = rows * wide * x.dtype.itemsize, rows * narrow * out.dtype.itemsize
-    found = [Message("all_to_all", there), Message("all_to_all", back)]
+    found = [Message("all_to_all", n, power=0.5) for n in (there, back)]
     if out.requires_grad:
-        found += [Message("all_to_all", n, backward=True) for n in (back, there)]
+        found += [Message("all_to_all", n, True, power=0.5) for n in (back, there)]
     return tuple(found)
 
 
