@@ -133,6 +133,19 @@ class HintPrice:
 
 
 @dataclass(frozen=True)
+class ModelPart:
+    """Ops of the planned model, in order: those of `copies` blocks that do the same.
+
+    `module` names the blocks (`layers.{0..5}`; "": all ops outside of blocks), an op reads
+    `gelu(%)  model.py:31`. For telling how another model differs.
+    """
+
+    module: str
+    copies: int
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that the lowering needs beside the captured graph.
 
@@ -163,6 +176,7 @@ class Plan:
     memory_limit: float | None = None
     timeline: TimelineSummary | None = None
     hinted: tuple[HintPrice, ...] = ()
+    model: tuple[ModelPart, ...] = ()
     version: int = VERSION
 
     @property
@@ -261,6 +275,10 @@ def _build(raw: dict[str, Any]) -> Plan:
     fields["recompute"] = tuple(_recompute(r) for r in raw["recompute"])
     fields["activations"] = tuple(_checked(Activation(**a)) for a in raw["activations"])
     fields["traffic"] = tuple(_checked(Traffic(**t)) for t in raw["traffic"])
+    fields["model"] = tuple(
+        _checked(ModelPart(p["module"], p["copies"], tuple(map(str, p["ops"]))))
+        for p in raw["model"]
+    )
     fields["hinted"] = tuple(_checked(HintPrice(**h)) for h in raw["hinted"])
     fields["micro_batches"] = _positive(raw["micro_batches"])
     if raw["timeline"] is not None:

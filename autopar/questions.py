@@ -20,8 +20,10 @@ from .passes.accounts import FULL, NONE, SELECTIVE
 from .passes.case import Case, make_case
 from .passes.columns import is_getitem
 from .passes.describe import collapse, pattern
-from .passes.hints import op_names
+from .passes.hinted import hints_of_plan
+from .passes.hints import op_names, with_hints
 from .passes.prepare import prepare
+from .passes.same_model import check_model
 from .passes.search import USABLE_MEMORY, search
 from .plan import Plan, load_plan
 from .planning import capture_training
@@ -128,11 +130,10 @@ def ask(
     module, args, kwargs = load_call(target, inputs)
     progress("capturing")
     captured = capture_training(module, args, kwargs, dynamic_sequence=True, fold=True)
-    plan.check(captured.fingerprint)
+    graph = with_hints(prepare(captured.graph), hints_of_plan(plan), strict=False)
+    check_model(plan, graph, captured.fingerprint)
     hints = {s: plan.hints.get(s.name, size) for s, size in captured.symbols.items()}
-    return Question(
-        plan, prepare(captured.graph), hints, captured.guards, where, kind, limit, captured.notes
-    )
+    return Question(plan, graph, hints, captured.guards, where, kind, limit, captured.notes)
 
 
 def _cluster_of(plan: Plan, cluster: str | None) -> Cluster:

@@ -33,6 +33,7 @@ from .problem import Problem, options_of, problem_of
 from .programme import Assignment, edges_of, is_getitem, solve
 from .propose import Frames, Proposal, Request, propose
 from .rules_of import unsharded_ops
+from .same_model import parts_of
 from .settle import Settled, settle
 
 __all__ = ["MODES", "Frames", "Problem", "choose_for", "predict", "search"]
@@ -242,6 +243,7 @@ def _finish(
         micro_batches=best.variant.micro_batches,
         memory_limit=limit,
         timeline=summarise(best.timeline),
+        model=parts_of(problem.symbolic or graph),
     )
 
 

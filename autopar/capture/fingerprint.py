@@ -67,7 +67,7 @@ def _lines(graph: Graph) -> list[str]:
             if "tensor" in node.meta:
                 call += f" {node.meta['tensor'].detach().cpu().flatten().tolist()[:4096]}"
         else:
-            args = map_aggregate(_without_sizes(node), argument)
+            args = map_aggregate(without_sizes(node), argument)
             kwargs = map_aggregate(node.kwargs, argument)
             call = f"{_target(node.target)} {args} {kwargs} {node.meta['region']}"
         sized = node.op == "placeholder" and node.meta["role"] != "input"
@@ -75,7 +75,7 @@ def _lines(graph: Graph) -> list[str]:
     return lines
 
 
-def _without_sizes(node: torch.fx.Node) -> tuple[Any, ...]:
+def without_sizes(node: torch.fx.Node) -> tuple[Any, ...]:
     """An op's positional arguments, sizes (those that the schema lets be symbolic) left out."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
