@@ -149,10 +149,37 @@ class Frame:
             cost[node][~found.legal] = ILLEGAL_S
             least_s += cost[node].min(axis=0)
             least_bytes += np.where(found.legal, memory[node], np.inf).min(axis=0)
+        least_bytes += self._least_saved(priced.pricer, variant.mode)
         overlap = overlap_of(grid.cluster)
         return Table(
             grid.meshes, priced.pricer, variant, overlap, cost, memory, least_s, least_bytes
         )
+
+    @cached_property
+    def saved_values(self) -> list[tuple[Flow, int, frozenset[tuple[str, ...]]]]:
+        """Activations that are kept: (as a flow, how often, axes that may split what is kept)."""
+        found = []
+        for pattern, times in self.patterns.items():
+            saving = [e for e in pattern if self.saves(e.consumer, e.slot)]
+            if not saving or saving[0].producer.op == "placeholder":
+                continue
+            wants = {o.wants[e.slot] for e in saving for o in self.options[e.consumer]}
+            axes = frozenset(tuple(sorted(a for s in w.splits for a in s.axes)) for w in wants)
+            first, any_want = saving[0], next(iter(wants))
+            # Not what is wanted as it is given: that may be kept with its producer already.
+            flow = Flow(first.producer, first.port, any_want, any_want, False, tuple(pattern), True)
+            found.append((flow, times, axes))
+        return found
+
+    def _least_saved(self, pricer: GridPricer, mode: str) -> Array:
+        """Bytes of saved inputs if each is split as much as any reader allows."""
+        total = np.zeros(len(pricer.grid))
+        for flow, times, axes in self.saved_values:
+            copies = self._copies(flow, times, mode)
+            if copies:
+                most = np.max([pricer.grid.product(a) for a in axes], axis=0)
+                total += copies * pricer.whole_bytes(flow.producer, flow.port) / most
+        return total
 
     def programme(self, table: Table, within_s: float) -> tuple[Columns, Prices] | None:
         """Columns of what a step below `within_s` seconds can contain on some mesh of the table.
