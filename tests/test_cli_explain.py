@@ -58,7 +58,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     (folder / "net.py").write_text(MODEL)
     path = list(sys.path)
     target, plan = f"{folder / 'net.py'}:make", folder / "plan.json"
-    plan_target(target, "cpu:4", None, [], "auto", None, "adamw", plan)
+    plan_target(target, "cpu:4", None, [], "zero", None, "adamw", plan)
     yield str(plan), target
     sys.path[:] = path
     sys.modules.pop("net", None)

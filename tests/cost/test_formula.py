@@ -78,8 +78,10 @@ def test_a_formula_reads_well() -> None:
     assert text.splitlines() == [
         "x0 = b/n_dp",
         "x1 = 16777216*x0/narrow(min(64*x0, 256))",
-        "x2 = 196608*x0 + 524288",
-        "op_overhead_s + max(x1/rate_matmul_float32(x1), x2/bandwidth_matmul(x2))",
+        "x2 = x1/rate_matmul_float32(x1)",
+        "x3 = 196608*x0 + 524288",
+        "x4 = x3/bandwidth_matmul(x3)",
+        "op_overhead_s + serial_traffic*min(x2, x4) + max(x2, x4)",
     ]
     uneven = formula_text(split_size(B, ("dp",)), {B: 62, axis_size("dp"): 4})
     assert uneven == "ceil(b/n_dp)"
