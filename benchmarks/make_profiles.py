@@ -52,9 +52,9 @@ class Efficiency:
     link: float = 1.0
 
 
-AMPERE = Efficiency(product=0.79, fp8=0.79, attention=0.93, memory=1.0)
-HOPPER = Efficiency(product=1.0, fp8=1.0, attention=0.88, memory=0.42)
-HOPPER_500W = Efficiency(product=1.0, fp8=1.0, attention=0.54, memory=0.42)
+AMPERE = Efficiency(product=0.83, fp8=0.83, attention=0.93, memory=1.0)
+HOPPER = Efficiency(product=1.04, fp8=0.98, attention=0.88, memory=0.42)
+HOPPER_500W = Efficiency(product=1.04, fp8=0.98, attention=0.54, memory=0.42)
 VOLTA = Efficiency(product=0.62, fp8=0.62, attention=0.62, memory=0.75)
 # The runs on AWS p3.16xlarge show a quarter of what NCCL reaches in groups of 8 elsewhere.
 VOLTA_P3 = replace(VOLTA, link=0.25)

@@ -5,6 +5,7 @@ Options of pricing, each a fact of the row or of its software (`published.softwa
 - `precision`: with fp8 the products with block weights run at the device's fp8 rate, after casts;
 - `attention`: the kernel, relative to FlashAttention 2, whose rate the profiles hold;
 - `fuses`: a chain of pointwise ops reads and writes only what enters and leaves it;
+- tiles: a product takes whole waves of tiles;
 - states in mixed precision: 16-bit or fp32 parameters, gradients, fp32 moments, ZeRO shards.
 """
 
@@ -41,6 +42,27 @@ FUSABLE = ("pointwise", "transcendental", "dropout", "copy", "norm", "create")
 # flash1: FlashAttention-2 is about 2x as fast (Dao, arXiv:2307.08691, section 4.1: 1.7-3.0x).
 # cudnn: on Hopper cuDNN 9 reaches about 1.5-1.75x (Shah et al., arXiv:2407.08608, figures 5, 6).
 ATTENTION_SPEED: Mapping[str, float] = {"plain": 1.0, "flash1": 0.6, "flash2": 1.0, "cudnn": 1.6}
+
+# Streaming multiprocessors: NVIDIA's data sheets and architecture white papers.
+UNITS: Mapping[str, int] = {"V100": 80, "A100": 108, "H100": 132, "H200": 132, "B200": 148}
+# Tiles of a product's result, and the rate that they reach relative to the largest.
+TILES = ((256, 128, 1.0), (128, 128, 0.94), (128, 64, 0.8))
+
+
+def filled(batch: int, m: int, n: int, units: int) -> float:
+    """Share of the rate that is left after tile and wave quantisation, with the best tile.
+
+    NVIDIA, Matrix Multiplication Background User's Guide, sections on tile and wave quantization:
+    tiles are computed whole, a wave of `units` tiles at a time.
+    """
+    best = 0.0
+    for rows, columns, rate in TILES:
+        down, across = -(-m // rows), -(-n // columns)
+        tiles = batch * down * across
+        waves = -(-tiles // units)
+        work = batch * m * n / (rows * columns)
+        best = max(best, rate * work / (waves * units))
+    return best
 
 
 @dataclass(frozen=True)
@@ -87,8 +109,10 @@ class PublishedPricer(Pricer):
             return self._fp8(node, placed)
         forward, backward = super().compute_times_s(node, placed)
         if family == "matmul":
-            slow = self._misaligned(self._op(node, placed))
-            return forward * slow, backward * slow
+            op = self._op(node, placed)
+            slow = self._misaligned(op)
+            first, second = self._waves(op)
+            return forward * slow / first, backward * slow / second
         if self.pricing.fuses and family in FUSABLE:
             share = self._fused_share(node)
             return forward * share, backward * share
@@ -117,6 +141,15 @@ class PublishedPricer(Pricer):
         table = self.device.rates["matmul"]
         return float(self.device.rate_curve("bfloat16")(flops) / table["float32"](flops))
 
+    def _waves(self, op: LocalOp) -> tuple[float, float]:
+        """Share of the device that a product fills with tiles: (forward, backward)."""
+        units = next((n for name, n in UNITS.items() if self.device.name.startswith(name)), 0)
+        if not units:
+            return 1.0, 1.0
+        batch, m, n, k = (int(size) for size in matmul_dims(op))
+        both = filled(batch, m, k, units), filled(batch, k, n, units)
+        return filled(batch, m, n, units), 2 / (1 / both[0] + 1 / both[1])
+
     def _attention(self, node: Node, placed: Placed) -> tuple[float, float]:
         """Fused attention under a causal mask that is shared out evenly: half of the work."""
         op = self._op(node, placed)
@@ -135,6 +168,7 @@ class PublishedPricer(Pricer):
         the operand writes it. Weights are cast once per step.
         """
         op = self._op(node, placed)
+        first, second = self._waves(op)
         # Row-wise scales rule out fast accumulation: no faster than 16 bits.
         device = self.device if self.pricing.precision.endswith("rowwise") else self.fast
         bandwidth = self.device.bandwidth_curve("copy")
@@ -143,10 +177,11 @@ class PublishedPricer(Pricer):
             nbytes = (2.0 if self.pricing.fuses else 6.0) * elements
             return nbytes / float(bandwidth(nbytes))
 
-        forward = float(forward_time(device, op)) + cast(float(op.inputs[0].numel))
+        forward = float(forward_time(device, op)) / first + cast(float(op.inputs[0].numel))
         backward = 0.0
         if any(v.requires_grad for v in values_of(node)):
-            backward = float(backward_time(device, op)) + cast(float(op.outputs[0].numel))
+            backward = float(backward_time(device, op)) / second
+            backward += cast(float(op.outputs[0].numel))
         return forward, backward
 
     def _fused_share(self, node: Node) -> float:
