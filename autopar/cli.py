@@ -71,14 +71,71 @@ def plan(
         str | None, typer.Option(help="Limit per device, such as 80GiB; default the device's.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    micro_batches: Annotated[
+        str | None,
+        typer.Option(help="What to try: 1,2,4; default powers of two that divide the batch."),
+    ] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="What to try, of none,selective,full; default all.")
+    ] = None,
+    hints: Annotated[
+        Path | None, typer.Option(help="A JSON file of hints, see docs/hints_and_editing.md.")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option("--json", "--save", help="Write the plan to this file.")
+        Path | None,
+        typer.Option("--json", "--save", help="Write the plan to this file; - prints it."),
     ] = None,
 ) -> None:
     """Plan a model without running it: no GPU, no processes, no memory for the parameters."""
     from autopar.cli_plan import plan_target
 
-    plan_target(target, cluster, batch, inputs or [], strategy, memory, optimizer, json)
+    plan_target(
+        target,
+        cluster,
+        batch,
+        inputs or [],
+        strategy,
+        memory,
+        optimizer,
+        json,
+        micro_batches,
+        recompute,
+        hints,
+    )
+
+
+@app.command()
+def check(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, edited by hand.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    cluster: Annotated[
+        str | None, typer.Option(help="Price it on this cluster; default the plan's.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="For another global batch size.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="What the update is priced as.")] = "adamw",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the plan with its new prices.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the answer to this file; - prints it.")
+    ] = None,
+) -> None:
+    """Check an edited plan against its model, and price what it does now."""
+    from autopar.cli_check import check_file
+
+    check_file(
+        plan,
+        target,
+        cluster=cluster,
+        batch=batch,
+        inputs=inputs or [],
+        optimizer=optimizer,
+        out=out,
+        answer=json,
+    )
 
 
 @app.command()

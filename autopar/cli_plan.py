@@ -15,13 +15,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .api import optimizer_name, parse_bytes, undecorated
+from .cli_report import check_writable
 from .cost.cluster import parse_cluster
 from .errors import UserError
+from .hints import load_hints
 from .passes.families import FAMILIES
+from .passes.search import MODES
 from .planning import make_plan
 from .report import make_console, print_plan
 
@@ -40,6 +44,9 @@ def plan_target(
     memory: str | None,
     optimizer: str,
     out: Path | None,
+    micro_batches: str | None = None,
+    recompute: str | None = None,
+    hints: Path | None = None,
 ) -> None:
     """Plan `FILE.py:NAME`, print the tables and write the plan; raises UserError for bad input."""
     where = parse_cluster(cluster)
@@ -51,8 +58,17 @@ def plan_target(
     kind = optimizer_name(optimizer)
     if batch is not None and batch < 1:
         raise UserError(f"the batch size {batch} is not positive", fix="use --batch 1 or more")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: its folder does not exist", fix="make the folder")
+    counts = parse_counts(micro_batches) if micro_batches is not None else None
+    modes = parse_modes(recompute) if recompute is not None else None
+    if strategy != "auto" and (counts not in (None, [1]) or modes not in (None, ["none"])):
+        raise UserError(
+            f"--micro-batches and --recompute are for the strategy 'auto', not {strategy!r}",
+            fix="leave them out, or use --strategy auto",
+        )
+    given = load_hints(hints) if hints is not None else []
+    only_json = str(out) == "-"
+    if out is not None and not only_json:
+        check_writable(out, *([hints] if hints is not None else []))
     console = make_console()
     with make_console(stderr=True).status(f"loading {target}") as status:
         module, args, kwargs = load_call(target, inputs)
@@ -66,13 +82,41 @@ def plan_target(
             strategy=strategy,
             memory_limit=limit,
             optimizer=kind,
+            micro_batches=counts,
+            recompute=modes,
+            hints=given,
             progress=lambda text: status.update(f"planning: {text}"),
         )
+    if only_json:
+        sys.stdout.write(plan.to_json() + "\n")
+        return
     if out is not None:
         plan.save(out)
     print_plan(plan, console)
     if out is not None:
-        console.print(f"wrote {out}")
+        console.print(Text(f"wrote {out}"))
+
+
+def parse_counts(text: str) -> list[int]:
+    """`1,2,4`; raises UserError for anything but positive numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"cannot read the numbers of micro-batches {text!r}",
+            fix="write positive numbers: --micro-batches 1,2,4",
+        )
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def parse_modes(text: str) -> list[str]:
+    """`none,selective,full`; raises UserError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    unknown = [part for part in parts if part not in MODES]
+    if unknown:
+        raise UserError(
+            f"unknown recomputation {unknown[0]!r}", fix=f"use some of {','.join(MODES)}"
+        )
+    return list(dict.fromkeys(parts))
 
 
 def load_call(target: str, inputs: Sequence[str]) -> Call:

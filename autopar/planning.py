@@ -12,9 +12,14 @@ from .api import undecorated
 from .capture import Capture, capture
 from .cost.cluster import Cluster
 from .errors import UserError
+from .hints import hints_of
+from .ir.hint import Hint
+from .passes.hinted import search_hinted
 from .passes.prepare import prepare
-from .passes.search import search
+from .passes.search import MODES
 from .plan import Plan
+
+MOST_MICRO_BATCHES = 64  # of a step, unless others are asked for
 
 
 def make_plan(
@@ -26,27 +31,62 @@ def make_plan(
     strategy: str = "auto",
     memory_limit: float | None = None,
     optimizer: str = "adamw",
+    micro_batches: Sequence[int] | None = None,
+    recompute: Sequence[str] | None = None,
+    hints: Sequence[Hint] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """The best plan for training `module(*args, **kwargs)` on a cluster.
 
     Parameters and arguments may be on `meta`. A decorated module is planned as its original, which
-    it is from then on. `memory_limit` is bytes per device, `optimizer` a name. Raises UserError
-    where the module cannot be captured, the strategy does not apply, or nothing fits.
+    it is from then on. `memory_limit` is bytes per device, `optimizer` a name. `micro_batches`
+    (default: the powers of two up to 64 that divide the batch) and `recompute` (of `MODES`; default
+    all) are what may be tried; `hints` come on top of those in the code. Raises UserError where the
+    module cannot be captured, the strategy does not apply, a hint cannot be kept, or nothing fits.
     """
     progress("capturing")
-    captured = capture_training(module, args, kwargs)
+    hints = [*hints_of(module), *hints]
+    captured = capture_training(module, args, kwargs, fold=True)
+    batch = next((size for symbol, size in captured.symbols.items() if symbol.name == "b"), None)
+    counts = micro_batch_counts(batch, micro_batches)
     progress("searching")
-    return search(
+    return search_hinted(
         prepare(captured.graph),
         captured.fingerprint,
         captured.symbols,
         cluster,
+        hints,
+        micro_batches=counts,
+        recompute=MODES if recompute is None else tuple(recompute),
         strategy=strategy,
         memory_limit=memory_limit,
         optimizer=optimizer,
         progress=progress,
     )
+
+
+def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) -> tuple[int, ...]:
+    """How many micro-batches a step may have; `batch` is None where forward fixes its size.
+
+    Raises UserError where one that is asked for is not positive or does not divide the batch.
+    """
+    if asked is None:
+        powers = (2**i for i in range(MOST_MICRO_BATCHES.bit_length()))
+        return tuple(k for k in powers if k == 1 or (batch is not None and batch % k == 0))
+    for k in asked:
+        if k < 1:
+            raise UserError(f"the number of micro-batches {k} is not positive")
+        if k > 1 and batch is None:
+            raise UserError(
+                f"a step of {k} micro-batches needs a batch of any size, and forward fixes it",
+                fix="leave --micro-batches out",
+            )
+        if batch is not None and batch % k:
+            raise UserError(
+                f"{k} micro-batches do not divide the batch of {batch}",
+                fix="choose numbers that divide the batch",
+            )
+    return tuple(dict.fromkeys(asked))
 
 
 def capture_training(

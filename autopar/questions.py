@@ -125,7 +125,7 @@ def ask(
     plan = load_plan(plan_file)
     limit = parse_bytes(memory) if memory is not None else None
     kind = optimizer_name(optimizer)
-    where = _cluster_of(plan, cluster)
+    where = cluster_of(plan, cluster)
     progress(f"loading {target}")
     module, args, kwargs = load_call(target, inputs)
     progress("capturing")
@@ -136,7 +136,8 @@ def ask(
     return Question(plan, graph, hints, captured.guards, where, kind, limit, captured.notes)
 
 
-def _cluster_of(plan: Plan, cluster: str | None) -> Cluster:
+def cluster_of(plan: Plan, cluster: str | None) -> Cluster:
+    """The cluster that is named, else the plan's own; raises UserError if it is too small."""
     try:
         found = parse_cluster(cluster if cluster is not None else plan.cluster)
     except UserError:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .cost.families import FAMILY, op_family
 from .passes.describe import collapse, pattern
+from .passes.hinted import price_text
 from .plan import Activation, Plan, Storage
 from .units import bytes_text, seconds_text
 
@@ -34,6 +35,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         if table is not None:
             console.print()
             console.print(table)
+    for price in plan.hinted:
+        console.print(Text(price_text(plan, price)))
     if plan.notes:
         console.print()
         for note in plan.notes:

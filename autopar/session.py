@@ -18,14 +18,19 @@ from torch.utils._pytree import tree_flatten
 from .capture import Capture, CaptureMismatchError, capture
 from .cost.cluster import Cluster
 from .errors import ShardingWarning, UserError
+from .hints import hints_of
 from .ir.rule import Choice
 from .ir.sharding import Sharding
 from .ir.text import parse_sharding
+from .passes.edits import illegal_edits, missing_sizes, reprice
+from .passes.hinted import hints_of_plan, search_hinted
+from .passes.hints import with_hints
 from .passes.mark_recompute import matching_recompute
 from .passes.pipeline import Stage, lowering, run_passes
 from .passes.prepare import prepare
 from .passes.rules_of import rules_of
-from .passes.search import choose_for, search
+from .passes.same_model import check_model
+from .passes.search import MODES, choose_for
 from .passes.specialise import specialise
 from .plan import Plan, Recompute, plan_from_json
 from .runtime import agree, world
@@ -43,6 +48,7 @@ from .runtime.state import (
     take_rank_zeros,
 )
 from .runtime.step_clock import StepClock
+from .units import bytes_text
 
 
 @dataclass
@@ -55,6 +61,16 @@ class Options:
     memory_limit: float | None = None
     optimizer: str = "adamw"
     backend: str | None = None
+
+
+def check_runnable(plan: Plan) -> None:
+    """Raise UserError for a plan that is for predictions only."""
+    if plan.micro_batches > 1:
+        raise UserError(
+            f"the plan has {plan.micro_batches} micro-batches per step, and a run has one",
+            fix="make it with `autopar plan --micro-batches 1`, or set micro_batches to 1 in the "
+            "file and look at `autopar check`",
+        )
 
 
 @dataclass
@@ -98,6 +114,10 @@ class Session:
         place_optimizer_states()  # before the states are taken apart into local tensors
         steps = LocalSteps()
         weakref.finalize(self, steps.close)
+        self._hints = hints_of(module)  # before the parameters that have them are replaced
+        if self.plan is not None:
+            check_runnable(self.plan)
+            self._hints += hints_of_plan(self.plan)
         self._replaced = replicate_parameters(module, self._live)
 
     def copied(self, module: nn.Module) -> Session:
@@ -212,7 +232,7 @@ class Session:
             twin.train(training)
         with torch.set_grad_enabled(grad):
             made = capture(twin, args, dict(kwargs))
-        return replace(made, graph=prepare(made.graph))
+        return replace(made, graph=with_hints(prepare(made.graph), self._hints, strict=False))
 
     def _twin(self) -> nn.Module:
         memo: dict[int, Any] = {id(self.module.__dict__["autopar"]): None}
@@ -239,9 +259,9 @@ class Session:
             trained.fingerprint,
             "run the same script with the same model on every rank",
         )
-        if self.plan is None:
-            self.plan = plan_from_json(self._on_rank_zero(lambda: self._search(trained).to_json()))
-        self.plan.check(trained.fingerprint, self.world_size)
+        given = self.plan
+        make = self._search if given is None else lambda made: self._fitted(given, made)
+        self.plan = plan_from_json(self._on_rank_zero(lambda: make(trained).to_json()))
         if self.rank == 0:
             for note in self.plan.notes:
                 warnings.warn(note, ShardingWarning, stacklevel=2)
@@ -274,15 +294,38 @@ class Session:
     def _search(self, captured: Capture) -> Plan:
         options = self.options
         assert options.cluster is not None
-        return search(
+        given = [h for h in hints_of(self.module) if h not in self._hints]
+        return search_hinted(
             captured.graph,
             captured.fingerprint,
             captured.symbols,
             options.cluster,
+            [*self._hints, *given],
+            each=False,
             strategy=options.strategy,
             memory_limit=options.memory_limit,
             optimizer=options.optimizer,
+            recompute=MODES,
         )
+
+    def _fitted(self, plan: Plan, captured: Capture) -> Plan:
+        """A plan that the user gave, checked against the model and priced for this batch."""
+        graph, cluster = captured.graph, self.options.cluster
+        assert cluster is not None
+        check_model(plan, graph, captured.fingerprint, self.world_size)
+        arguments = (graph, captured.symbols, cluster, self.options.optimizer)
+        if missing_sizes(plan, captured.symbols) and illegal_edits(plan, *arguments):
+            # A batch of one row, say, is captured with its size: its ops have other factors.
+            chosen = choose_for(graph, captured.symbols, cluster, plan, self.options.optimizer)
+            plan = replace(plan, choices=chosen, recompute=())
+        fitted = reprice(plan, *arguments)
+        limit, needs = fitted.memory_limit, fitted.predicted.memory_bytes
+        if limit is not None and needs > limit >= plan.predicted.memory_bytes:
+            more = f"{bytes_text(needs)} per device, its limit is {bytes_text(limit)}"
+            fitted = replace(
+                fitted, notes=(*plan.notes, f"for this batch the plan is predicted to need {more}")
+            )
+        return fitted
 
     def _choices_for(self, captured: Capture) -> Mapping[str, Mapping[str, Choice]]:
         """Choices of a capture's ops: the plan's own, or new ones with the plan's storage."""

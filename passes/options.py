@@ -136,7 +136,7 @@ def param_options(
                     found.setdefault(extended)
     options = []
     for sharding in found:
-        if not _storable(sharding, shape, mesh):
+        if not storable(sharding, shape, mesh):
             continue
         time_s = pricer.optimizer_time_s(value, sharding)
         memory = pricer.stored_bytes(value, sharding)
@@ -147,7 +147,7 @@ def param_options(
     return options
 
 
-def _storable(sharding: Sharding, shape: tuple[int, ...], mesh: Mesh) -> bool:
+def storable(sharding: Sharding, shape: tuple[int, ...], mesh: Mesh) -> bool:
     """Whether DTensor's placements can say it: contiguous pieces, or an even strided shard."""
     return all(
         split.block == 1

@@ -11,7 +11,8 @@ import torch.fx
 
 from autopar.cost.cluster import Cluster, make_mesh
 from autopar.cost.sent import sent_bytes
-from autopar.cost.timeline import summarise
+from autopar.cost.step import Step
+from autopar.cost.timeline import Timeline, summarise
 from autopar.errors import PassError, UserError
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
@@ -232,7 +233,7 @@ def _finish(
         strategy=strategy,
         choices=choices,
         params=params,
-        predicted=predicted(best),
+        predicted=predicted(best.step, best.timeline),
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
         notes=tuple(unsharded_ops(graph, best.problem.rules, pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
@@ -247,9 +248,8 @@ def _finish(
     )
 
 
-def predicted(settled: Settled) -> Prediction:
-    """The prediction of a settled candidate: its simulated step, with its traffic."""
-    timeline, step = settled.timeline, settled.step
+def predicted(step: Step, timeline: Timeline) -> Prediction:
+    """The prediction of a simulated step, with its traffic."""
     parts = {name: int(n) for name, n in step.state_bytes.items()}
     rest = int(timeline.peak_bytes) - sum(parts.values())
     if rest < 0:  # the peak comes before all gradients are there
