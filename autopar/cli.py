@@ -159,11 +159,21 @@ def calibrate(
     quick: Annotated[
         bool, typer.Option("--quick", help="Half a minute in place of three.")
     ] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU.")] = "cpu",
+    links: Annotated[
+        str | None,
+        typer.Option(help="For cuda: shipped profile of the links; default the GPU's model."),
+    ] = None,
 ) -> None:
     """Measure this machine and write its profile, for AUTOPAR_CLUSTER, --cluster and cluster=."""
-    from autopar.runtime.calibrate import calibrate as measure
+    if device == "cuda":
+        from autopar.runtime.calibrate_cuda import calibrate_cuda
 
-    measure(nproc, out=out, quick=quick)
+        calibrate_cuda(out, quick, links)
+    else:
+        from autopar.runtime.calibrate import calibrate as measure
+
+        measure(nproc, device, out=out, quick=quick)
     print(f"wrote {out}; set AUTOPAR_CLUSTER={out} to plan with it, or name it as --cluster")
 
 
@@ -390,6 +400,53 @@ def simulate(
         inputs=tuple(inputs or ()),
         optimizer=optimizer,
         trace=trace,
+        out=json,
+    )
+
+
+@app.command("measure-rank")
+def measure_rank(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Which rank; default the one with the largest shards.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default cuda where there is one.")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile", "--cluster", help="Whose device is predicted; default the plan's cluster."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads on a CPU; default 1 for plans of several ranks.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Which optimizer runs and is priced.")] = "adamw",
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; - prints them.")
+    ] = None,
+) -> None:
+    """Run one rank of a plan alone, collectives skipped: its compute, predicted and measured."""
+    from autopar.cli_measure import measure_rank as measure
+
+    measure(
+        plan,
+        target,
+        rank=rank,
+        steps=steps,
+        warmup=warmup,
+        device=device,
+        cluster=profile,
+        threads=threads,
+        inputs=tuple(inputs or ()),
+        optimizer=optimizer,
         out=json,
     )
 
