@@ -29,6 +29,7 @@ Roles = tuple[tuple[str, str], ...]
 
 LARGEST_INNER = 64  # members of an axis that communicates activations, at most
 MANY = 16  # devices from which a restricted search comes before the full one
+PROBED = 4  # meshes of a field that tell how far its bounds are from the truth
 WORTH = 1e-3  # a candidate that is closer than this to the best is not looked for
 NEAR = 1.05  # candidates this close to the best are solved until there are enough of them
 
@@ -67,7 +68,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate with its bound; `relaxed` where its relaxation was solved."""
+    """A candidate with its bound; `relaxed` where its relaxation was solved.
+
+    `left`: it fits in memory and its bound is below the best, but it was not solved.
+    """
 
     frame: Frame
     mesh: Mesh
@@ -77,6 +81,7 @@ class Proposal:
     at: int = 0
     relaxed: Relaxed | None = None
     least_bytes: float = 0.0
+    left: bool = False
 
 
 @dataclass
@@ -92,6 +97,17 @@ class _Field:
     lean_known: np.ndarray[tuple[int], np.dtype[np.bool_]]
     relaxation: Relaxation | None = None
     built_for_s: float = math.inf
+    missed: dict[int, float] = field(default_factory=dict)
+
+    def guess(self, at: int) -> float:
+        """A mesh's bound, times by how much solved meshes with its innermost axis missed theirs.
+
+        Before any of those is solved, by how much the best of `PROBED` others did. Meshes that are
+        left at their bound for that reason count in the gap that is reported.
+        """
+        inner = self.table.meshes[at].axes[-1].size
+        others = min(self.missed.values()) if len(self.missed) >= PROBED else 1.0
+        return float(self.bound_s[at]) * self.missed.get(inner, others)
 
 
 def propose(
@@ -123,6 +139,7 @@ class _Outer:
         # programmes: last, with the best bound.
         for roles in (one, *others[1:], *others[:1]):
             for mode in (m for m in (NONE, SELECTIVE, FULL) if m in self.request.modes):
+                shortest = math.inf
                 for k in self._micro_batches():
                     variant = Variant(k, mode)
                     if not self._is_short(variant):
@@ -130,6 +147,11 @@ class _Outer:
                     if self._cover(roles, variant) > self.best_s:
                         break  # smaller micro-batches only take longer
                     self._explore()
+                    found = self._best_of(roles, variant)
+                    if found > shortest:
+                        break  # more of them only gather parameters more often
+                    if found > 0:
+                        shortest = found
         solved = {(str(p.mesh), p.variant) for p in self.solved}
         rest = [
             Proposal(
@@ -138,6 +160,7 @@ class _Outer:
                 f.variant,
                 float(f.bound_s[i]),
                 least_bytes=float(f.least_bytes[i]),
+                left=bool(f.open[i]),
             )
             for f in self.fields
             for i, mesh in enumerate(f.table.meshes)
@@ -149,6 +172,16 @@ class _Outer:
     def _micro_batches(self) -> list[int]:
         batch = next((n for s, n in self.request.symbols.items() if str(s) == "b"), 1)
         return [k for k in sorted(self.request.micro_batches) if batch % k == 0]
+
+    def _best_of(self, roles: Roles, variant: Variant) -> float:
+        """Seconds of the best solved mesh of some roles and a variant; -inf if none was."""
+        names = tuple(name for name, _ in roles)
+        solved = [
+            p.relaxed.time_s
+            for p in self.solved
+            if p.relaxed and p.variant == variant and p.mesh.names == names
+        ]
+        return min(solved, default=-math.inf)
 
     def _is_short(self, variant: Variant) -> bool:
         """Whether memory binds without what the variant gives up: else it can gain nothing."""
@@ -193,21 +226,18 @@ class _Outer:
         return float(table.least_s.min())
 
     def _explore(self) -> None:
-        """Solve relaxations, the least bound first, until none is below the best."""
+        """Solve relaxations, the most promising first, until none looks better than the best."""
         while True:
             found = [
-                (float(f.bound_s[i]), f, int(i))
-                for f in self.fields
-                for i in np.flatnonzero(f.open)
+                (field_.guess(int(i)), field_, int(i))
+                for field_ in self.fields
+                for i in np.flatnonzero(field_.open)
             ]
             if not found:
                 return
-            bound, field_, at = min(found, key=lambda entry: entry[0])
-            solved = sorted(p.relaxed.time_s for p in self.solved if p.relaxed)
-            enough = 0.0 if len(solved) >= self.keep else math.inf
-            if bound >= self.best_s * (1 - WORTH) and (
-                bound >= self.best_s * NEAR or bound >= enough
-            ):
+            guess, field_, at = min(found, key=lambda entry: entry[0])
+            enough = len([p for p in self.solved if p.relaxed]) >= self.keep
+            if guess >= self.best_s * (1 - WORTH) and (enough or guess >= self.best_s * NEAR):
                 return
             self._solve(field_, at)
 
@@ -231,6 +261,8 @@ class _Outer:
             self._has_room(field_, at)
             return
         self.progress(f"{mesh}{_label(variant)}: {relaxed.time_s * 1e3:.4g} ms")
+        inner, missed = mesh.axes[-1].size, relaxed.time_s / float(field_.bound_s[at])
+        field_.missed[inner] = min(missed, field_.missed.get(inner, math.inf))
         bounds = field_.relaxation.bounds(relaxed.weights)
         field_.bound_s[:] = np.maximum(field_.bound_s, bounds)
         self.solved.append(

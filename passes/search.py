@@ -237,7 +237,7 @@ def _finish(
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
         notes=tuple(unsharded_ops(graph, best.problem.rules, pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
-        gap=best.assignment.gap,
+        gap=_gap(best, proposals),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
         traffic=describe_traffic(graph, option, pricer, rename),
         recompute=best.recompute,
@@ -321,6 +321,13 @@ def _alternatives(
     if problem.cluster.size > 1:
         found.append(_one_process(problem, best_s))
     return found
+
+
+def _gap(best: Settled, proposals: Sequence[Proposal]) -> float:
+    """How much less than the best relaxation a candidate that was not solved could take."""
+    least = min((p.relaxed.time_s for p in proposals if p.relaxed), default=0.0)
+    left = min((p.bound_s for p in proposals if p.left), default=least)
+    return max(best.assignment.gap, 1 - left / least if least > 0 else 0.0)
 
 
 def _why(one: Settled, best: Settled) -> str:
