@@ -207,7 +207,8 @@ def _cross_entropy(
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     a = arguments(node)
     sharding = _sharding(a["self"])
-    classes = 1 if sharding.rank > 1 else 0
+    last = node.target is not aten.cross_entropy_loss.default
+    classes = sharding.rank - 1 if last else min(1, sharding.rank - 1)
     split = sharding.splits[classes]
     tokens = tuple(
         axis
@@ -232,6 +233,7 @@ def _cross_entropy(
             size,
             GroupRef(split.axes) if split else None,
             GroupRef(tokens) if tokens and reduction == "mean" else None,
+            *((True,) if last else ()),
         ),
         {},
     )
@@ -257,13 +259,14 @@ def _batch_norm(
 
 
 def _special() -> dict[Any, Any]:
-    from autopar import ops  # registers torch.ops.autopar
+    from autopar import ops, token_ops  # register torch.ops.autopar
 
-    del ops
+    del ops, token_ops
     return {
         aten.embedding.default: _embedding,
         aten.scaled_dot_product_attention.default: _attention,
         aten.cross_entropy_loss.default: _cross_entropy,
+        torch.ops.autopar.cross_entropy.default: _cross_entropy,
         torch.ops.autopar.batch_norm.default: _batch_norm,
         aten.cumsum.default: prefix_sum,
         **ROUTED,

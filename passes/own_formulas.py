@@ -39,7 +39,7 @@ def _reduced(op: LocalOp, rule: ShardingRule, factor: str) -> tuple[Any, Any]:
         split = next((d for d, dim in enumerate(rule.outputs[0]) if factor in dim), 0)
         totals = op.outputs[0].dtype.itemsize * _without(op.outputs[0], split)
         return totals, totals * any(op.grads)
-    classes = 1 if len(op.inputs[0].shape) > 1 else 0
+    classes = next(d for d, dim in enumerate(rule.inputs[0]) if factor in dim)
     tokens = _without(op.inputs[0], classes)
     return tokens * 4, 2 * tokens * 4
 

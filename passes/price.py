@@ -44,10 +44,8 @@ from .bucket_collectives import BUCKET_BYTES
 from .route_costs import route_messages
 
 Node = torch.fx.Node
+aten = torch.ops.aten
 
-
-# Ops that reduce statistics over the axes that split them.
-REDUCES_INSIDE = ("cross_entropy", "cross_entropy_loss", "batch_norm")
 
 _SHRINKING = (SCATTER_SUM, SLICE_INV, SLICE_VARY)
 
@@ -393,7 +391,9 @@ def message_bytes(
         channels = local(values_of(node)[0], placed.outputs[0])[1]
         return 3 * channels * 4, 2 * channels * 4
     shape = local(value_of(tensor_inputs(node)[0]), placed.inputs[0])
+    last = node.target is not aten.cross_entropy_loss.default
+    classes = len(shape) - 1 if last else min(1, len(shape) - 1)
     tokens: Any = 1
     for dim, size in enumerate(shape):
-        tokens = tokens * (1 if dim == (1 if len(shape) > 1 else 0) else size)
+        tokens = tokens * (1 if dim == classes else size)
     return tokens * 4, 2 * tokens * 4

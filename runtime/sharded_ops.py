@@ -120,17 +120,36 @@ def cross_entropy(
     vocab_size: int | None = None,
     vocab_group: Group | None = None,
     token_group: Group | None = None,
+    classes_last: bool = False,
 ) -> Tensor:
     """`F.cross_entropy` where tokens and classes may be divided among ranks.
 
-    `logits` are (C), (N, C) or (N, C, d1, ...). The classes here are those from `vocab_start` on,
-    of `vocab_size` in all, if `vocab_group` is given. `weight` holds all classes, `target` the
-    local tokens. With a `token_group`, 'mean' and 'sum' give this rank's part of the loss: their
-    sum over the group is the loss, since 'mean' divides by the count (or weight) of the tokens of
-    the whole group. Class probabilities as targets work while the classes are not divided.
+    `logits` are (C), (N, C) or (N, C, d1, ...), or (..., C) if `classes_last`. The classes here
+    are those from `vocab_start` on, of `vocab_size` in all, if `vocab_group` is given. `weight`
+    holds all classes, `target` the local tokens. With a `token_group`, 'mean' and 'sum' give this
+    rank's part of the loss: their sum over the group is the loss, since 'mean' divides by the count
+    (or weight) of the tokens of the whole group. Class probabilities as targets work while the
+    classes are not divided.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"cross_entropy: reduction {reduction!r} is not mean, sum or none")
+    if classes_last and logits.dim() > 2:
+        shape = logits.shape[:-1]
+        logits = logits.flatten(0, -2)
+        target = target.flatten(0, -2) if target.is_floating_point() else target.flatten()
+        losses = cross_entropy(
+            logits,
+            target,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            vocab_start,
+            vocab_size,
+            vocab_group,
+            token_group,
+        )
+        return losses.view(shape) if reduction == "none" else losses
     count = None
     if reduction == "mean":
         count = _token_count(logits, target, weight, ignore_index)

@@ -272,7 +272,8 @@ def _cross_entropy(node: torch.fx.Node, local: Local) -> Call:
     logits = found["self"].value.int_shape()
     shape = local.of(node, "self")
     dense = found["target"].value.dtype.is_floating_point
-    at = min(1, len(logits) - 1)
+    last = op_name(node).startswith("autopar.")
+    at = len(logits) - 1 if last else min(1, len(logits) - 1)
     if shape[at] != logits[at]:
         raise PassError("localise", "vocabulary_is_whole", f"%{node.name} splits its classes")
     if args["reduction"] != losses.MEAN:
@@ -344,6 +345,7 @@ LOCALISE: Mapping[str, Localiser] = MappingProxyType(
         "aten.mean": _mean,
         **{f"aten.{name}": _loss for name in losses.ELEMENTWISE},
         "aten.cross_entropy_loss": _cross_entropy,
+        "autopar.cross_entropy": _cross_entropy,
         "aten.embedding": _embedding,
         "aten._grouped_mm": _grouped_mm,
         "transformers.grouped_mm_fallback": _grouped_mm,

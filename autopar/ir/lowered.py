@@ -157,7 +157,7 @@ CLOSE = LoweredOp("close")
 #   causal_attention(query, key, value, start, scale, enable_gqa)    rows [start, ...) of queries
 #   masked_embedding(weight, ids, start, padding_idx)    rows [start, start + len) here; output P
 #   cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing,
-#                 vocab_start, vocab_size, vocab_group, token_group)
+#                 vocab_start, vocab_size, vocab_group, token_group[, classes_last])
 #   batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, group)
 #   prefix_sum(x, dim, group, dtype)    cumsum of a dim divided among the group in order
 #   grouped_mm(op, x, weight, ends, rows, experts, group)    rows sorted by expert, divided

@@ -82,7 +82,7 @@ def reduction_scale(node: torch.fx.Node) -> str | None:
     name = op_name(node).split(".")[1]
     if name in ("mean", "sum"):
         return name
-    if f"aten.{name}" in losses.RULES:
+    if op_name(node).rpartition(".")[0] in losses.RULES:
         return {losses.MEAN: "mean", losses.SUM: "sum"}.get(arguments(node)["reduction"])
     return None
 

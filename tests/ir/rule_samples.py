@@ -894,6 +894,24 @@ def _(d: Draw) -> Any:
     return call(d.x(n, v, k), d.unit(n, v, k), None, d.ids(3).item())
 
 
+def _token_loss(d: Draw) -> Any:
+    b, s, v = d(3)
+    lead = d.random.choice([(b, s), (b,), (b, s, 2)])
+    if d.ids(2).item():
+        return call(d.x(*lead, v), d.unit(*lead, v), None, d.ids(3).item())
+    weight = d.random.choice([None, d.unit(v)])
+    return call(d.x(*lead, v), d.ids(v, *lead), weight, d.ids(3).item(), ignore_index=1)
+
+
+def _token_addmm(d: Draw) -> Any:
+    b, s, k, n = d(4)
+    return call(d.x(n), d.x(b, s, k), d.x(k, n))
+
+
+SAMPLES += [("autopar.cross_entropy.default", _token_loss)] * 6
+SAMPLES += [("autopar.addmm.default", _token_addmm)] * 3
+
+
 @sample("nll_loss_nd.default")
 def _(d: Draw) -> Any:
     n, v, k = d(3)

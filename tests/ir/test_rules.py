@@ -29,6 +29,7 @@ SEEDS = 3
 BY_RUNTIME = {
     "aten.embedding.default",
     "aten.cross_entropy_loss.default",
+    "autopar.cross_entropy.default",
     "aten.scaled_dot_product_attention.default",
     "aten._grouped_mm.default",
     "transformers.grouped_mm_fallback.default",
@@ -43,6 +44,7 @@ FIRST_ONLY = [
     "aten.nll_loss",
     "aten.nll_loss_nd",
     "aten.cross_entropy_loss",
+    "autopar.cross_entropy",
     "aten.nll_loss2d",
     "aten.soft_margin_loss",
     "aten.hinge_embedding_loss",
@@ -73,6 +75,7 @@ def _one_thread() -> Iterator[None]:
 def resolve(op: str) -> Any:
     if op.startswith("autopar.") and importlib.util.find_spec("autopar.ops"):
         importlib.import_module("autopar.ops")
+        importlib.import_module("autopar.token_ops")
     if op.startswith("transformers."):
         pytest.importorskip("transformers.integrations.moe")
     space, name, overload = op.split(".")
@@ -203,6 +206,11 @@ def test_rules_read_as_in_the_documentation() -> None:
     assert described("aten.split.Tensor", x(2, 12), 4, -1) == "a([c]b)->ab,ab,ab; linear(0)"
     ids = torch.zeros(6, dtype=torch.long)
     assert described("aten.cross_entropy_loss.default", x(6, 9), ids) == "ba,b->.; comm(a)"
+    tokens = ids.view(2, 3)
+    assert described("autopar.cross_entropy.default", x(2, 3, 9), tokens) == "bca,bc->.; comm(a)"
+    assert described("autopar.addmm.default", x(5), x(2, 3, 4), x(4, 5)) == (
+        "d,bca,ad->bcd; linear(1) linear(2) once(0)"
+    )
     assert described("aten.embedding.default", x(9, 4), ids) == "ab,c->cb; route(c>a)"
     q, k = x(2, 4, 5, 6), x(2, 2, 5, 6)
     attend = "aten.scaled_dot_product_attention.default"

@@ -60,6 +60,20 @@ def added(left: str, right: str) -> Handler:
     return handler
 
 
+def token_addmm(node: torch.fx.Node) -> ShardingRule:
+    """`n,bsk,kn->bsn; linear(1) linear(2) once(0)`: `autopar.addmm`, for any rank of tokens."""
+    out = output(node)
+    names = letters()
+    k = next(names)
+    dims = take(names, out.rank)
+    inputs = {
+        "self": broadcast(dims, out.shape, input_value(node, "self").shape),
+        "mat1": [*dims[:-1], k],
+        "mat2": [k, dims[-1]],
+    }
+    return rule(node, inputs, dims, linear=["mat1", "mat2"], once=["self"])
+
+
 def linear(node: torch.fx.Node) -> ShardingRule:
     """`bsk,nk,n->bsn; linear(0) linear(1) once(2)`."""
     out = output(node)
@@ -137,6 +151,7 @@ RULES: dict[str, Handler] = {
     "aten.mv": matmul,
     "aten.linear": linear,
     "aten.addmm": added("mat1", "mat2"),
+    "autopar.addmm": token_addmm,
     "aten.addmv": added("mat", "vec"),
     "aten.baddbmm": added("batch1", "batch2"),
     "aten.einsum": einsum,

@@ -65,6 +65,25 @@ def cross_entropy(node: torch.fx.Node) -> ShardingRule:
     return rule(node, inputs, after, clauses="" if dense or weighted else f"comm({v})")
 
 
+def token_cross_entropy(node: torch.fx.Node) -> ShardingRule:
+    """`bsv,bs->.; comm(v)`: the same for `autopar.cross_entropy`, whose classes are last."""
+    args = arguments(node)
+    logits, target = input_value(node, "self"), input_value(node, "target")
+    names = letters()
+    v = next(names)
+    dims = take(names, logits.rank - 1)
+    dense = target.dtype.is_floating_point
+    if dense or any(item.name == "weight" for item in named_inputs(node)):
+        v = f"[{v}]"
+    after = dims if args["reduction"] == NONE else []
+    inputs: dict[str, Spec] = {
+        "self": [*dims, v],
+        "target": [*dims, v] if dense else dims,
+        "weight": [v],
+    }
+    return rule(node, inputs, after, clauses="" if v.startswith("[") else f"comm({v})")
+
+
 def nll(node: torch.fx.Node) -> ShardingRule:
     """`n[v],n->.`; a mean divides by a count that depends on the targets, so tokens are whole."""
     args = arguments(node)
@@ -92,6 +111,7 @@ soft_margin_loss kl_div poisson_nll_loss hinge_embedding_loss
 RULES: dict[str, Handler] = {
     **{f"aten.{name}": elementwise for name in ELEMENTWISE},
     "aten.cross_entropy_loss": cross_entropy,
+    "autopar.cross_entropy": token_cross_entropy,
     "aten.nll_loss_nd": nll,
     "aten.nll_loss": nll,
     "aten.nll_loss2d": nll,
