@@ -47,7 +47,7 @@ def find_blocks(graph: Graph) -> Blocks:
                 representative[calls[start + copy * period + offset]] = calls[start + offset]
     first_user: dict[tuple[Node, int], Node] = {}
     for node in graph.placeholders():
-        users = [user for user in calls if node in user.all_input_nodes] if node.users else []
+        users = [user for user in node.users if user.op == "call_function"]
         if len(users) == 1:
             user = users[0]
             key = (representative[user], user.all_input_nodes.index(node))
