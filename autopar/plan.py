@@ -322,7 +322,10 @@ def _check_names(plan: Plan) -> None:
     if len(axes) != len(plan.mesh.axes):
         raise ValueError(f"two mesh axes have one name: {', '.join(plan.mesh.names)}")
     for name, stored in plan.params.items():
-        sharding = parse_sharding(stored.sharding)
+        try:
+            sharding = parse_sharding(stored.sharding)
+        except ValueError as error:
+            raise ValueError(f"params: {name}: sharding {stored.sharding!r}: {error}") from None
         _check_axes(name, {*sharding.used_axes(), *sharding.varying}, axes)
     for node, chosen in plan.choices.items():
         _check_axes(node, set(chosen), axes)
@@ -330,7 +333,10 @@ def _check_names(plan: Plan) -> None:
 
 def _check_axes(of: str, used: set[str], axes: set[str]) -> None:
     if used - axes:
-        raise ValueError(f"{of} names the axis {min(used - axes)!r}, which the mesh lacks")
+        has = ", ".join(sorted(axes))
+        raise ValueError(
+            f"{of} names the axis {min(used - axes)!r}, which the mesh lacks: it has {has}"
+        )
 
 
 def _positive(value: Any) -> int:

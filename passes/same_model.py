@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 from autopar.capture.fingerprint import without_sizes
 from autopar.cost.families import op_name
 from autopar.errors import UserError
-from autopar.ir.graph import Graph, value_of
+from autopar.ir.graph import Graph, value_of, values_of
 from autopar.plan import ModelPart, Plan
 
 from .columns import is_getitem
@@ -22,13 +22,22 @@ from .describe import collapse, pattern, type_of
 
 Node = torch.fx.Node
 MOST_SHOWN = 8  # differences
+TAKEN = "inputs and buffers"
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")  # up to the first layer number
 _ANY = re.compile(r"\{[^}]*\}|(?<![^.])\d+(?![^.])")
 
 
 def parts_of(graph: Graph) -> tuple[ModelPart, ...]:
-    """The ops of a prepared graph by repeated block; blocks that do the same are one part."""
+    """The ops of a prepared graph by repeated block; blocks that do the same are one part.
+
+    The first part is what forward takes beside parameters.
+    """
+    taken = tuple(
+        f"{n.meta['role']} {n.meta['fqns'][0]} ({value_of(n).rank} dims of {value_of(n).dtype})"
+        for n in graph.placeholders()
+        if n.meta["role"] in ("input", "buffer") and values_of(n)
+    )
     blocks: dict[str, list[str]] = defaultdict(list)
     for node in graph.calls():
         if not is_getitem(node):
@@ -37,7 +46,8 @@ def parts_of(graph: Graph) -> tuple[ModelPart, ...]:
     alike: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for name, ops in blocks.items():
         alike[pattern(name), tuple(ops)].append(name)
-    return tuple(ModelPart(collapse(names), len(names), ops) for (_, ops), names in alike.items())
+    parts = [ModelPart(collapse(names), len(names), ops) for (_, ops), names in alike.items()]
+    return (ModelPart(TAKEN, 1, taken), *parts)
 
 
 def check_model(plan: Plan, graph: Graph, fingerprint: str, world_size: int | None = None) -> None:
@@ -63,8 +73,8 @@ def changes(plan: Plan, graph: Graph) -> list[str]:
     found = list(_parameters(mine, planned))
     found += _ops(parts_of(graph), plan.model)
     return found or [
-        "its parameters and ops are the same, and they are connected otherwise, or inputs, buffers "
-        "or constants differ"
+        "its parameters, inputs and ops are the same, and they are connected otherwise, or "
+        "constants differ"
     ]
 
 
@@ -133,17 +143,18 @@ def _by_pattern(parts: Sequence[ModelPart]) -> dict[str, list[ModelPart]]:
 def _sequences(mine: ModelPart, planned: ModelPart) -> Iterator[str]:
     a = [_without_line(op) for op in mine.ops]
     b = [_without_line(op) for op in planned.ops]
-    inside = f" in {mine.module}" if mine.module else ""
+    inside = f" in {mine.module}" if mine.module and mine.module != TAKEN else ""
+    op = "" if mine.module == TAKEN else "op "
     for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind == "equal":
             continue
         both = min(j - i, m - k)
         for x in range(both):
-            yield f"op {_at(mine.ops[i + x])}{inside} is {_at(planned.ops[k + x])} in the plan"
-        for op in mine.ops[i + both : j]:
-            yield f"op {_at(op)}{inside} is not in the plan"
-        for op in planned.ops[k + both : m]:
-            yield f"op {_at(op)}{inside} of the plan is not in the model"
+            yield f"{op}{_at(mine.ops[i + x])}{inside} is {_at(planned.ops[k + x])} in the plan"
+        for new in mine.ops[i + both : j]:
+            yield f"{op}{_at(new)}{inside} is not in the plan"
+        for gone in planned.ops[k + both : m]:
+            yield f"{op}{_at(gone)}{inside} of the plan is not in the model"
 
 
 def _op_text(node: Node) -> str:
