@@ -13,7 +13,7 @@ axes, priced anew.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -214,12 +214,15 @@ def build_columns(  # one straight line through the equations, in their order
 
     shared_value = {edge for pattern in patterns if len(pattern) > 1 for edge in pattern}
     ordered = sorted(patterns.items(), key=lambda p: sorted(map(edge_key, p[0])))
+    # The first copy of a block reads other values than the next ones, and does the same with them.
+    ways_in = Counter((e.consumer, e.slot) for e in {e for pattern in patterns for e in pattern})
     edge_flows: dict[Edge, dict[tuple[Sharding, Sharding, bool], int]] = {}
     for pattern, _ in ordered:
         for edge in sorted(pattern, key=edge_key):
             if edge in edge_flows:
                 continue
-            waits = edge not in shared_value and _may_wait(edge)
+            alone = ways_in[edge.consumer, edge.slot] == 1
+            waits = alone and edge not in shared_value and _may_wait(edge)
             begin = made.size
             flow = _add_edge(made, edge, options, first, admits, shrinks, waits)
             if not flow:

@@ -64,16 +64,17 @@ class Family:
         role = self.role[axis]
         if role == "any" or not choice.factor:
             return True
-        on_batch = choice.factor in self.batch.get(node, frozenset())
+        batch = self.batch.get(node, frozenset())
+        on_batch = choice.factor in batch
         if role in ("data", "zero", "batch"):
             return on_batch
         if role == "sequence":
             return choice.factor in self.sequence.get(node, frozenset())
         if role == "expert":
             parts = set(choice.factor.split(">"))
-            both = self.batch.get(node, frozenset()) | self.expert.get(node, frozenset())
-            return parts <= both
-        return not on_batch
+            return parts <= batch | self.expert.get(node, frozenset())
+        # A route `b>v` splits the batch, too.
+        return choice.factor.split(">")[0] not in batch
 
     def keeps(self, node: Node, options: list[Option]) -> list[Option]:
         """The options of an op that do what the family is for, if there are any."""

@@ -53,6 +53,8 @@ __all__ = ["Assignment", "Edge", "edges_of", "evaluate", "is_getitem", "producer
 Node = torch.fx.Node
 Vector = NDArray[np.float64]
 
+SMALL = 4000  # columns of a programme that is solved exactly in seconds at most
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -187,14 +189,14 @@ def _priced(
     upper[-1] = highspy.kHighsInf
     extra: list[tuple[float, float, Vector]] = []
     if late.any():
-        cost[-1] = 1.0
-        exposed = hidden - late
+        cost[-1] = 1e-6  # z in microseconds: HiGHS takes numbers below 1e-9 for zeros
+        exposed = (hidden - late) * 1e6
         exposed[-1] = 1.0
         extra.append((0.0, highspy.kHighsInf, exposed))
     if minimise_memory:
         cost, extra = memory, []
     elif memory_limit < float("inf"):
-        # In MiB: HiGHS takes numbers below 1e-9 for zeros, and very large ones for infinite.
+        # In MiB: very large numbers are infinite.
         extra.append((-highspy.kHighsInf, memory_limit / 2**20, memory / 2**20))
     low, high = list(columns.low), list(columns.high)
     starts, index, value = list(columns.starts), [columns.index], [columns.value]
@@ -250,7 +252,8 @@ def _run(
     """Solve the programme: the index of every node's option, the objective, gap and status.
 
     The linear relaxation comes first. It is usually integral; where it is not, the nodes that it
-    decides are fixed and the rest is solved exactly, with the relaxation as the bound of the gap.
+    decides are fixed and the rest is solved exactly, with the relaxation as the bound of the gap;
+    a small programme that this leaves a gap is solved exactly as a whole.
     None if nothing is feasible, or if the relaxation shows that nothing is below `better_than`.
     """
     relaxed = _highs(_model(rows), time_limit_s)
@@ -270,9 +273,11 @@ def _run(
                 best = at.start + int(np.argmax(relaxed[at.start : at.stop]))
                 lower[best] = upper[best] = 1.0
         exact = _highs(_model(rows, lower, upper, integral=True), time_limit_s)
-        if exact is None:
-            status = "solved exactly"
-            exact = _highs(_model(rows, integral=True), time_limit_s)
+        short = exact is not None and float(exact @ rows.cost) > bound + 1e-4 * abs(bound)
+        if exact is None or (short and len(rows.cost) <= SMALL):
+            whole = _highs(_model(rows, integral=True), time_limit_s)
+            if whole is not None and (exact is None or whole @ rows.cost < exact @ rows.cost):
+                exact, status = whole, "solved exactly"
         if exact is None:
             return None
         values = exact

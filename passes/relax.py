@@ -59,20 +59,21 @@ class Relaxation:
         rows: list[tuple[float, float, Array]] = []
         exposed = bool(late.any())
         if exposed:
-            row = np.append(prices.hides[:, at] - late, 1.0)
+            # In microseconds: HiGHS takes numbers below 1e-9 for zeros.
+            row = np.append((prices.hides[:, at] - late) * 1e6, 1.0)
             rows.append((0.0, highspy.kHighsInf, row))
         limited = memory_limit < float("inf")
         if limited:
             row = np.append(prices.memory[:, at] / 2**20, 0.0)
             rows.append((-highspy.kHighsInf, memory_limit / 2**20, row))
-        found = self._fast.run(np.append(np.where(legal, cost, 0.0), float(exposed)), legal, rows)
+        found = self._fast.run(np.append(np.where(legal, cost, 0.0), 1e-6 * exposed), legal, rows)
         if found is None:
             return None
         values, of_columns, duals = found
-        late_weight = min(max(duals.pop(0), 0.0), 1.0) if exposed else 0.0
+        late_weight = min(max(duals.pop(0) * 1e6, 0.0), 1.0) if exposed else 0.0
         memory_weight = max(-duals.pop(0) / 2**20, 0.0) if limited else 0.0
         weights = Weights(of_columns, late_weight, memory_weight, memory_limit if limited else 0.0)
-        time_s = float(cost @ values[:-1]) + (float(values[-1]) if exposed else 0.0)
+        time_s = float(cost @ values[:-1]) + (1e-6 * float(values[-1]) if exposed else 0.0)
         return Relaxed(time_s, values[:-1], float(prices.memory[:, at] @ values[:-1]), weights)
 
     def least_memory(self, at: int) -> Array:

@@ -8,8 +8,9 @@ import pytest
 
 from autopar.errors import UserError
 from autopar.ir.graph import value_of
+from autopar.ir.rule import Choice
 from autopar.ir.text import parse_sharding
-from autopar.passes.families import batch_factors
+from autopar.passes.families import Family, batch_factors
 from autopar.passes.rules_of import rules_of
 from autopar.plan import Plan
 from tests.simulate import concrete, plan_of, zoo_subject
@@ -119,3 +120,37 @@ def test_unknown_strategy() -> None:
 def test_two_axes_need_a_product(ranks: int) -> None:
     with pytest.raises(UserError, match=f"a mesh of two axes, and {ranks} devices make none"):
         plan_of(zoo_subject("mlp"), ranks, "data+tensor")
+
+
+@pytest.mark.parametrize("role", ["feature", "tensor"])
+@pytest.mark.parametrize("name", ["rec", "moe_scatter", "gpt_outside"])
+def test_no_route_splits_the_batch_of_features(name: str, role: str) -> None:
+    """An axis that is not for the batch takes no route whose rows are the batch's."""
+    subject = zoo_subject(name)
+    graph = concrete(subject)
+    rules = rules_of(graph)
+    batch = batch_factors(graph, rules, subject.graph)
+    family = Family("", {"tp": role}, batch)
+    refused = 0
+    for node, factors in batch.items():
+        for route in rules[node.name].routes:
+            rows = rules[node.name].parts_of(route)[0]
+            allowed = family.allows(node, "tp", Choice(factor=route))
+            assert allowed == (rows not in factors), (node, route)
+            refused += not allowed
+    assert refused
+
+
+@pytest.mark.parametrize("name", ["rec", "gpt_outside"])
+def test_tensor_parallelism_routes_no_batch(name: str) -> None:
+    made = plan(name, "tensor")
+    subject = zoo_subject(name)
+    graph = concrete(subject)
+    batch = batch_factors(graph, rules_of(graph), subject.graph)
+    routed = {
+        node.name: chosen["tp"]
+        for node in graph.calls()
+        for chosen in [made.choices.get(node.name, {})]
+        if ">" in chosen.get("tp", "") and chosen["tp"].split(">")[0] in batch[node]
+    }
+    assert routed == {}
