@@ -52,6 +52,9 @@ def predict_group(rows: Sequence[Row]) -> list[tuple[str, Result | str]]:
         except (NotCovered, UserError) as reason:
             found.append((row.id, str(reason).splitlines()[0]))
             continue
+        except Exception as error:  # a row that breaks the planner is told, and no other is lost
+            found.append((row.id, f"failed: {type(error).__name__}: {error}".splitlines()[0]))
+            continue
         key = repr((plan.shape, plan.stages, plan.sizes, plan.micro_batch, plan.micro_batches))
         key += f"{row.recompute} {row.precision} {row.vpp} {profile_of(row.device)}"
         found.append(

@@ -88,6 +88,8 @@ def _check(row: Row) -> None:
         raise NotCovered("the batch is smaller than the data-parallel degree")
     if row.step_s is None and row.mem_gb is None and row.oom is None:
         raise NotCovered("nothing was measured")
+    if row.precision == "fp32":
+        raise NotCovered("precision fp32: models are captured in 16 bits")
     if row.pp > row.layers:
         raise NotCovered("more pipeline stages than layers")
 
