@@ -82,8 +82,8 @@ class Relaxation:
         legal = self.prices.cost[:, at] < ILLEGAL_S
         cost_of = np.append(np.where(legal, memory[:, at], 0.0), 0.0)
         found = self._lean.run(cost_of, legal, [])
-        if found is None:
-            return np.full(memory.shape[1], np.inf)
+        if found is None:  # what is illegal here says nothing of other meshes
+            return np.where(np.arange(memory.shape[1]) == at, np.inf, 0.0)
         return self._least(memory - found[1][:, None])
 
     def bounds(self, weights: Weights) -> Array:
