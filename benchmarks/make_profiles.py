@@ -41,8 +41,8 @@ class Efficiency:
 
     `product`, `fp8`, `attention`: of the rates of benchmarks that repeat one kernel (a step also
     has transposed operands, changing shapes, and runs into the power limit). `memory`: of the
-    stream bandwidth. `link`: of collectives' bandwidth in groups of 8. Fitted on one half of
-    published training steps, checked on the other half: docs/accuracy.md.
+    stream bandwidth. `link`: of collectives' bandwidth in groups of 8. Fitted to
+    published training steps: docs/accuracy.md says how, and how independent the check is.
     """
 
     product: float = 1.0

@@ -14,7 +14,7 @@ from .plan_of import RunPlan
 from .pricing import FUSABLE
 
 # What the search leaves to the allocator, and what a process holds beside tensors: the driver's
-# context, NCCL's and cuBLAS' buffers (chosen on the fitted half of the runs).
+# context, NCCL's and cuBLAS' buffers (chosen on the runs: docs/accuracy.md).
 RUNTIME_BYTES = 4.0 * 2**30
 
 

@@ -56,7 +56,7 @@ class Result:
 
 
 def held_out(row_id: str) -> bool:
-    """Whether a row is in the half that no constant was fitted to."""
+    """Whether a row is in the half that constants were not first fitted to."""
     return int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % 2 == 1
 
 

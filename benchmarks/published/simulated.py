@@ -16,7 +16,7 @@ from .assemble import Layered, repeated_parts
 from .plan_of import RunPlan
 
 # A synchronous step waits for its slowest device: its time grows by this share per doubling of the
-# hosts (weak scaling of the fitted half of the runs).
+# hosts (weak scaling of NeMo's and MosaicML's runs).
 STRAGGLING = 0.004
 
 
