@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from .api import undecorated
 from .capture import Capture, capture
@@ -44,6 +45,12 @@ def make_plan(
     all) are what may be tried; `hints` come on top of those in the code. Raises UserError where the
     module cannot be captured, the strategy does not apply, a hint cannot be kept, or nothing fits.
     """
+    for tensor in tree_flatten((tuple(args), dict(kwargs)))[0]:
+        if isinstance(tensor, Tensor) and not tensor.numel():
+            raise UserError(
+                f"an input of forward is empty: its shape is {list(tensor.shape)}",
+                fix="plan for inputs whose sizes are positive",
+            )
     progress("capturing")
     hints = [*hints_of(module), *hints]
     captured = capture_training(module, args, kwargs, fold=True)
@@ -78,7 +85,8 @@ def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) ->
             raise UserError(f"the number of micro-batches {k} is not positive")
         if k > 1 and batch is None:
             raise UserError(
-                f"a step of {k} micro-batches needs a batch of any size, and forward fixes it",
+                f"{k} micro-batches need a batch that can be divided, and this one is of a single "
+                "row, or of a size that forward fixes",
                 fix="leave --micro-batches out",
             )
         if batch is not None and batch % k:

@@ -12,6 +12,7 @@ from autopar.cost.cluster import Cluster
 from autopar.errors import UserError
 from autopar.ir.graph import Graph
 from autopar.ir.hint import Hint, hint_from_json
+from autopar.ir.text import parse_sharding
 from autopar.plan import HintPrice, Plan
 from autopar.units import bytes_text, seconds_text
 
@@ -43,6 +44,12 @@ def search_hinted(
         return search(of, fingerprint, symbols, cluster, **options)
 
     plan = best(hinted)
+    if cluster.size > 1 and not plan.choices and not _stored_split(plan):
+        whole = (
+            f"nothing is split: each of the {cluster.size} devices does the whole step (no dim is "
+            "large enough, or it would take longer)"
+        )
+        plan = replace(plan, notes=(*plan.notes, whole))
     if not given:
         return plan
     prices = []
@@ -56,6 +63,10 @@ def search_hinted(
     else:
         prices.append(together)
     return replace(plan, hinted=tuple(prices))
+
+
+def _stored_split(plan: Plan) -> bool:
+    return any(any(parse_sharding(s.sharding).splits) for s in plan.params.values())
 
 
 def _price(hint: Mapping[str, Any], best: Any, graph: Graph) -> HintPrice:

@@ -90,14 +90,18 @@ def keep_hinted(node: Node, options: list[Option]) -> list[Option]:
 
 
 def role_sets_with(axes: frozenset[str]) -> list[tuple[tuple[str, str], ...]]:
-    """The sets of axes, from those of three, in which all of some named axes are."""
+    """The sets of axes, from those of three, in which all of some named axes are.
+
+    Where there is none: the named ones.
+    """
     found: dict[tuple[tuple[str, str], ...], None] = {}
     for n in (1, 2, 3):
         for roles in THREE_AXES:
             for chosen in combinations(roles, n):
                 if axes <= {name for name, _ in chosen}:
                     found.setdefault(chosen)
-    return list(found)
+    role = {name: role for roles in THREE_AXES for name, role in roles}
+    return list(found) or [tuple((name, role[name]) for name in AXES if name in axes)]
 
 
 def check_possible(node: Node, options: Sequence[Option], devices: int) -> None:

@@ -162,7 +162,7 @@ def _op_text(node: Node) -> str:
         return _Text("%") if isinstance(item, Node) else item
 
     args = map_aggregate(without_sizes(node), text)
-    given = [str(a) if a is not None else "_" for a in args]  # type: ignore[union-attr]
+    given = [str(a) if a is not None else "_" for a in args]
     while given and given[-1] == "_":
         given.pop()
     given += [f"{name}={text(value)}" for name, value in node.kwargs.items()]

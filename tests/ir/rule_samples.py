@@ -1342,3 +1342,10 @@ assert {name.partition(".")[0] for name in WHOLE_FACTORIES} == set(factories.WHO
 SAMPLES += [
     (f"aten.{name}", lambda _draw, args=args: call(*args)) for name, args in WHOLE_FACTORIES.items()
 ]
+
+
+def hinted(d: Draw) -> tuple[Args, dict[str, Any]]:
+    return call(d.x(*d(3)), '{"split": 0}')
+
+
+SAMPLES.append(("autopar.hint.default", hinted))
