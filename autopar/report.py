@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cost.families import FAMILY, op_family
+from .cost.families import FAMILY, op_family, short_name
 from .passes.describe import collapse, pattern
 from .passes.hinted import price_text
 from .plan import Activation, Plan, Storage
@@ -182,7 +182,7 @@ def _activations(plan: Plan) -> Table | None:
             block = inside + brace
             if block:
                 rows.append((f"{block}:", *[""] * 5))
-        names = ", ".join(_short(a.op) for a in ops)
+        names = ", ".join(short_name(a.op) for a in ops)
         name = f"{module.lstrip('.')} {names}".strip()
         rows.append(
             (
@@ -221,10 +221,6 @@ def _placed(type_: str, sharding: str) -> str:
 
 def _tail(text: str, length: int) -> str:
     return text if len(text) <= length else "…" + text[1 - length :]
-
-
-def _short(op: str) -> str:
-    return {"scaled_dot_product_attention": "sdpa", "_to_copy": "to"}.get(op, op)
 
 
 def _traffic(plan: Plan) -> Table | None:

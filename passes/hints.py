@@ -14,7 +14,7 @@ import torch
 import torch.fx
 
 import autopar.ops  # noqa: F401 (registers torch.ops.autopar)
-from autopar.cost.families import op_name
+from autopar.cost.families import op_name, short_name
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, Value, values_of
 from autopar.ir.hint import MARK, Hint, make_hint
@@ -129,7 +129,7 @@ def check_possible(node: Node, options: Sequence[Option], devices: int) -> None:
 def op_names(node: Node) -> list[str]:
     """Everything an op can be called by: its name, module, both, the op, its source line."""
     module, op = node.meta.get("module", ""), op_name(node.target)
-    names = [node.name, module, pattern(module), f"{module}.{op}".lstrip("."), op]
+    names = [node.name, module, pattern(module), f"{module}.{op}".lstrip("."), op, short_name(op)]
     return list(dict.fromkeys(n for n in (*names, node.meta.get("source", "")) if n))
 
 

@@ -89,6 +89,11 @@ def canonical_name(name: str) -> str:
     return _NATIVE.get(name, name)
 
 
+def short_name(name: str) -> str:
+    """What tables call an op: `sdpa` for scaled_dot_product_attention."""
+    return {"scaled_dot_product_attention": "sdpa", "_to_copy": "to"}.get(name, name)
+
+
 def op_family(name: str) -> str:
     """Family of an op by name; what is in no table is "pointwise"."""
     return FAMILY.get(canonical_name(name), "pointwise")
