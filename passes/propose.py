@@ -166,6 +166,9 @@ class _Outer:
             for i, mesh in enumerate(f.table.meshes)
             if (str(mesh), f.variant) not in solved
         ]
+        self.progress(
+            f"{len(self.solved) + len(rest)} candidates, {len(self.solved)} relaxations solved"
+        )
         order = sorted(self.solved, key=lambda p: p.relaxed.time_s if p.relaxed else 0.0)
         return order + sorted(rest, key=lambda p: p.bound_s)
 
