@@ -259,7 +259,10 @@ def _build(raw: dict[str, Any]) -> Plan:
     fields = dict(raw)
     fields["mesh"] = Mesh(
         tuple(
-            Axis(str(a["name"]), _positive(a["size"]), int(a["level"])) for a in raw["mesh"]["axes"]
+            Axis(
+                str(a["name"]), _positive(a["size"], f"the mesh axis {a['name']}"), int(a["level"])
+            )
+            for a in raw["mesh"]["axes"]
         )
     )
     fields["params"] = {
@@ -280,7 +283,7 @@ def _build(raw: dict[str, Any]) -> Plan:
         for p in raw["model"]
     )
     fields["hinted"] = tuple(_checked(HintPrice(**h)) for h in raw["hinted"])
-    fields["micro_batches"] = _positive(raw["micro_batches"])
+    fields["micro_batches"] = _positive(raw["micro_batches"], "micro_batches")
     if raw["timeline"] is not None:
         fields["timeline"] = TimelineSummary.from_json(raw["timeline"])
     for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
@@ -339,7 +342,7 @@ def _check_axes(of: str, used: set[str], axes: set[str]) -> None:
         )
 
 
-def _positive(value: Any) -> int:
+def _positive(value: Any, what: str) -> int:
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is not a positive number")
+        raise ValueError(f"{what} is {value!r}, not a positive number")
     return value

@@ -16,6 +16,8 @@ from autopar.ir.mesh import Axis, Mesh
 from autopar.plan import (
     Activation,
     Alternative,
+    HintPrice,
+    ModelPart,
     Plan,
     Prediction,
     Recompute,
@@ -60,6 +62,13 @@ plans = st.builds(
     ).map(tuple),
     activations=st.lists(
         st.builds(Activation, *[texts] * 3, sizes, *[texts] * 4, sizes), max_size=3
+    ).map(tuple),
+    hinted=st.lists(
+        st.builds(HintPrice, st.dictionaries(texts, texts), st.none() | times, st.none() | sizes),
+        max_size=2,
+    ).map(tuple),
+    model=st.lists(
+        st.builds(ModelPart, texts, sizes, st.lists(texts, max_size=3).map(tuple)), max_size=2
     ).map(tuple),
     traffic=st.lists(st.builds(Traffic, texts, texts, texts, sizes, sizes), max_size=3).map(tuple),
 )
@@ -112,14 +121,14 @@ def changed(**fields: Any) -> str:
         ("", "not complete JSON"),
         ("[]", "not an autopar plan"),
         ("{}", "not an autopar plan"),
-        (changed(version=99), "has version 99, this autopar reads version 1"),
+        (changed(version=99), "has version 99, this autopar reads version 2"),
         (changed(colour="red"), "colour"),
         (
             changed(recompute=[{"block": "b", "copies": 2, "full": 2, "selective": 1}]),
             "1 of 2 copies",
         ),
         (changed(gap="wide"), "gap is 'wide', not float"),
-        (changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}), "mesh axis of size 0"),
+        (changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}), "the mesh axis dp is 0, not a positive number"),
         (changed(params={"w": {"sharding": "[x]"}}), "w names the axis 'x'"),
         (changed(params={"w": {"sharding": "dp"}}), "dp"),
         (changed(params={"w": {"sharding": 3}}), "sharding is 3, not str"),
