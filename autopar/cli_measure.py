@@ -107,6 +107,7 @@ def measure_rank(
         )
     if out is not None:
         check_out(out, plan_file)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs to stderr otherwise
     where = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prices, profile = _prices(plan, cluster)
     console = make_console()

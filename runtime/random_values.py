@@ -35,9 +35,10 @@ def index_bounds(graph: Graph) -> dict[str, int]:
             continue
         for index, size in _indexed(node):
             limit(index, size)
-        if node in bound:
+        if node in bound and _passes(node):
             for source in tensor_inputs(node):
-                if _passes(node) and not value_of(source).dtype.is_floating_point:
+                values = values_of(source)
+                if len(values) == 1 and not values[0].dtype.is_floating_point:
                     limit(source, bound[node] - _added(node))
     return {n.name: size for n, size in bound.items() if n.op == "placeholder"}
 

@@ -74,13 +74,13 @@ class Subject:
 LLAMA_1B = Config(
     layers=16, dim=2048, heads=32, kv_heads=8, hidden=8192, vocab=128256, sequence=2048
 )
-TINY_LLAMA = Config(layers=2, dim=64, heads=4, kv_heads=2, hidden=128, vocab=256, sequence=64)
+TINY_LLAMA = Config(layers=1, dim=64, heads=4, kv_heads=2, hidden=128, vocab=256, sequence=64)
 
 SUBJECTS = {
     "gpt2-124m": Subject(GPT2, 50304, 16, 1024),
     "llama-1b": Subject(lambda: tied(LLAMA_1B), LLAMA_1B.vocab, 4, 2048),
 }
 TINY = {
-    "gpt2-124m": Subject(lambda: GPT2(256, 64, 2, 4, 64), 256, 2, 64),
+    "gpt2-124m": Subject(lambda: GPT2(256, 64, 1, 4, 64), 256, 2, 64),
     "llama-1b": Subject(lambda: tied(TINY_LLAMA), 256, 2, 64),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -71,6 +71,28 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
 
 
+class Mixture(nn.Module):
+    """Experts in slots: rows go to the ranks that have their expert, and come back."""
+
+    def __init__(self, dim: int = 16, experts: int = 8) -> None:
+        super().__init__()
+        self.experts = experts
+        self.tokens, self.head = nn.Embedding(64, dim), nn.Linear(dim, 64)
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.weight = nn.Parameter(torch.randn(experts, dim, dim))
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        x = self.tokens(ids).flatten(0, 1)
+        gate, expert = torch.topk(F.softmax(self.router(x), dim=-1), 1, dim=-1)
+        capacity = 2 * x.shape[0] // self.experts
+        choice = F.one_hot(expert.flatten(), self.experts)
+        place = ((choice.cumsum(0) * choice).sum(-1) - 1).clamp(max=capacity - 1)
+        slot = expert.flatten() * capacity + place
+        slots = x.new_zeros(self.experts * capacity, x.shape[1]).index_add(0, slot, x)
+        done = torch.bmm(slots.view(self.experts, capacity, -1), self.weight).flatten(0, 1)
+        return F.cross_entropy(self.head(done[slot] * gate), targets.flatten())
+
+
 class Subject(NamedTuple):
     graph: Graph
     fingerprint: str
@@ -84,12 +106,16 @@ class Subject(NamedTuple):
         return make_case(self.graph, self.sizes, plan, parse_cluster(cluster))
 
 
+def captured_of(make: Callable[[], nn.Module]) -> Subject:
+    with torch.device("meta"):
+        ids, module = torch.zeros(128, 16, dtype=torch.long), make()
+    captured = capture_training(module, (ids, torch.zeros_like(ids)), {})
+    return Subject(prepare(captured.graph), captured.fingerprint, captured.symbols)
+
+
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    with torch.device("meta"):
-        ids = torch.zeros(128, 16, dtype=torch.long)
-        captured = capture_training(GPT(), (ids, torch.zeros_like(ids)), {})
-    return Subject(prepare(captured.graph), captured.fingerprint, captured.symbols)
+    return captured_of(GPT)
 
 
 def alone(case: Case, lowered: Graph, rank: int, micro_batches: int = 1) -> RankAlone:
@@ -168,6 +194,19 @@ def test_the_program_does_the_local_shapes(subject: Subject, strategy: str, rank
         whole = sum(int(value_of(n).numel()) for n in subject.graph.placeholders("param"))
         held = sum(p.numel() for p in runner.parameters)
         assert held < whole if strategy != "data" else held == whole
+
+
+def test_rows_that_are_routed_stay_in_range() -> None:
+    subject = captured_of(Mixture)
+    for ranks in (4, 8):
+        plan = subject.plan(f"cpu:{ranks}", "tensor")
+        case = subject.case(plan, f"cpu:{ranks}")
+        for rank in (0, ranks - 1):
+            lowered = rank_program(subject.graph, subject.sizes, plan, rank)
+            runner = alone(case, lowered, rank)
+            assert check_every_op(lowered, runner, case, rank) > 20
+            runner.step()
+            assert all(p.grad is None for p in runner.parameters)
 
 
 def test_figures(subject: Subject) -> None:
