@@ -103,6 +103,7 @@ def best_shares(shares: Sequence[Shares], room_bytes: float) -> list[dict[str, i
     lp.integrality_ = [highspy.HighsVarType.kInteger] * n
     solver = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)  # as all others: HiGHS fixes it for the whole process
     solver.passModel(lp)
     solver.run()
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
