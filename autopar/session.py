@@ -397,6 +397,7 @@ class Session:
             storage,
             frozenset(regather),
             self._recompute(captured.capture, sizes),
+            ahead=self._device().type != "cpu",  # gloo's collectives do not run beside compute
         )
         self.stages = run_passes(graph, passes, plan.mesh)
         lowered = self.stages[-1].graph

@@ -13,6 +13,8 @@ from autopar.ir.lowered import BUCKET, COLLECTIVE, GATHER_VARY, PVARY, Collectiv
 from autopar.ir.mesh import Mesh
 from autopar.ir.recomputed import mark_of
 
+from .mark_blocks import block_of
+
 Node = torch.fx.Node
 
 BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel uses, too
@@ -23,7 +25,8 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
 
     Parameters share a bucket if they make the same step (collective, axis, dtype) at the same depth
     from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`)
-    and, if they are, in the region that is recomputed with them there.
+    and, if they are, in the block that reads them first and the region that is recomputed with them
+    there: what is dropped after use must not wait for the use of another block.
     A bucket holds about `limit_bytes` of local data, in the order of first use, so that its
     gradients are complete together.
     """
@@ -31,13 +34,14 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
     order = {node: i for i, node in enumerate(new.fx.nodes)}
     groups: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
     depth: dict[Node, int] = dict.fromkeys(new.placeholders("param"), 0)
-    regathered = {node for node in depth if node.meta.get("regather")}
+    dropped = {node for node in depth if node.meta.get("regather")}
     for node in new.fx.nodes:
         if node.target is COLLECTIVE and node.args[2] in depth:
             op, axis, source = node.args
             depth[node] = depth[source] + 1
+            dropped.update({node} if source in dropped else ())
             if op in (PVARY, GATHER_VARY) and value_of(node).requires_grad:
-                together = (True, _region(node)) if source in regathered else (False, "")
+                together = (True, _region(node), block_of(node)[0]) if source in dropped else ()
                 key = (depth[node], op, axis, value_of(node).dtype, *together)
                 groups[key].append(node)
 

@@ -11,24 +11,24 @@ from autopar.ir.graph import Graph, values_of
 from autopar.ir.lowered import CLOSE, EXCHANGE, OPEN
 from autopar.ir.recomputed import MARK, mark_of
 
+from .mark_blocks import block_of
+
 Node = torch.fx.Node
 
-# Gathers of parameters that are dropped after their use (ZeRO-3) that are there or on their way at
-# a time: one in use and the next. All at once would hold the whole model.
-GATHERS_AHEAD = 2
 
-
-def overlap_collectives(graph: Graph) -> Graph:
+def overlap_collectives(graph: Graph, ahead: bool = True) -> Graph:
     """Split exchanges into `open` (right after their inputs) and `close` (right before first use).
 
     Exchanges with no op to run between the two points stay whole. The order depends on the graph
-    alone, so it is the same on every rank. Of gathered parameters that are dropped after their use,
-    only the next one is gathered ahead. In the backward the roles turn round: `close` issues
-    when the last gradient is there, and `open`, being older, waits last.
+    alone, so it is the same on every rank. Parameters that are dropped after their use (ZeRO-3) are
+    gathered when the block before theirs begins, or right before use unless `ahead`. In the
+    backward the roles turn round: `close` issues when the last gradient is there, and `open`, being
+    older, waits last.
     """
     new = graph.copy()
     for node in _worth_splitting(new):
-        _split(new, node)
+        if ahead or not _is_dropped(node):
+            _split(new, node)
     return _rescheduled(new)
 
 
@@ -79,6 +79,30 @@ def _close_of(start: Node) -> list[Node]:
     return [n for n in _readers(start) if n.target is CLOSE]
 
 
+def _is_dropped(node: Node) -> bool:
+    """Whether an exchange, or the `open` of one, gathers parameters that are dropped after use."""
+    return all(source.meta.get("regather") for source in node.all_input_nodes)
+
+
+def _one_block_ahead(starts: list[Node]) -> list[tuple[Node, Node]]:
+    """Pairs (start, earlier): what `earlier` gathers must be there before `start` gathers.
+
+    `earlier` is the first gather of the block before. Outside repeated blocks every gather is like
+    a block of its own, so that one is in use and the next one on its way.
+    """
+    pairs: list[tuple[Node, Node]] = []
+    before: Node | None = None
+    first: Node | None = None
+    block: tuple[int, bool] | None = None
+    for start in starts:
+        mine = block_of(start)
+        if first is None or mine != block or not mine[1]:
+            before, first, block = first, start, mine
+        if before is not None:
+            pairs.append((start, before))
+    return pairs
+
+
 def _rescheduled(graph: Graph) -> Graph:
     """The same nodes in a new order: opens as soon as their inputs are there, closes on demand."""
     nodes = list(graph.fx.nodes)
@@ -88,8 +112,7 @@ def _rescheduled(graph: Graph) -> Graph:
     lazy |= {n for n in nodes if n.target is OPEN} - set(eager)
     lazy |= {n for n in nodes if n.target is operator.getitem and n.args[0] in lazy}
     waiting = {n: set(n.all_input_nodes) for n in eager}
-    dropped = [n for n in eager if all(s.meta.get("regather") for s in n.all_input_nodes)]
-    for start, earlier in zip(dropped[GATHERS_AHEAD:], dropped, strict=False):
+    for start, earlier in _one_block_ahead([n for n in eager if _is_dropped(n)]):
         waiting[start].update(_close_of(earlier))
     out = torch.fx.Graph()
     env: dict[Node, Node] = {}
@@ -99,6 +122,12 @@ def _rescheduled(graph: Graph) -> Graph:
         env[node].meta = dict(node.meta)
         for start in [s for s, inputs in waiting.items() if node in inputs]:
             waiting[start].discard(node)
+
+    def ready() -> list[Node]:
+        found = [s for s, inputs in waiting.items() if not inputs]
+        for start in found:
+            del waiting[start]
+        return found[::-1]
 
     def emit(node: Node) -> None:
         stack = [node]
@@ -110,13 +139,14 @@ def _rescheduled(graph: Graph) -> Graph:
                 stack.pop()
                 if top not in env:
                     place(top)
+                    if top.target is CLOSE:  # before its reader: it runs beside what is sent next
+                        stack.extend(ready())
 
     for node in nodes:
         if node in lazy or node in env:
             continue
         if node.op != "placeholder":
-            for start in [s for s, inputs in waiting.items() if not inputs]:
-                del waiting[start]
+            for start in reversed(ready()):
                 emit(start)
         if node not in env:
             emit(node)

@@ -24,6 +24,7 @@ from .bucket_collectives import bucket_collectives
 from .insert_reshards import insert_reshards
 from .localise_shapes import localise_shapes
 from .lower_collectives import lower_collectives
+from .mark_blocks import mark_blocks
 from .mark_recompute import mark_recompute, settle_recompute
 from .overlap_collectives import overlap_collectives
 from .propagate import propagate
@@ -58,10 +59,15 @@ def lowering(
     storage: Mapping[str, Sharding],
     regather: frozenset[str] = frozenset(),
     recompute: tuple[Recompute, ...] = (),
+    ahead: bool = True,
 ) -> list[Pass]:
-    """The lowering of a captured graph to the program of one rank."""
+    """The lowering of a captured graph to the program of one rank.
+
+    `ahead` says whether parameters that are dropped after use are gathered ahead of it.
+    """
     return [
         Pass("specialise", partial(specialise, symbols=symbols), ("typed", "functional")),
+        Pass("mark_blocks", partial(mark_blocks, regather=regather)),
         Pass("mark_recompute", partial(mark_recompute, recompute=recompute)),
         Pass(
             "propagate",
@@ -77,7 +83,7 @@ def lowering(
             partial(localise_shapes, mesh=mesh, rank=rank),
             ends=("resharded", "types_follow", "typed"),
         ),
-        Pass("overlap_collectives", overlap_collectives),
+        Pass("overlap_collectives", partial(overlap_collectives, ahead=ahead)),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from autopar.ir.lowered import (
     CLOSE,
     EXCHANGE,
     GATHER_VARY,
+    PVARY,
     Collective,
     GroupRef,
     LoweredOp,
@@ -145,10 +147,14 @@ _REGATHERED_CLOSE = LoweredOp("regathered_close")
 
 
 def _mark_regathered(graph: Graph, dropped: set[str]) -> Graph:
-    """Give the gathers of `dropped` parameters targets of their own."""
+    """Give the gathers of `dropped` parameters targets of their own, those of several axes too."""
     new = graph.copy()
+    known = {node for node in new.placeholders("param") if node.name in dropped}
     for node in list(new.fx.nodes):
-        if node.args[:1] != (GATHER_VARY,) or node.target not in (EXCHANGE, CLOSE):
+        if node.target is operator.getitem:
+            known.update({node} if node.args[0] in known else ())
+            continue
+        if node.args[:1] not in ((GATHER_VARY,), (PVARY,)) or node.target not in (EXCHANGE, CLOSE):
             continue
         if node.target is EXCHANGE:
             shards = list(node.args[3:])
@@ -156,7 +162,10 @@ def _mark_regathered(graph: Graph, dropped: set[str]) -> Graph:
             edge = node.args[4]
             assert isinstance(edge, torch.fx.Node) and isinstance(edge.args[0], torch.fx.Node)
             shards = list(edge.args[0].args[3:])
-        if not all(_is_dropped(s, dropped) for s in shards):
+        if not all(s in known for s in shards):
+            continue
+        known.add(node)
+        if node.args[0] is PVARY:  # on the same memory as what it reads
             continue
         if node.target is EXCHANGE:
             node.target = _REGATHERED_EXCHANGE
@@ -164,11 +173,6 @@ def _mark_regathered(graph: Graph, dropped: set[str]) -> Graph:
             node.target = _REGATHERED_CLOSE
             node.args = (*node.args[:3], tuple(shards), *node.args[3:])
     return new
-
-
-def _is_dropped(node: Any, dropped: set[str]) -> bool:
-    """Whether a value is a dropped parameter, as stored."""
-    return isinstance(node, torch.fx.Node) and node.op == "placeholder" and node.name in dropped
 
 
 def _regathering(keeper: Regather) -> dict[LoweredOp, Callable[..., Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,12 +18,31 @@ from .collectives import Spec, close, open_
 from .group import Group
 
 
-@dataclass
+@dataclass(eq=False)
 class _Bucket:
-    """Parameters that are gathered together; `copies` are there while the backward uses them."""
+    """Parameters that are gathered together; `copies` are there while the backward uses them.
 
-    gather: Callable[[], tuple[Tensor, ...]]
+    A source is a shard, or stands for what another bucket gathers on another mesh axis.
+    """
+
+    gather: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    sources: tuple[Tensor | _Handle, ...]
     copies: tuple[Tensor, ...] = ()
+
+    def chain(self) -> set[_Bucket]:
+        """This bucket and those that it is made of."""
+        found = {self}
+        for source in self.sources:
+            if isinstance(source, _Handle):
+                found |= source.bucket.chain()
+        return found
+
+    def fill(self) -> None:
+        """Gather what is not there."""
+        if not self.copies:
+            self.copies = self.gather(
+                [s.tensor() if isinstance(s, _Handle) else s for s in self.sources]
+            )
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,12 @@ class _Handle:
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+    def tensor(self) -> Tensor:
+        """The tensor, gathered again if it is not there."""
+        self.bucket.fill()
+        whole = self.bucket.copies[self.index]
+        return whole.as_strided(self.size, self.stride, self.offset)
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
@@ -49,25 +75,31 @@ class Regather:
 
     def __init__(self) -> None:
         self._by_storage: dict[int, tuple[_Bucket, int, StorageWeakRef]] = {}
-        self._last: _Bucket | None = None
+        # Weak, so that the last bucket goes with the graph that saved handles to it.
+        self._there: WeakSet[_Bucket] = WeakSet()
+        self._saving = False
 
     def register(
         self,
         op: Collective,
         specs: Sequence[Spec],
         group: Group,
-        shards: Sequence[Tensor],
+        sources: Sequence[Tensor],
         gathered: Sequence[Tensor],
     ) -> None:
-        """Note that `gathered` came from `shards` by `op`."""
-        kept = tuple(s.detach() for s in shards)
+        """Note that `gathered` came from `sources` by `op`; those may be gathered ones themselves.
 
-        def gather() -> tuple[Tensor, ...]:
+        Nothing is noted where autograd saves no handles: in a region that the backward runs again.
+        """
+        if not self._saving:
+            return
+
+        def gather(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             with torch.no_grad():
-                *edges, pending = open_(op, specs, group, *kept)
+                *edges, pending = open_(op, specs, group, *tensors)
                 return tuple(close(op, specs, group, pending, *edges))
 
-        bucket = _Bucket(gather)
+        bucket = _Bucket(gather, tuple(self._pack(s.detach()) for s in sources))
         for i, tensor in enumerate(gathered):
             storage = tensor.untyped_storage()
             self._by_storage[storage.data_ptr()] = (bucket, i, _weak(storage))
@@ -75,18 +107,20 @@ class Regather:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Autograd saves handles in place of gathered parameters inside this context."""
-        self._use(None)
+        self._use(set())
+        self._saving = True
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
+            self._saving = False
             self._by_storage.clear()
 
-    def _use(self, bucket: _Bucket | None) -> None:
-        """Let go of the copies of the last bucket when another one is wanted."""
-        if self._last is not None and self._last is not bucket:
-            self._last.copies = ()
-        self._last = bucket
+    def _use(self, chain: set[_Bucket]) -> None:
+        """Let go of the copies of all other buckets."""
+        for bucket in set(self._there) - chain:
+            bucket.copies = ()
+        self._there = WeakSet(chain)
 
     def _pack(self, tensor: Tensor) -> Any:
         if not tensor.numel():
@@ -103,8 +137,5 @@ class Regather:
         if not isinstance(saved, _Handle):
             assert isinstance(saved, Tensor)
             return saved
-        self._use(saved.bucket)
-        if not saved.bucket.copies:
-            saved.bucket.copies = saved.bucket.gather()
-        whole = saved.bucket.copies[saved.index]
-        return whole.as_strided(saved.size, saved.stride, saved.offset)
+        self._use(saved.bucket.chain())
+        return saved.tensor()

@@ -240,6 +240,7 @@ def lower_all(
     sizes: Mapping[sympy.Symbol, int],
     decisions: Decisions,
     rules: Mapping[str, ShardingRule] | None = None,
+    ahead: bool = True,
 ) -> list[Graph]:
     """Every rank's program; the passes before `localise_shapes` run once, as they are the same."""
     mesh, known = decisions.mesh, rules
@@ -255,6 +256,7 @@ def lower_all(
             decisions.storage,
             decisions.regather,
             decisions.recompute,
+            ahead,
         )
         cut = next(i for i, p in enumerate(passes) if p.name == "localise_shapes")
         if common is None:

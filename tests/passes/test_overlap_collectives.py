@@ -6,7 +6,7 @@ import expecttest
 import torch.fx
 
 from autopar.ir.graph import Graph
-from autopar.ir.lowered import CLOSE, EXCHANGE, OPEN
+from autopar.ir.lowered import CLOSE, EXCHANGE, GATHER_VARY, OPEN
 from autopar.ir.mesh import Mesh
 from autopar.ir.verify import verify
 from autopar.passes.bucket_collectives import bucket_collectives
@@ -137,7 +137,7 @@ def test_every_open_is_closed_once_and_before_its_readers() -> None:
 
 
 def test_dropped_parameters_are_gathered_one_ahead() -> None:
-    """The third weight is asked for once the first one is there, and so on."""
+    """A weight is asked for once the one before it is there; without `ahead` at its use."""
     layers = 4
     lines = [f'%w{i}: param f32[8, 8] grad "w{i}"' for i in range(layers)]
     lines += ['%y0: input f32[4, 8] "x"']
@@ -158,8 +158,11 @@ def test_dropped_parameters_are_gathered_one_ahead() -> None:
             for source in [_gathered(node)]
             if source in names
         ]
-        ahead = [order.index(f"open w{i + 2}") > order.index(f"close w{i}") for i in range(2)]
-        assert ahead == [bool(regather)] * 2, order
+        waits = [order.index(f"open w{i + 1}") > order.index(f"close w{i}") for i in range(3)]
+        assert waits == [bool(regather)] * 3, order
+        late = overlap_collectives(localise_shapes(graph, mesh, 0), ahead=False)
+        gathers = [n.target.name for n in late.calls() if n.args[:1] == (GATHER_VARY,)]
+        assert (set(gathers) == {"exchange"}) == bool(regather)
 
 
 def _gathered(node: torch.fx.Node) -> str:

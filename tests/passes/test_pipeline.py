@@ -101,6 +101,7 @@ def test_the_lowering_is_the_table_of_contents() -> None:
     passes = mlp_lowering(0)
     assert [p.name for p in passes] == [
         "specialise",
+        "mark_blocks",
         "mark_recompute",
         "propagate",
         "insert_reshards",
