@@ -315,7 +315,7 @@ def _alternatives(
             )
         else:
             why = f"at least {ratio:.2f}x: its bound"
-            if p.least_bytes > limit:
+            if limit < p.least_bytes < float("inf"):
                 why = f"needs at least {bytes_text(p.least_bytes)} per device"
             found.append(Alternative("auto", _mesh_text(p.mesh, p.variant), None, None, why))
     if problem.cluster.size > 1:
