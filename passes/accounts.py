@@ -20,9 +20,10 @@ import torch.fx
 from autopar.cost.cluster import Cluster
 from autopar.cost.families import op_family, op_name
 from autopar.ir.graph import Graph, values_of
+from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
-from .columns import Edge, Flow, edge_key, edges_of, is_getitem
+from .columns import Edge, Flow, is_getitem
 from .options import Option
 from .price import Pricer
 
@@ -239,26 +240,18 @@ def read_flows(
 ) -> dict[Flow, int]:
     """Every reshard of an assignment and how many copies of it there are, each paid once."""
     stands_for = blocks.representative
-    readers: dict[tuple[Node, int], list[Edge]] = {}
-    for edge in edges_of(graph):
-        readers.setdefault((edge.producer, edge.port), []).append(edge)
     found: dict[Flow, int] = {}
-    for (producer, port), edges in readers.items():
+    for edges, ends in blocks.reads:
+        producer, port = edges[0].producer, edges[0].port
         made = option[producer]
-        by_want: dict[object, list[Edge]] = {}
+        by_want: dict[Sharding, bool] = {}
         for edge in edges:
-            by_want.setdefault(option[edge.consumer].wants[edge.slot], []).append(edge)
-        ends = {Edge(stands_for[producer], port, stands_for[e.consumer], e.slot) for e in edges}
-        for shared in by_want.values():
-            want = option[shared[0].consumer].wants[shared[0].slot]
+            want = option[edge.consumer].wants[edge.slot]
+            alike = Edge(edge.producer, port, stands_for[edge.consumer], edge.slot)
+            by_want[want] = by_want.get(want, False) or accounts.holds(alike)
+        for want, held in by_want.items():
             flow = Flow(
-                stands_for[producer],
-                port,
-                made.gives[port],
-                want,
-                made.regather,
-                tuple(sorted(ends, key=edge_key)),
-                any(accounts.holds(e) for e in shared),
+                stands_for[producer], port, made.gives[port], want, made.regather, ends, held
             )
             found[flow] = found.get(flow, 0) + 1
     return found

@@ -7,8 +7,10 @@ planning time does not grow with depth.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch.fx
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 from autopar.ir.graph import Graph, values_of
 from autopar.ir.hint import MARK
 
+from .edges import Edge, edge_key, edges_among
+
 Node = torch.fx.Node
 
 
@@ -24,11 +28,39 @@ Node = torch.fx.Node
 class Blocks:
     """`representative[node]` is the node of the first copy that stands for it (itself if alone).
 
-    `regions` lists, per repeated block, (first node, ops in one copy, copies).
+    `regions` lists, per repeated block, (first node, ops in one copy, copies). All nodes of the
+    graph are in `representative`, in its order.
     """
 
     representative: Mapping[Node, Node]
     regions: tuple[tuple[Node, int, int], ...]
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every read of a tensor value by an op or by the output."""
+        return tuple(edges_among(self.representative))
+
+    @cached_property
+    def reads(self) -> tuple[tuple[tuple[Edge, ...], tuple[Edge, ...]], ...]:
+        """Per value that is read: its edges, and the distinct ones of their representatives."""
+        stands_for = self.representative
+        readers: dict[tuple[Node, int], list[Edge]] = {}
+        for edge in self.edges:
+            readers.setdefault((edge.producer, edge.port), []).append(edge)
+        found, one = [], dict[frozenset[Edge], tuple[Edge, ...]]()
+        for edges in readers.values():
+            ends = frozenset(
+                Edge(stands_for[e.producer], e.port, stands_for[e.consumer], e.slot) for e in edges
+            )
+            if ends not in one:
+                one[ends] = tuple(sorted(ends, key=edge_key))
+            found.append((tuple(edges), one[ends]))
+        return tuple(found)
+
+    @cached_property
+    def patterns(self) -> Mapping[frozenset[Edge], int]:
+        """The sets of (representative) edges that read one value, and how often each set occurs."""
+        return Counter(frozenset(ends) for _, ends in self.reads)
 
 
 def find_blocks(graph: Graph) -> Blocks:

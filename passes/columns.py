@@ -26,21 +26,27 @@ from autopar.ir.graph import Graph, Value, tensor_inputs, value_of
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
+from .edges import Edge, edge_key, edges_of, is_getitem, producer_of
 from .options import Option
+
+__all__ = [
+    "Columns",
+    "Edge",
+    "Flow",
+    "Terms",
+    "build_columns",
+    "copies_of",
+    "edge_key",
+    "edges_of",
+    "is_getitem",
+    "producer_of",
+    "reading_patterns",
+    "times_read",
+]
 
 Node = torch.fx.Node
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A value read by a node: output `port` of `producer` is tensor input `slot` of `consumer`."""
-
-    producer: Node
-    port: int
-    consumer: Node
-    slot: int
 
 
 @dataclass(frozen=True)
@@ -124,31 +130,6 @@ class _Builder:
         self.value += [-1.0] * len(minus)
 
 
-def edges_of(graph: Graph) -> list[Edge]:
-    """Every read of a tensor value by an op or by the output, through `getitem` nodes."""
-    found = []
-    for node in graph.fx.nodes:
-        if node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
-            for slot, source in enumerate(tensor_inputs(node)):
-                found.append(Edge(*producer_of(source), node, slot))
-    return found
-
-
-def is_getitem(node: Node) -> bool:
-    """Whether a node only picks one output of the op before it."""
-    return getattr(node.target, "__name__", "") == "getitem"
-
-
-def producer_of(node: Node) -> tuple[Node, int]:
-    """The op behind a value and which of its tensor outputs it is."""
-    if not is_getitem(node):
-        return node, 0
-    source, index = node.args[0], node.args[1]
-    assert isinstance(source, Node) and isinstance(index, int)
-    values = source.meta["value"]
-    return source, sum(isinstance(v, Value) for v in values[:index])
-
-
 def copies_of(
     graph: Graph, blocks: Blocks, options: Mapping[Node, Sequence[Option]]
 ) -> dict[Node, int]:
@@ -160,20 +141,9 @@ def copies_of(
     return count
 
 
-def reading_patterns(graph: Graph, blocks: Blocks) -> dict[frozenset[Edge], int]:
+def reading_patterns(graph: Graph, blocks: Blocks) -> Mapping[frozenset[Edge], int]:
     """The sets of (representative) edges that read one value, and how often each set occurs."""
-    stands_for = blocks.representative
-    readers: dict[tuple[Node, int], list[Edge]] = defaultdict(list)
-    for edge in edges_of(graph):
-        readers[edge.producer, edge.port].append(edge)
-    patterns: dict[frozenset[Edge], int] = defaultdict(int)
-    for edges in readers.values():
-        patterns[
-            frozenset(
-                Edge(stands_for[e.producer], e.port, stands_for[e.consumer], e.slot) for e in edges
-            )
-        ] += 1
-    return patterns
+    return blocks.patterns
 
 
 def times_read(patterns: Mapping[frozenset[Edge], int]) -> dict[Edge, int]:
@@ -276,11 +246,6 @@ def build_columns(  # one straight line through the equations, in their order
         np.array(made.index, dtype=np.int64),
         np.array(made.value),
     )
-
-
-def edge_key(edge: Edge) -> tuple[str, int, str, int]:
-    """Orders edges by name."""
-    return (edge.producer.name, edge.port, edge.consumer.name, edge.slot)
 
 
 def _may_wait(edge: Edge) -> bool:

@@ -16,7 +16,7 @@ from autopar.ir.hint import MARK, may_reshard
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 
-from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy, overlap_of, regions_of
+from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy, overlap_of
 from .columns import Columns, Edge, Flow, build_columns, copies_of, reading_patterns, times_read
 from .grid import Grid, GridPricer, Layouts, OptionPrices, Reshard, ReshardPrices, Way
 from .options import Option
@@ -333,7 +333,7 @@ def build_frame(problem: Problem, roles: Mapping[str, str], family: str = "auto"
         problem,
         roles,
         options,
-        regions_of(problem.graph, problem.blocks),
+        problem.regions,
         copies_of(problem.graph, problem.blocks, options),
         reading_patterns(problem.graph, problem.blocks),
         pricer.shrinks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import sympy
 import torch.fx
@@ -15,8 +16,9 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import ShardingRule
 from autopar.ir.sharding import Sharding
 
+from .accounts import Regions, regions_of
 from .blocks import Blocks, find_blocks
-from .columns import edges_of, is_getitem
+from .columns import is_getitem
 from .families import Factors, Family, batch_factors, expert_factors, sequence_factors
 from .hints import keep_hinted
 from .options import Option, call_options, param_options
@@ -46,6 +48,10 @@ class Problem:
     symbolic: Graph | None = None
     symbols: Mapping[sympy.Symbol, int] = field(default_factory=dict)
 
+    @cached_property
+    def regions(self) -> Regions:
+        return regions_of(self.graph, self.blocks)
+
     def family(self, name: str, roles: Mapping[str, str]) -> Family:
         return Family(name, roles, self.batch, self.sequence, self.expert)
 
@@ -55,11 +61,12 @@ def problem_of(
 ) -> Problem:
     """The problem of a prepared graph for one size of every symbol."""
     concrete = specialise(graph, symbols)
-    rules = rules_of(concrete)
+    blocks = find_blocks(concrete)
+    rules = rules_of(concrete, blocks.representative)
     return Problem(
         concrete,
         rules,
-        find_blocks(concrete),
+        blocks,
         batch_factors(concrete, rules, graph),
         cluster,
         optimizer,
@@ -89,7 +96,7 @@ def options_of(
             rule = problem.rules[node.name]
             found = call_options(node, rule, mesh, pricer, family.allows)
             options[node] = keep_hinted(node, family.keeps(node, found))
-    for edge in edges_of(problem.graph):
+    for edge in problem.blocks.edges:
         if edge.producer.meta.get("role") == "param":
             consumer = stands_for[edge.consumer]
             for option in options[consumer]:

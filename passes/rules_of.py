@@ -11,16 +11,28 @@ from autopar.ir.graph import Graph
 from autopar.ir.registry import rule_for
 from autopar.ir.rule import ShardingRule
 
+from .blocks import Blocks
 from .options import place_call
 from .price import Pricer
 from .programme import is_getitem
 
+Node = torch.fx.Node
 
-def rules_of(graph: Graph) -> dict[str, ShardingRule]:
-    """Rule per node name: the registry's, else one discovered by running the op on shards."""
+
+def rules_of(
+    graph: Graph, stands_for: Mapping[Node, Node] | None = None
+) -> dict[str, ShardingRule]:
+    """Rule per node name: the registry's, else one discovered by running the op on shards.
+
+    Copies of a node of a repeated block have the rule of the one that `stands_for` them.
+    """
     rules: dict[str, ShardingRule] = {}
     for node in graph.calls():
         if not is_getitem(node):
+            first = node if stands_for is None else stands_for[node]
+            if first is not node and first.name in rules:
+                rules[node.name] = rules[first.name]
+                continue
             found = rule_for(node)
             rules[node.name] = found if found is not None else _discovered(node)
     return rules
@@ -32,12 +44,18 @@ def _discovered(node: torch.fx.Node) -> ShardingRule:
     return discover(node)
 
 
-def unsharded_ops(graph: Graph, rules: Mapping[str, ShardingRule], pricer: Pricer) -> list[str]:
+def unsharded_ops(
+    graph: Graph, blocks: Blocks, rules: Mapping[str, ShardingRule], pricer: Pricer
+) -> list[str]:
     """One sentence per kind of op that autopar has no rule for, with what running it costs."""
     cost: dict[str, list[float]] = defaultdict(list)
     where: dict[str, str] = {}
+    known: dict[Node, bool] = {}
     for node in graph.calls():
-        if is_getitem(node) or rule_for(node) is not None:
+        first = blocks.representative[node]
+        if first not in known:
+            known[first] = is_getitem(node) or rule_for(first) is not None
+        if known[first]:
             continue
         name = str(node.target if not hasattr(node.target, "__name__") else node.target.__name__)
         rule = rules[node.name]

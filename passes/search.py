@@ -21,7 +21,7 @@ from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
 from autopar.units import bytes_text
 
-from .accounts import MODES, NONE
+from .accounts import MODES, NONE, Accounts
 from .describe import describe_activations, describe_traffic, renamed, type_of
 from .families import FAMILIES, ROLE_OF, Factors
 from .forced import check_forced, force
@@ -31,7 +31,7 @@ from .impossible import no_candidate
 from .options import Option, place_call
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
-from .programme import Assignment, edges_of, is_getitem, solve
+from .programme import Assignment, edges_of, evaluate, is_getitem, solve
 from .propose import Frames, Proposal, Request, propose
 from .rules_of import unsharded_ops
 from .same_model import parts_of
@@ -235,7 +235,7 @@ def _finish(
         params=params,
         predicted=predicted(best.step, best.timeline),
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
-        notes=tuple(unsharded_ops(graph, best.problem.rules, pricer)),
+        notes=tuple(unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=_gap(best, proposals),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
@@ -413,8 +413,10 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
     mesh = make_mesh(problem.cluster, {"dp": 1})
     pricer = Pricer(problem.cluster, mesh, problem.optimizer)
     options: dict[Node, Option] = {}
-    for node in problem.graph.fx.nodes:
-        if node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
+    for node, first in problem.blocks.representative.items():
+        if first is not node and first in options:
+            options[node] = options[first]
+        elif node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
             values = [v for s in tensor_inputs(node) for v in values_of(s)[:1]]
             wants = tuple(Sharding.replicated(v.rank) for v in values)
             gives = tuple(Sharding.replicated(v.rank) for v in values_of(node))
@@ -436,11 +438,12 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
                 pricer.optimizer_time_s(value, whole) if is_param else 0.0,
                 pricer.stored_bytes(value, whole) if is_param else 0.0,
             )
-    p = predict(problem.graph, options, pricer)
+    accounts = Accounts(pricer, problem.regions)
+    time_s, memory_bytes = evaluate(problem.graph, problem.blocks, options, accounts)
     name = "one process, all threads" if problem.cluster.single else "one device"
-    faster = p.time_s < best_s
-    why = f"{p.time_s / best_s:.2f}x: " + ("faster; start one process" if faster else "compute")
-    return Alternative(name, "single", p.time_s, p.memory_bytes, why)
+    faster = time_s < best_s
+    why = f"{time_s / best_s:.2f}x: " + ("faster; start one process" if faster else "compute")
+    return Alternative(name, "single", time_s, int(memory_bytes), why)
 
 
 def choose_for(

@@ -16,7 +16,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Choice
 from autopar.plan import Recompute
 
-from .accounts import NONE, Accounts, overlap_of, regions_of
+from .accounts import NONE, Accounts, overlap_of
 from .families import Family
 from .frame import Variant
 from .options import Option
@@ -71,7 +71,7 @@ def settle(
     With `near`, a candidate whose relaxation was solved, only options close to it are tried first.
     """
     pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
-    regions = regions_of(problem.graph, problem.blocks)
+    regions = problem.regions
     modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
     overlap = overlap_of(problem.cluster)
     accounts = Accounts(pricer, regions, variant.micro_batches, modes, overlap)

@@ -18,11 +18,14 @@ def specialise(graph: Graph, symbols: Mapping[sympy.Symbol, int]) -> Graph:
     Establishes: no sympy expression is left in arguments or shapes.
     """
     new = graph.copy()
+    known: dict[sympy.Basic, int | float] = {}
 
     def number(item: Any) -> Any:
         if isinstance(item, sympy.Basic):
-            result = item.subs(symbols) if item.free_symbols else item
-            return int(result) if result.is_Integer else float(result)
+            if item not in known:
+                result = item.subs(symbols) if item.free_symbols else item
+                known[item] = int(result) if result.is_Integer else float(result)
+            return known[item]
         return item
 
     def typed(value: Any) -> Any:

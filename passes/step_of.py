@@ -298,7 +298,7 @@ class _Builder:
         at = self.paid[key]
         if at is not None and at[0] != index:
             self._enters(index, at, self.pricer.local_bytes(values_of(producer)[port], want))
-        if node.op == "output" or key in self.kept or not self.pricer.saves_input(node, slot):
+        if node.op == "output" or key in self.kept or not self._saves(node, slot):
             return at
         self.kept.add(key)
         nbytes = self.pricer.saved_input_bytes(producer, port, source, want, given.regather)
@@ -308,6 +308,9 @@ class _Builder:
         elif nbytes:
             saved.append((here, nbytes))
         return at
+
+    def _saves(self, node: Node, slot: int) -> bool:
+        return self.pricer.saves_input(self.blocks.representative[node], slot)
 
     def _enters(self, index: int, at: Place, nbytes: float) -> None:
         """A value made in another chunk is read in this one."""

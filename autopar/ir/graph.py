@@ -18,7 +18,7 @@ outputs first, then the new value of every mutated buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -125,18 +125,18 @@ def tensor_inputs(node: torch.fx.Node) -> list[torch.fx.Node]:
     `getitem` nodes on a multi-output op have that op as their single input.
     """
     found: list[torch.fx.Node] = []
-
-    def visit(arg: object) -> None:
-        if isinstance(arg, torch.fx.Node):
-            if values_of(arg):
-                found.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            for item in arg:
-                visit(item)
-        elif isinstance(arg, dict):
-            for item in arg.values():
-                visit(item)
-
-    visit(node.args)
-    visit(node.kwargs)
+    _add_tensors(node.args, found)
+    if node.kwargs:
+        _add_tensors(node.kwargs.values(), found)
     return found
+
+
+def _add_tensors(items: Iterable[object], found: list[torch.fx.Node]) -> None:
+    for item in items:
+        if isinstance(item, torch.fx.Node):
+            if values_of(item):
+                found.append(item)
+        elif isinstance(item, (list, tuple)):
+            _add_tensors(item, found)
+        elif isinstance(item, dict):
+            _add_tensors(item.values(), found)
