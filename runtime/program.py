@@ -55,10 +55,12 @@ def load_program(
     groups: Mapping[tuple[str, ...], Group],
     backend: str | None = None,
     device: torch.device | None = None,
+    ahead: bool | None = None,
 ) -> Program:
     """Bind a lowered graph to live groups.
 
-    Gathered copies of parameters marked `regather` are dropped after the forward. `backend` is a
+    Gathered copies of parameters marked `regather` are dropped after their use, and gathered again
+    in the backward: one bucket `ahead` of it, by default anywhere but on CPU. `backend` is a
     `torch.compile` backend for what is between the lowered ops ("inductor"), or None or "eager" for
     one ATen call per op. What the graph makes of nothing (`arange`, `zeros`) and its constants are
     on `device`.
@@ -66,7 +68,9 @@ def load_program(
     if device is not None and device.type != "cpu":
         graph = _on_device(graph, device)
     dropped = {node.name for node in graph.placeholders("param") if node.meta["regather"]}
-    keeper = Regather() if dropped else None
+    if ahead is None:
+        ahead = device is not None and device.type != "cpu"
+    keeper = Regather(ahead) if dropped else None
     bindings = dict(BINDINGS)
     if keeper is not None:
         graph = _mark_regathered(graph, dropped)
