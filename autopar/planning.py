@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from .api import undecorated
 from .capture import Capture, capture
+from .collector import collector_paused
 from .cost.cluster import Cluster
 from .errors import UserError
 from .hints import hints_of
@@ -97,6 +98,7 @@ def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) ->
     return tuple(dict.fromkeys(asked))
 
 
+@collector_paused()
 def capture_training(
     module: nn.Module,
     args: Sequence[Any],

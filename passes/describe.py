@@ -14,7 +14,6 @@ from autopar.cost.comm import wire_bytes, wire_factor
 from autopar.cost.families import op_name
 from autopar.ir.graph import Graph, Value, values_of
 from autopar.ir.lowered import GATHER_VARY
-from autopar.ir.registry import rule_for
 from autopar.ir.reshard import reshard_steps
 from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
@@ -129,7 +128,11 @@ def _what_splits(rule: ShardingRule, choice: Choice) -> str:
 
 
 def describe_traffic(
-    graph: Graph, option: Mapping[Node, Option], pricer: Pricer, rename: Mapping[str, str]
+    graph: Graph,
+    rules: Mapping[str, ShardingRule],
+    option: Mapping[Node, Option],
+    pricer: Pricer,
+    rename: Mapping[str, str],
 ) -> tuple[Traffic, ...]:
     """Collectives by kind, axis and purpose, with what one device sends; the most bytes first."""
     count: dict[tuple[str, str, str, str], int] = defaultdict(int)
@@ -151,7 +154,7 @@ def describe_traffic(
             count[key] += 1
             sent[key] += float(wire_bytes(kind, nbytes, pricer.mesh[axis].size))
             places[key].append(place)
-    for node, kind, axis, purpose, nbytes in _of_routes(graph, option, pricer):
+    for node, kind, axis, purpose, nbytes in _of_routes(graph, rules, option, pricer):
         place = node.meta.get("module", "")
         key = (kind, rename[axis], purpose, pattern(place))
         count[key] += 1
@@ -168,12 +171,15 @@ def describe_traffic(
 
 
 def _of_routes(
-    graph: Graph, option: Mapping[Node, Option], pricer: Pricer
+    graph: Graph,
+    rules: Mapping[str, ShardingRule],
+    option: Mapping[Node, Option],
+    pricer: Pricer,
 ) -> Iterator[tuple[Node, str, str, str, float]]:
-    """What routed ops send themselves: (op, collective, axis, purpose, bytes that a device sends)."""
+    """What routed ops send themselves: (op, collective, axis, purpose, bytes of one device)."""
     for node in graph.calls():
-        rule = rule_for(node) if node in option else None
-        if rule is None:
+        rule = rules.get(node.name) if node in option else None
+        if rule is None or not rule.routes:
             continue
         chosen = option[node]
         placed = Placed(chosen.wants, chosen.gives)

@@ -70,7 +70,7 @@ def reprice(
         alternatives=plan.alternatives if same else (),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         activations=describe_activations(case.concrete, case.rules, option, pricer, rename),
-        traffic=describe_traffic(case.concrete, option, pricer, rename),
+        traffic=describe_traffic(case.concrete, case.rules, option, pricer, rename),
         timeline=summarise(timeline),
     )
 

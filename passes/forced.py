@@ -86,9 +86,12 @@ def _try(
     mesh = make_mesh(problem.cluster, sizes)
     roles = next(r for r in FAMILIES[strategy] if len(r) == len(sizes))
     family = problem.family(strategy, dict(zip(sizes, roles, strict=True)))
-    made = settle(strategy, problem, mesh, family, Variant(), limit)
+    made = settle(strategy, problem, mesh, family, Variant(), limit, or_leanest=True)
     if made is None or made.timeline.peak_bytes > limit:
-        lean = settle(strategy, problem, mesh, family, Variant(), limit, minimise_memory=True)
+        lean = made
+        if made is not None and made.assignment.memory_bytes <= limit:
+            # What a step needs for a moment is not in the programme.
+            lean = settle(strategy, problem, mesh, family, Variant(), limit, minimise_memory=True)
         if lean is None:
             why = "does not keep the hints" if hints_in(problem.graph) else "does not apply"
             return Alternative(strategy, str(mesh), None, None, why)

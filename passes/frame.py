@@ -224,11 +224,12 @@ class Frame:
         uses: list[tuple[Edge, Reshard, bool]] = []
         pricer = table.pricer
         for edge in self.times_read:
+            hints = edge.producer.meta.get(MARK, ())
             gives = {(o.gives[edge.port], o.regather) for o in options[edge.producer]}
             wants = {o.wants[edge.slot] for o in options[edge.consumer]}
             for source, regather in gives:
                 for want in wants:
-                    if not may_reshard(edge.producer.meta.get(MARK, ()), source, want):
+                    if hints and not may_reshard(hints, source, want):
                         continue
                     if pricer.way(source, want) is not None:
                         key = pricer.reshard(edge.producer, edge.port, source, want)

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import sympy
 
 from autopar.cost.cluster import Cluster, make_mesh
+from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
 
 from .accounts import FULL, NONE, SELECTIVE
 from .families import THREE_AXES
 from .frame import Frame, Priced, Table, Variant, build_frame
 from .hints import hinted_axes, role_sets_with
-from .problem import Problem
+from .problem import Problem, problem_of
 from .relax import Relaxation, Relaxed
 
 Progress = Callable[[str], None]
 Roles = tuple[tuple[str, str], ...]
+Symbols = Mapping[sympy.Symbol, int]
 
 LARGEST_INNER = 64  # members of an axis that communicates activations, at most
 MANY = 16  # devices from which a restricted search comes before the full one
@@ -40,6 +42,18 @@ class Frames:
 
     problem: Problem
     made: dict[Roles, Frame] = field(default_factory=dict)
+    problems: dict[tuple[tuple[sympy.Symbol, int], ...], Problem] = field(default_factory=dict)
+
+    def problem_at(self, graph: Graph, symbols: Symbols, cluster: Cluster) -> Problem:
+        """The problem of the same graph for other sizes or another cluster."""
+        sizes = tuple(symbols.items())
+        first = self.problem
+        if symbols == first.symbols:
+            self.problems.setdefault(sizes, first)
+        if sizes not in self.problems:
+            self.problems[sizes] = problem_of(graph, symbols, cluster, first.optimizer)
+        found = self.problems[sizes]
+        return found if found.cluster is cluster else replace(found, cluster=cluster)
 
     def get(self, roles: Roles) -> Frame:
         if roles not in self.made:

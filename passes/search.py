@@ -9,6 +9,7 @@ from dataclasses import replace
 import sympy
 import torch.fx
 
+from autopar.collector import collector_paused
 from autopar.cost.cluster import Cluster, make_mesh
 from autopar.cost.sent import sent_bytes
 from autopar.cost.step import Step
@@ -51,6 +52,7 @@ ATTEMPTS = 3  # at leaving room for what a step needs for a moment
 _options = options_of
 
 
+@collector_paused()
 def search(
     graph: Graph,
     fingerprint: str,
@@ -79,13 +81,13 @@ def search(
     limit = (
         memory_limit if memory_limit is not None else cluster.device.memory_bytes * USABLE_MEMORY
     )
-    problem = problem_of(graph, symbols, cluster, optimizer)
+    if frames is None or frames.problem.optimizer != optimizer:
+        frames = Frames(problem_of(graph, symbols, cluster, optimizer))
+    problem = frames.problem_at(graph, symbols, cluster)
     if strategy != "auto":
         forced = force(problem, strategy, limit, progress)
         check_forced(forced, strategy, limit, cluster.size)
         return _finish(problem, forced, [], strategy, fingerprint, symbols, limit)
-    frames = frames or Frames(problem)
-    problems = {1: problem}
     # What the user recomputes stays as it is written.
     written = any(node.meta.get("region") is not None for node in problem.graph.calls())
     modes = (NONE,) if written else tuple(recompute)
@@ -93,7 +95,7 @@ def search(
     for _ in range(ATTEMPTS):
         request = Request(cluster, symbols, tightened, tuple(micro_batches), modes)
         proposals = propose(frames, request, SETTLED, progress)
-        found = _settle_best(proposals, request, problems, graph, progress)
+        found = _settle_best(proposals, request, frames, graph, progress)
         if not found:
             break
         least = min(s.timeline.peak_bytes for s in found)
@@ -103,35 +105,25 @@ def search(
         tightened *= 0.99 * limit / least
     fitting = [s for s in found if s.timeline.peak_bytes <= limit]
     if not fitting:
-        fitting = [_leanest(proposals, request, problems, graph, limit)]
+        fitting = [_leanest(proposals, request, frames, graph, limit)]
     tried: list[Settled | Alternative] = list(fitting)
     for other in ("data", "zero", "tensor") if cluster.size > 1 else ():
         tried += force(problem, other, limit, progress)
     return _finish(problem, tried, proposals, strategy, fingerprint, symbols, limit)
 
 
-def _at(
-    problems: dict[int, Problem], request: Request, graph: Graph, micro_batches: int
-) -> Problem:
-    """The problem at the sizes of one micro-batch, made once."""
-    if micro_batches not in problems:
-        first = problems[1]
-        sizes = request.at(micro_batches)
-        problems[micro_batches] = problem_of(graph, sizes, first.cluster, first.optimizer)
-    return problems[micro_batches]
-
-
 def _settle_best(
     proposals: Sequence[Proposal],
     request: Request,
-    problems: dict[int, Problem],
+    frames: Frames,
     graph: Graph,
     progress: Progress,
 ) -> list[Settled]:
     """The best few candidates, solved exactly and simulated."""
     found = []
     for proposal in _distinct(proposals)[:SETTLED]:
-        problem = _at(problems, request, graph, proposal.variant.micro_batches)
+        sizes = request.at(proposal.variant.micro_batches)
+        problem = frames.problem_at(graph, sizes, request.cluster)
         family = problem.family("auto", proposal.frame.roles)
         limit = request.memory_limit
         made = settle(
@@ -146,20 +138,21 @@ def _settle_best(
 def _leanest(
     proposals: Sequence[Proposal],
     request: Request,
-    problems: dict[int, Problem],
+    frames: Frames,
     graph: Graph,
     limit: float,
 ) -> Settled:
     """The candidate that needs least memory; raises UserError if that is too much."""
     lean: list[Settled] = []
     for p in sorted(proposals, key=lambda p: p.least_bytes)[:LEAN]:
-        problem = _at(problems, request, graph, p.variant.micro_batches)
+        sizes = request.at(p.variant.micro_batches)
+        problem = frames.problem_at(graph, sizes, request.cluster)
         family = problem.family("auto", p.frame.roles)
         made = settle("auto", problem, p.mesh, family, p.variant, limit, minimise_memory=True)
         if made is not None:
             lean.append(made)
     if not lean:
-        raise no_candidate(problems[1])
+        raise no_candidate(frames.problem_at(graph, request.symbols, request.cluster))
     least = min(lean, key=lambda s: s.timeline.peak_bytes)
     needs, mesh = least.timeline.peak_bytes, least.mesh
     if needs <= limit:
@@ -239,7 +232,7 @@ def _finish(
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=_gap(best, proposals),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
-        traffic=describe_traffic(graph, option, pricer, rename),
+        traffic=describe_traffic(graph, best.problem.rules, option, pricer, rename),
         recompute=best.recompute,
         micro_batches=best.variant.micro_batches,
         memory_limit=limit,

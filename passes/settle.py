@@ -65,8 +65,11 @@ def settle(
     memory_limit: float,
     near: Proposal | None = None,
     minimise_memory: bool = False,
+    or_leanest: bool = False,
 ) -> Settled | None:
     """The best assignment on a mesh within the limit, or None; or the leanest, whatever the limit.
+
+    The latter with `minimise_memory`, and with `or_leanest` where nothing is within the limit.
 
     With `near`, a candidate whose relaxation was solved, only options close to it are tried first.
     """
@@ -93,6 +96,16 @@ def settle(
         )
         if assignment is not None:
             break
+    if assignment is None and or_leanest:
+        assignment = solve(
+            problem.graph,
+            problem.blocks,
+            options,
+            pricer,
+            memory_limit,
+            minimise_memory=True,
+            accounts=accounts,
+        )
     if assignment is None:
         return None
     recompute: tuple[Recompute, ...] = ()

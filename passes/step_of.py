@@ -71,8 +71,8 @@ def _alike(a: Segment, b: Segment) -> bool:
     return a.input_bytes == b.input_bytes and _anonymous(a.parts) == _anonymous(b.parts)
 
 
-def _anonymous(parts: Iterable[Part]) -> list[Part]:
-    return [replace(p, name="", module="", param="x" if p.param else "") for p in parts]
+def _anonymous(parts: Iterable[Part]) -> list[dict[str, object]]:
+    return [{**vars(p), "name": "", "module": "", "param": bool(p.param)} for p in parts]
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,9 @@ class _Builder:
             until[i] = len(parts) if leaves else max(ends, default=i)
             until[i] = min(until[i], savers.get(i, until[i]))
             saved_here = part.freed_by == i or (part.param and part.saved_bytes)
-            parts[i] = replace(part, freed_by=i if saved_here else until[i], leaves=leaves)
+            freed = i if saved_here else until[i]
+            if (part.freed_by, part.leaves) != (freed, leaves):
+                parts[i] = replace(part, freed_by=freed, leaves=leaves)
         return Segment(
             chunk.nodes[0].name, tuple(parts), 1, sum(self.entering.get(index, {}).values())
         )
