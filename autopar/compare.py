@@ -135,7 +135,7 @@ def _others(a: Plan, b: Plan) -> Iterator[Difference]:
             plain = isinstance(x, (str, int, float)) or isinstance(y, (str, int, float))
             texts = (str(x), str(y)) if plain else ("present" if x else "", "present" if y else "")
             if texts[0] == texts[1]:
-                texts = (texts[0], "another")
+                texts = ("differs", "differs")
             yield Difference(name.replace("_", " "), *texts)
     if a.alternatives != b.alternatives:
         yield Difference("alternatives", *(f"{len(plan.alternatives)} listed" for plan in (a, b)))

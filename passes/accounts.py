@@ -185,19 +185,24 @@ class Accounts:
             return 0.0 if kept and flow.source == flow.want else saved
         return times * saved
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several micro-batches; a symbol stands for that (`step_formula`)."""
+        return self.micro_batches != 1
+
     def holds(self, edge: Edge) -> bool:
         """Whether what arrives on an edge stays in memory beyond its reader.
 
         Autograd keeps it; or it is a parameter that serves several micro-batches.
         """
-        if self.micro_batches > 1 and edge.producer.meta.get("role") == "param":
+        if self.several and edge.producer.meta.get("role") == "param":
             return True
         return self.pricer.saves_input(edge.consumer, edge.slot)
 
     def accumulates(self, flow: Flow) -> bool:
         """Whether a parameter's gradient is summed whole before it is reduced, once per step."""
         return (
-            self.micro_batches > 1
+            self.several
             and self.overlaps(flow)
             and not flow.regather
             and flow.want.without_varying() != flow.source

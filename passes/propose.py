@@ -80,7 +80,7 @@ class Request:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Proposal:
     """A candidate with its bound; `relaxed` where its relaxation was solved.
 

@@ -36,16 +36,20 @@ class Weights:
 
 @dataclass(frozen=True)
 class Relaxed:
-    """A solved relaxation: its value in seconds, the columns, bytes, and the weights it proves."""
+    """A solved relaxation: its value in seconds, the columns, bytes, and the weights it proves.
+
+    `serial_s` is what it would take if nothing overlapped.
+    """
 
     time_s: float
     values: Array
     memory_bytes: float
     weights: Weights
+    serial_s: float
 
 
 class Relaxation:
-    """One programme in HiGHS, solved for mesh after mesh from where the last one ended."""
+    """One programme in HiGHS, solved for mesh after mesh."""
 
     def __init__(self, columns: Columns, prices: Prices) -> None:
         self.columns, self.prices = columns, prices
@@ -74,7 +78,9 @@ class Relaxation:
         memory_weight = max(-duals.pop(0) / 2**20, 0.0) if limited else 0.0
         weights = Weights(of_columns, late_weight, memory_weight, memory_limit if limited else 0.0)
         time_s = float(cost @ values[:-1]) + (1e-6 * float(values[-1]) if exposed else 0.0)
-        return Relaxed(time_s, values[:-1], float(prices.memory[:, at] @ values[:-1]), weights)
+        nbytes = float(prices.memory[:, at] @ values[:-1])
+        serial_s = float((cost + late) @ values[:-1])
+        return Relaxed(time_s, values[:-1], nbytes, weights, serial_s)
 
     def least_memory(self, at: int) -> Array:
         """Bytes below which no assignment is, on every mesh; tight on mesh `at`."""
@@ -107,14 +113,33 @@ class Relaxation:
         made = np.zeros(self.columns.size)
         for begin, end in self.columns.spans:
             made[begin:end] = left[begin:end] - left[begin:end].min()
-        return made
+        return made + self._along_edges(made)
+
+    def _along_edges(self, reduced: Array) -> Array:
+        """What the cheapest reshards that an option allows add to its reduced cost.
+
+        Every edge uses one reshard, and the row of an option's sharding says which it allows.
+        """
+        columns = self.columns
+        rows = np.repeat(np.arange(len(columns.low)), np.diff(columns.starts))
+        of_flow = (columns.low == 0) & (columns.high == 0)
+        moves = np.where(columns.value > 0, reduced[columns.index], np.inf)
+        least = np.minimum.reduceat(moves, columns.starts[:-1])
+        added = np.zeros(columns.size)
+        picks = (columns.value < 0) & of_flow[rows]
+        np.add.at(added, columns.index[picks], np.minimum(least[rows[picks]], ILLEGAL_S))
+        return added
 
 
 class _Solver:
-    """The rows of a programme in HiGHS; each run starts from the basis of the last one."""
+    """The rows of a programme in HiGHS.
+
+    Each run starts anew, with presolve: from the basis of another mesh the simplex can stall for
+    as long as forty runs take.
+    """
 
     def __init__(self, columns: Columns) -> None:
-        self._columns, self._rows, self._warm = columns, len(columns.low), False
+        self._columns, self._rows = columns, len(columns.low)
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = columns.size + 1, self._rows
         lp.col_cost_ = np.zeros(columns.size + 1)
@@ -144,13 +169,11 @@ class _Solver:
         for low, high, row in rows:
             at = np.flatnonzero(np.abs(row) > 1e-9).astype(np.int32)
             solver.addRow(low, high, len(at), at, row[at])
-        if not self._warm:
-            solver.clearSolver()
+        solver.clearSolver()
         solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)
         solver.run()
         found = None
-        self._warm = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        if self._warm:
+        if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal:
             solution = solver.getSolution()
             duals = np.array(solution.row_dual) / scale
             own = duals[: self._rows].copy()

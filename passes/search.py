@@ -36,7 +36,7 @@ from .programme import Assignment, edges_of, evaluate, is_getitem, solve
 from .propose import Frames, Proposal, Request, propose
 from .rules_of import unsharded_ops
 from .same_model import parts_of
-from .settle import Settled, settle
+from .settle import Settled, settle, settle_within
 
 __all__ = ["MODES", "Frames", "Problem", "choose_for", "predict", "search"]
 
@@ -45,6 +45,7 @@ Progress = Callable[[str], None]
 
 USABLE_MEMORY = 0.92  # of the device's, the rest is left to the allocator's fragmentation
 SETTLED = 3  # candidates that are solved exactly and simulated
+SERIAL = 2  # of those that would take least if nothing overlapped
 SHOWN = 12  # other meshes that a plan lists
 LEAN = 4  # candidates that are made as lean as they can be where nothing fits
 ATTEMPTS = 3  # at leaving room for what a step needs for a moment
@@ -121,12 +122,16 @@ def _settle_best(
 ) -> list[Settled]:
     """The best few candidates, solved exactly and simulated."""
     found = []
-    for proposal in _distinct(proposals)[:SETTLED]:
+    distinct = _distinct(proposals)
+    # The programme takes collectives of parameters to overlap as well as they can; where they
+    # cannot, what takes least without overlap may be better.
+    serial = sorted(distinct, key=lambda p: p.relaxed.serial_s if p.relaxed else 0.0)
+    for proposal in dict.fromkeys((*distinct[:SETTLED], *serial[:SERIAL])):
         sizes = request.at(proposal.variant.micro_batches)
         problem = frames.problem_at(graph, sizes, request.cluster)
         family = problem.family("auto", proposal.frame.roles)
         limit = request.memory_limit
-        made = settle(
+        made = settle_within(
             "auto", problem, proposal.mesh, family, proposal.variant, limit, near=proposal
         )
         progress(f"{proposal.mesh}: solved exactly")
@@ -198,7 +203,8 @@ def _finish(
     limit: float,
 ) -> Plan:
     settled = [s for s in tried if isinstance(s, Settled)]
-    mine = [s for s in settled if s.name == strategy]
+    # A named strategy is a plan like any other where nothing is asked for.
+    mine = [s for s in settled if strategy in ("auto", s.name)]
     best = min(mine, key=lambda s: (s.timeline.peak_bytes > limit, s.timeline.step_s))
     option, pricer = best.option, best.pricer
     rename = _axis_names(best.mesh, best.assignment, best.problem.batch)

@@ -66,8 +66,8 @@ def test_settings_and_figures() -> None:
 
 def test_every_field_of_a_plan_counts() -> None:
     """A field that no section shows is still named, whatever will be added to plans."""
-    (difference,) = compare_plans(PLAN, replace(PLAN, version=2)).settings
-    assert difference == Difference("version", "1", "2")
+    (difference,) = compare_plans(PLAN, replace(PLAN, version=3)).settings
+    assert difference == Difference("version", "2", "3")
     fewer = replace(PLAN, alternatives=PLAN.alternatives[:2])
     assert compare_plans(PLAN, fewer).settings == (
         Difference("alternatives", "3 listed", "2 listed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,8 +67,7 @@ def test_a_plan_says_what_it_is(name: str) -> None:
 
 def test_micro_batches_do_not_run_yet() -> None:
     """Such a plan is for predictions: a run refuses it, and says what to do."""
-    made = planned("cpu:4", micro_batches=(4,))
-    assert made.micro_batches == 4
+    made = replace(planned("cpu:4"), micro_batches=4)
     with pytest.raises(UserError, match="4 micro-batches per step") as caught:
         check_runnable(made)
     assert "micro_batches" in str(caught.value)
