@@ -12,6 +12,7 @@ import time
 STARTED = time.perf_counter()  # before torch is imported
 
 import json  # noqa: E402
+import math  # noqa: E402
 import re  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
@@ -38,7 +39,10 @@ COUNTED = re.compile(r"(\d+) candidates, (\d+) relaxations solved")
 
 @dataclass(frozen=True)
 class Case:
-    """One plan: a model of `MODELS`, its batch and sequence, a cluster, and goals (0: none)."""
+    """One plan: a model of `MODELS`, its batch and sequence, a cluster, and goals (0: none).
+
+    `unlimited`: as if the devices had any amount of memory.
+    """
 
     name: str
     model: str
@@ -49,6 +53,7 @@ class Case:
     per_host: int = 8
     goal_s: float = 0.0
     goal_gib: float = 0.0
+    unlimited: bool = False
 
     @property
     def devices(self) -> int:
@@ -77,9 +82,12 @@ CASES = (
 )
 
 
-def by_layers() -> list[Case]:
-    """Llama-3-8B's block, other depths, the same tokens and devices."""
-    first = replace(CASES[0], goal_s=0.0, goal_gib=0.0)
+def by_layers(unlimited: bool = False) -> list[Case]:
+    """Llama-3-8B's block, other depths, the same tokens and devices.
+
+    With unlimited memory all depths try the same variants; within it, deeper ones need more.
+    """
+    first = replace(CASES[0], goal_s=0.0, goal_gib=0.0, unlimited=unlimited)
     return [replace(first, name=f"{n} layers", layers=n) for n in (8, 16, 32, 64, 128)]
 
 
@@ -122,7 +130,11 @@ def captured(model: nn.Module, batch: int, sequence: int) -> Captured:
 
 
 def planned(
-    of: Captured, symbols: Mapping[sympy.Symbol, int], cluster: Cluster, frames: Frames | None
+    of: Captured,
+    symbols: Mapping[sympy.Symbol, int],
+    cluster: Cluster,
+    frames: Frames | None = None,
+    unlimited: bool = False,
 ) -> dict[str, Any]:
     """One search: its seconds, what it looked at, and what it chose."""
     said: list[str] = []
@@ -135,6 +147,7 @@ def planned(
         cluster,
         micro_batches=micro_batch_counts(batch),
         recompute=MODES,
+        memory_limit=math.inf if unlimited else None,
         frames=frames,
         progress=said.append,
     )
@@ -169,7 +182,7 @@ def cold(case: Case) -> list[dict[str, Any]]:
     row["build_s"], row["build_cpu_s"] = clock.read()
     of = captured(model, case.batch, case.sequence)
     row["capture_s"], row["capture_cpu_s"] = clock.read()
-    row |= planned(of, of.symbols, parse_cluster(case.cluster), None)
+    row |= planned(of, of.symbols, parse_cluster(case.cluster), unlimited=case.unlimited)
     row["total_cpu_s"] = time.process_time()
     row["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [row]
