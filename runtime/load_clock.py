@@ -29,8 +29,8 @@ class LoadClock:
         if dist.is_initialized():
             ranks = dist.get_world_size()
             dist.all_reduce(sums)
-        wall_s, busy_s, own_s = sums[0] / ranks, sums[1] / ranks, sums[2]
-        return max(0.0, float((busy_s - own_s) / wall_s / (os.cpu_count() or 1)))
+        wall_s, busy_s, own_s = float(sums[0]) / ranks, float(sums[1]) / ranks, float(sums[2])
+        return max(0.0, (busy_s - own_s) / wall_s / (os.cpu_count() or 1))
 
 
 def _read() -> tuple[float, float, float]:

@@ -128,7 +128,10 @@ def changed(**fields: Any) -> str:
             "1 of 2 copies",
         ),
         (changed(gap="wide"), "gap is 'wide', not float"),
-        (changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}), "the mesh axis dp is 0, not a positive number"),
+        (
+            changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}),
+            "the mesh axis dp is 0, not a positive number",
+        ),
         (changed(params={"w": {"sharding": "[x]"}}), "w names the axis 'x'"),
         (changed(params={"w": {"sharding": "dp"}}), "dp"),
         (changed(params={"w": {"sharding": 3}}), "sharding is 3, not str"),
