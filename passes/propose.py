@@ -112,6 +112,7 @@ class _Field:
     relaxation: Relaxation | None = None
     built_for_s: float = math.inf
     missed: dict[int, float] = field(default_factory=dict)
+    given_up: list[int] = field(default_factory=list)
 
     def guess(self, at: int) -> float:
         """A mesh's bound, times by how much solved meshes with its innermost axis missed theirs.
@@ -174,7 +175,7 @@ class _Outer:
                 f.variant,
                 float(f.bound_s[i]),
                 least_bytes=float(f.least_bytes[i]),
-                left=bool(f.open[i]),
+                left=bool(f.open[i]) or i in f.given_up,
             )
             for f in self.fields
             for i, mesh in enumerate(f.table.meshes)
@@ -273,6 +274,9 @@ class _Outer:
         if not self.tight or self._has_room(field_, at):
             relaxed = field_.relaxation.solve(at, self.request.memory_limit)
         mesh = field_.table.meshes[at]
+        if relaxed is None and field_.relaxation.stalled:
+            field_.given_up.append(at)
+            return
         if relaxed is None:
             self.tight = True
             self._has_room(field_, at)

@@ -21,7 +21,9 @@ from .frame import ILLEGAL_S, Prices
 
 Array = NDArray[np.float64]
 
-TIME_LIMIT_S = 8.0  # per relaxation: those within reach of a good step take a tenth of a second
+# Solvers of HiGHS with the seconds that each is given: a relaxation takes the simplex a fifth of a
+# second, but for one in a hundred on which it stalls.
+METHODS = (("simplex", 2.0), ("ipm", 6.0))
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Relaxation:
         serial_s = float((cost + late) @ values[:-1])
         return Relaxed(time_s, values[:-1], nbytes, weights, serial_s)
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the last relaxation was given up for time, and not for want of a solution."""
+        return self._fast.stalled
+
     def least_memory(self, at: int) -> Array:
         """Bytes below which no assignment is, on every mesh; tight on mesh `at`."""
         memory = self.prices.memory
@@ -89,7 +96,8 @@ class Relaxation:
         cost_of = np.append(np.where(legal, memory[:, at], 0.0), 0.0)
         found = self._lean.run(cost_of, legal, [])
         if found is None:  # what is illegal here says nothing of other meshes
-            return np.where(np.arange(memory.shape[1]) == at, np.inf, 0.0)
+            here = 0.0 if self._lean.stalled else np.inf
+            return np.where(np.arange(memory.shape[1]) == at, here, 0.0)
         return self._least(memory - found[1][:, None])
 
     def bounds(self, weights: Weights) -> Array:
@@ -139,7 +147,7 @@ class _Solver:
     """
 
     def __init__(self, columns: Columns) -> None:
-        self._columns, self._rows = columns, len(columns.low)
+        self._columns, self._rows, self.stalled = columns, len(columns.low), False
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = columns.size + 1, self._rows
         lp.col_cost_ = np.zeros(columns.size + 1)
@@ -169,9 +177,14 @@ class _Solver:
         for low, high, row in rows:
             at = np.flatnonzero(np.abs(row) > 1e-9).astype(np.int32)
             solver.addRow(low, high, len(at), at, row[at])
-        solver.clearSolver()
-        solver.setOptionValue("time_limit", solver.getRunTime() + TIME_LIMIT_S)
-        solver.run()
+        for method, seconds in METHODS:
+            solver.clearSolver()
+            solver.setOptionValue("solver", method)
+            solver.setOptionValue("time_limit", solver.getRunTime() + seconds)
+            solver.run()
+            self.stalled = solver.getModelStatus() == highspy.HighsModelStatus.kTimeLimit
+            if not self.stalled:
+                break
         found = None
         if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal:
             solution = solver.getSolution()
