@@ -11,7 +11,7 @@ PYTEST_WORKERS ?= 2
 CPU_RANKS := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test check format verify bench clean
+.PHONY: help venv browser demo test test-slow check format verify bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -41,7 +41,10 @@ demo: venv
 	$(CPU_RANKS) $(PY) examples/run_demo.py
 
 test: venv
-	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) tests
+	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m "not slow" tests
+
+test-slow: venv
+	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m slow tests
 
 check: venv
 	$(VENV)/bin/ruff check .
