@@ -282,24 +282,36 @@ class _Outer:
             self._has_room(field_, at)
             return
         self.progress(f"{mesh}{_label(variant)}: {relaxed.time_s * 1e3:.4g} ms")
-        inner, missed = mesh.axes[-1].size, relaxed.time_s / float(field_.bound_s[at])
+        bound = float(field_.bound_s[at])
+        inner, missed = mesh.axes[-1].size, relaxed.time_s / bound if bound > 0 else 1.0
         field_.missed[inner] = min(missed, field_.missed.get(inner, math.inf))
-        bounds = field_.relaxation.bounds(relaxed.weights)
+        # Of what is slower than the programme was built for, nothing is known.
+        bounds = np.minimum(field_.relaxation.bounds(relaxed.weights), field_.built_for_s)
         field_.bound_s[:] = np.maximum(field_.bound_s, bounds)
         self.solved.append(
-            Proposal(frame, mesh, variant, relaxed.time_s, field_.relaxation, at, relaxed)
+            Proposal(
+                frame,
+                mesh,
+                variant,
+                relaxed.time_s,
+                field_.relaxation,
+                at,
+                relaxed,
+                float(field_.least_bytes[at]),
+            )
         )
 
     def _has_room(self, field_: _Field, at: int) -> bool:
         """Whether a mesh can keep to the limit at all; closes others of its field that cannot."""
         assert field_.relaxation is not None
         if field_.lean_known[at]:
-            return bool(field_.least_bytes[at] <= self.request.memory_limit)
+            return False  # asked again only after its relaxation was infeasible
         least = field_.relaxation.least_memory(at)
-        field_.least_bytes = np.maximum(field_.least_bytes, least)
+        if field_.built_for_s == math.inf:  # else it is the least of what is fast enough
+            field_.least_bytes = np.maximum(field_.least_bytes, least)
         field_.lean_known[at] = True
-        field_.open &= field_.least_bytes <= self.request.memory_limit
-        return bool(field_.least_bytes[at] <= self.request.memory_limit)
+        field_.open &= least <= self.request.memory_limit
+        return bool(least[at] <= self.request.memory_limit)
 
 
 def _label(variant: Variant) -> str:

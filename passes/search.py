@@ -161,12 +161,29 @@ def _leanest(
     least = min(lean, key=lambda s: s.timeline.peak_bytes)
     needs, mesh = least.timeline.peak_bytes, least.mesh
     if needs <= limit:
-        return least
+        return _faster(least, limit)
     raise UserError(
-        f"the model fits on no plan: the leanest ({mesh}) needs {bytes_text(needs)} per device, "
-        f"the limit is {bytes_text(limit)}: {bytes_text(needs - limit)} short",
+        f"the model fits on no plan: the leanest found ({mesh}) needs {bytes_text(needs)} per "
+        f"device, the limit is {bytes_text(limit)}: {bytes_text(needs - limit)} short",
         fix="use more devices, a smaller batch, or a higher memory_limit",
     )
+
+
+def _faster(least: Settled, limit: float) -> Settled:
+    """What is fastest in little more memory than the leanest assignment, if that fits.
+
+    The gap of either is unknown: it is given as one.
+    """
+    names = dict(least.roles)
+    family = least.problem.family("auto", names)
+    best = least
+    for more in (1.02, 1.1, 1.3):
+        room = least.assignment.memory_bytes * more
+        made = settle("auto", least.problem, least.mesh, family, least.variant, room)
+        fits = made is not None and made.timeline.peak_bytes <= limit
+        if made is not None and fits and made.timeline.step_s < best.timeline.step_s:
+            best = made
+    return replace(best, assignment=replace(best.assignment, gap=1.0))
 
 
 def _distinct(proposals: Sequence[Proposal]) -> list[Proposal]:
@@ -234,7 +251,10 @@ def _finish(
         params=params,
         predicted=predicted(best.step, best.timeline),
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
-        notes=tuple(unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer)),
+        notes=(
+            *unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer),
+            *_not_run(best.variant),
+        ),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=_gap(best, proposals),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
@@ -300,7 +320,7 @@ def _alternatives(
         if (str(p.mesh), p.variant) in shown or (p.relaxed is None and p.bound_s <= 0):
             continue
         shown.add((str(p.mesh), p.variant))
-        ratio = p.bound_s / least
+        ratio = p.bound_s / least if least > 0 else 1.0
         if p.relaxed is not None:
             why = f"{ratio:.2f}x by its relaxation"
             found.append(
@@ -322,11 +342,20 @@ def _alternatives(
     return found
 
 
+def _not_run(variant: Variant) -> list[str]:
+    if variant.micro_batches == 1:
+        return []
+    return [
+        f"{variant.micro_batches} micro-batches are planned, and not run yet: "
+        "for a plan to run, plan with --micro-batches 1"
+    ]
+
+
 def _gap(best: Settled, proposals: Sequence[Proposal]) -> float:
     """How much less than the best relaxation a candidate that was not solved could take."""
     least = min((p.relaxed.time_s for p in proposals if p.relaxed), default=0.0)
     left = min((p.bound_s for p in proposals if p.left), default=least)
-    return max(best.assignment.gap, 1 - left / least if least > 0 else 0.0)
+    return min(1.0, max(best.assignment.gap, 1 - left / least if least > 0 else 0.0))
 
 
 def _why(one: Settled, best: Settled) -> str:
@@ -337,7 +366,7 @@ def _why(one: Settled, best: Settled) -> str:
         "optimizer": a.optimizer_s - b.optimizer_s,
     }
     reason = max(gaps, key=gaps.__getitem__)
-    if gaps[reason] <= 1e-3 * b.step_s:
+    if gaps[reason] <= 1e-3 * b.step_s or b.step_s <= 0:
         return "as good as the chosen plan"
     return f"{a.step_s / b.step_s:.2f}x: {reason} +{gaps[reason] * 1e3:.3g} ms"
 
@@ -441,7 +470,8 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
     time_s, memory_bytes = evaluate(problem.graph, problem.blocks, options, accounts)
     name = "one process, all threads" if problem.cluster.single else "one device"
     faster = time_s < best_s
-    why = f"{time_s / best_s:.2f}x: " + ("faster; start one process" if faster else "compute")
+    ratio = time_s / best_s if best_s > 0 else 1.0
+    why = f"{ratio:.2f}x: " + ("faster; start one process" if faster else "compute")
     return Alternative(name, "single", time_s, int(memory_bytes), why)
 
 

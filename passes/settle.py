@@ -51,6 +51,7 @@ class Settled:
     recompute: tuple[Recompute, ...]
     step: Step
     timeline: Timeline
+    roles: tuple[tuple[str, str], ...] = ()
 
     @property
     def option(self) -> Mapping[Node, Option]:
@@ -140,9 +141,14 @@ def settle(
     recompute: tuple[Recompute, ...] = ()
     if variant.mode != NONE:
         recompute = share_recompute(
-            problem.graph, problem.blocks, assignment.option, accounts, memory_limit
+            problem.graph,
+            problem.blocks,
+            assignment.option,
+            accounts,
+            0.0 if minimise_memory else memory_limit,
         )
-    return settled(name, problem, mesh, pricer, variant, assignment, recompute)
+    made = settled(name, problem, mesh, pricer, variant, assignment, recompute)
+    return replace(made, roles=tuple(family.role.items()))
 
 
 def settled(

@@ -115,7 +115,7 @@ def test_nothing_fits() -> None:
     with pytest.raises(UserError) as caught:
         plan_of(zoo_subject("gpt_outside"), 4, memory_limit=100_000.0)
     text = str(caught.value)
-    assert re.search(r"fits on no plan: the leanest \(.*\) needs [\d.]+ \w+ per device", text), text
+    assert re.search(r"fits on no plan: the leanest found \(.*\) needs [\d.]+ \w+ per device", text), text
     assert re.search(r"the limit is [\d.]+ \w+: [\d.]+ \w+ short", text), text
     assert "use more devices, a smaller batch, or a higher memory_limit" in text
 
@@ -219,6 +219,13 @@ def test_axes_lie_on_the_levels_of_the_cluster() -> None:
 
 
 # Evaluation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_module_of_views_alone(devices: int) -> None:
+    """Nothing costs anything: no ratio has a meaning, and there is a plan."""
+    made = plan_of(subject_of(nn.Flatten(), (torch.randn(4, 3, 2),), {}), devices)
+    assert made.predicted.time_s == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "zero", "tensor"])
