@@ -108,7 +108,9 @@ def search(
     if not fitting:
         fitting = [_leanest(proposals, request, frames, graph, limit)]
     tried: list[Settled | Alternative] = list(fitting)
-    for other in ("data", "zero", "tensor") if cluster.size > 1 else ():
+    # They run one micro-batch and recompute nothing: not what was asked for, perhaps.
+    comparable = cluster.size > 1 and 1 in micro_batches and NONE in modes
+    for other in ("data", "zero", "tensor") if comparable else ():
         tried += force(problem, other, limit, progress)
     return _finish(problem, tried, proposals, strategy, fingerprint, symbols, limit)
 

@@ -115,7 +115,9 @@ def test_nothing_fits() -> None:
     with pytest.raises(UserError) as caught:
         plan_of(zoo_subject("gpt_outside"), 4, memory_limit=100_000.0)
     text = str(caught.value)
-    assert re.search(r"fits on no plan: the leanest found \(.*\) needs [\d.]+ \w+ per device", text), text
+    assert re.search(
+        r"fits on no plan: the leanest found \(.*\) needs [\d.]+ \w+ per device", text
+    ), text
     assert re.search(r"the limit is [\d.]+ \w+: [\d.]+ \w+ short", text), text
     assert "use more devices, a smaller batch, or a higher memory_limit" in text
 
