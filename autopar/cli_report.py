@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from rich.text import Text
 from .compare import Comparison, Figure, compare_plans
 from .cost.families import op_family
 from .errors import UserError
+from .files import replace_file
 from .html.page import report_page
 from .plan import Plan, Storage, load_plan
 from .report import fitted, make_console, plain_table
@@ -94,13 +94,8 @@ def check_writable(out: Path, *inputs: Path) -> None:
 
 def write_whole(out: Path, text: str) -> None:
     """Write a file whole or not at all; raises UserError if it cannot be written."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(out, text)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from .cli_report import write_whole
 from .cost.schedules import Schedule
 from .cost.simulate import how_for, simulate
 from .cost.simulator import How
@@ -217,10 +218,7 @@ def _write(out: Path, found: Mapping[str, Any]) -> None:
     if str(out) == "-":
         sys.stdout.write(text)
         return
-    try:
-        out.write_text(text)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(out, text)
 
 
 # Printing -----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as fields_of
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .cost.timeline import TimelineSummary
 from .errors import UserError
+from .files import replace_file
 from .ir.mesh import Axis, Mesh
 from .ir.text import parse_sharding
 
@@ -188,16 +188,8 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all; raises UserError if it cannot be written."""
-        target = Path(path)
         try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(self.to_json() + "\n")
-                os.replace(name, target)
-            except BaseException:
-                os.unlink(name)
-                raise
+            replace_file(Path(path), self.to_json() + "\n")
         except OSError as error:
             raise UserError(f"cannot write the plan: {error.strerror}", where=str(path)) from None
 

@@ -20,7 +20,6 @@ from .cost.cluster import Cluster
 from .errors import ShardingWarning, UserError
 from .hints import hints_of
 from .ir.rule import Choice
-from .ir.sharding import Sharding
 from .ir.text import parse_sharding
 from .passes.edits import illegal_edits, missing_sizes, reprice
 from .passes.hinted import hints_of_plan, search_hinted
@@ -28,6 +27,7 @@ from .passes.hints import with_hints
 from .passes.mark_recompute import matching_recompute
 from .passes.pipeline import Stage, lowering, run_passes
 from .passes.prepare import prepare
+from .passes.rank_program import storage_of
 from .passes.rules_of import rules_of
 from .passes.same_model import check_model
 from .passes.search import MODES, choose_for
@@ -380,14 +380,7 @@ class Session:
     def _load(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
         assert self.plan is not None
         graph, plan = captured.capture.graph, self.plan
-        storage: dict[str, Sharding] = {}
-        regather: set[str] = set()
-        for node in graph.placeholders("param"):
-            stored = next((plan.params[f] for f in node.meta["fqns"] if f in plan.params), None)
-            if stored is not None:
-                storage[node.name] = parse_sharding(stored.sharding)
-                if stored.regather:
-                    regather.add(node.name)
+        storage, regather = storage_of(graph, plan)
         passes = lowering(
             plan.mesh,
             self.rank,
@@ -395,7 +388,7 @@ class Session:
             rules_of,
             captured.choices,
             storage,
-            frozenset(regather),
+            regather,
             self._recompute(captured.capture, sizes),
             ahead=self._device().type != "cpu",  # gloo's collectives do not run beside compute
         )

@@ -19,12 +19,8 @@ from .pipeline import lowering, run_passes
 from .rules_of import rules_of
 
 
-def rank_program(graph: Graph, sizes: Mapping[sympy.Symbol, int], plan: Plan, rank: int) -> Graph:
-    """The lowered graph of `rank`: local shapes, exchanges on groups.
-
-    `graph` is the prepared captured graph that the plan belongs to, `sizes` are those of one
-    micro-batch.
-    """
+def storage_of(graph: Graph, plan: Plan) -> tuple[dict[str, Sharding], frozenset[str]]:
+    """How a plan stores the parameters of a capture, by node, and which are gathered again."""
     storage: dict[str, Sharding] = {}
     regather: set[str] = set()
     for node in graph.placeholders("param"):
@@ -33,13 +29,21 @@ def rank_program(graph: Graph, sizes: Mapping[sympy.Symbol, int], plan: Plan, ra
             storage[node.name] = parse_sharding(stored.sharding)
             if stored.regather:
                 regather.add(node.name)
+    return storage, frozenset(regather)
+
+
+def rank_program(graph: Graph, sizes: Mapping[sympy.Symbol, int], plan: Plan, rank: int) -> Graph:
+    """The lowered graph of `rank`: local shapes, exchanges on groups.
+
+    `graph` is the prepared captured graph that the plan belongs to, `sizes` are those of one
+    micro-batch.
+    """
+    storage, regather = storage_of(graph, plan)
     choices = {
         node: {axis: Choice.parse(text) for axis, text in chosen.items()}
         for node, chosen in plan.choices.items()
     }
-    passes = lowering(
-        plan.mesh, rank, sizes, rules_of, choices, storage, frozenset(regather), plan.recompute
-    )
+    passes = lowering(plan.mesh, rank, sizes, rules_of, choices, storage, regather, plan.recompute)
     return run_passes(graph, passes, plan.mesh)[-1].graph
 
 

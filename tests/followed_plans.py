@@ -39,7 +39,7 @@ def following(
             continue
         rule, mine = rules[node.name], dict[str, Choice]()
         for axis in dims:
-            for factor in _followed(node, rule, axis, shardings):
+            for factor in followed_factors(node, rule, axis, shardings):
                 tried = mine | {axis: Choice(factor=factor)}
                 if place_call(node, rule, mesh, tried, uneven=True) is not None:
                     mine = tried
@@ -52,7 +52,7 @@ def following(
     return Decisions(mesh, chosen, whole)
 
 
-def _followed(
+def followed_factors(
     node: Node, rule: ShardingRule, axis: str, shardings: Mapping[tuple[Node, int], Sharding]
 ) -> list[str]:
     """Factors along which the node's inputs are split on the axis."""

@@ -11,7 +11,8 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Choice, ShardingRule
 from autopar.ir.sharding import Sharding, Split
 from autopar.passes.options import place_call
-from autopar.passes.programme import edges_of, is_getitem, producer_of
+from autopar.passes.programme import edges_of, is_getitem
+from tests.followed_plans import followed_factors
 from tests.simulate import Decisions
 
 Node = torch.fx.Node
@@ -39,7 +40,8 @@ def routing(graph: Graph, rules: Mapping[str, ShardingRule], mesh: Mesh, axis: s
         rule = rules[node.name]
         routed = rule.routes[:1] if values_of(node)[0].dtype.is_floating_point else ()
         chosen[node.name] = {}
-        for factor in (*routed, *_stacked(node, rule), *_followed(node, rule, axis, shardings)):
+        followed = sorted(followed_factors(node, rule, axis, shardings), key=rule.is_reduction)
+        for factor in (*routed, *_stacked(node, rule), *followed):
             tried = {axis: Choice(factor=factor)}
             if place_call(node, rule, mesh, tried, uneven=True) is not None:
                 chosen[node.name] = tried
@@ -62,18 +64,6 @@ def routing(graph: Graph, rules: Mapping[str, ShardingRule], mesh: Mesh, axis: s
     for node in graph.placeholders("param"):
         storage.setdefault(node.name, Sharding.replicated(value_of(node).rank))
     return Decisions(mesh, chosen, storage)
-
-
-def _followed(
-    node: Node, rule: ShardingRule, axis: str, shardings: Mapping[tuple[Node, int], Sharding]
-) -> list[str]:
-    """Factors along which the node's inputs are split on the axis."""
-    found: dict[str, None] = {}
-    for i, source in enumerate(tensor_inputs(node)):
-        dim = shardings[producer_of(source)].dim_of(axis)
-        if dim is not None:
-            found.update(dict.fromkeys(f for f in rule.inputs[i][dim] if f not in rule.whole))
-    return sorted(found, key=rule.is_reduction)
 
 
 def _stacked(node: Node, rule: ShardingRule) -> list[str]:

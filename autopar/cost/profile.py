@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib import resources
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from autopar.errors import UserError
+from autopar.files import replace_file
 
 from .cluster import COLLECTIVE_KINDS, Cluster, CollectiveCurve, Device, Level
 from .curve import Curve
@@ -266,12 +266,7 @@ def load_profile(path: Path) -> Cluster:
 def save_profile(cluster: Cluster, path: Path) -> None:
     """Write a profile; the file at `path` is either the old one or the whole new one."""
     text = json.dumps(cluster_to_json(cluster), indent=1) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, text)
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.errors import UserError
+from autopar.files import replace_file
 
 from .timeline import Timeline
 
@@ -73,12 +74,7 @@ def write_trace(timeline: Timeline, path: str | os.PathLike[str], process: str =
     """Write a trace file, whole or not at all; raises UserError if it cannot be written."""
     out = Path(path)
     text = json.dumps({"traceEvents": trace_events(timeline, process), "displayTimeUnit": "ms"})
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(out, text)
     except OSError as error:
         raise UserError(f"cannot write the trace {out}: {error.strerror}") from None
