@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .passes.describe import collapse, pattern
-from .plan import Activation, Plan, Storage
+from .plan import Activation, Pipeline, Plan, Storage
 
 _Does = tuple[tuple[str, str], ...]  # (splits, sharding of the output) of some ops
 _BRACES = re.compile(r"\{([^}]*)\}")
@@ -132,7 +132,7 @@ def _others(a: Plan, b: Plan) -> Iterator[Difference]:
     for name in Plan.__dataclass_fields__:
         x, y = getattr(a, name), getattr(b, name)
         if name not in _SHOWN and x != y:
-            plain = isinstance(x, (str, int, float)) or isinstance(y, (str, int, float))
+            plain = any(isinstance(value, (str, int, float, Pipeline)) for value in (x, y))
             texts = (str(x), str(y)) if plain else ("present" if x else "", "present" if y else "")
             if texts[0] == texts[1]:
                 texts = ("differs", "differs")

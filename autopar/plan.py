@@ -13,6 +13,7 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .cost.schedules import Schedule
 from .cost.timeline import TimelineSummary
 from .errors import UserError
 from .files import replace_file
@@ -22,7 +23,9 @@ from .ir.text import parse_sharding
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-VERSION = 2
+VERSION = 3
+PIPELINE_AXIS = "pp"  # the outermost mesh axis of a plan with a pipeline
+MICRO_BATCH_AXIS = "mb"  # the virtual axis along which micro-batches follow each other
 T = TypeVar("T", bound="DataclassInstance")
 
 
@@ -62,13 +65,15 @@ class Storage:
     `sharding` is the text of a `Sharding`; `regather` says that a gathered copy is dropped after
     the forward and gathered again in the backward (ZeRO-3), not kept (ZeRO-2). `type` (`f32[8, 4]`)
     is the whole parameter's, `local_bytes` what the device with the largest piece stores; both are
-    for people.
+    for people. `stages` are the coordinates on `pp` that use the parameter, in order: the first one
+    stores it; empty where there is no pipeline.
     """
 
     sharding: str
     regather: bool = False
     type: str = ""
     local_bytes: int = 0
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,27 @@ class Recompute:
     copies: int
     full: int = 0
     selective: int = 0
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How the model is cut into stages along `pp`, the first (outermost) axis of the mesh.
+
+    `schedule` is one of `cost.schedules.KINDS`. `cuts` are the first nodes (names in the captured
+    graph) of all pieces but the first, in graph order; there are `chunks` pieces per stage, and
+    piece `i` runs on coordinate `i % stages` of `pp`.
+    """
+
+    schedule: str
+    cuts: tuple[str, ...]
+    chunks: int = 1
+
+    @property
+    def pieces(self) -> int:
+        return len(self.cuts) + 1
+
+    def __str__(self) -> str:
+        return f"{self.schedule}, {self.pieces} pieces from {', '.join(self.cuts)}"
 
 
 @dataclass(frozen=True)
@@ -154,8 +180,8 @@ class Plan:
     `hints` are the sizes of the captured symbols for which the plan was made, `gap` is how far the
     solver was from proving it the best of its kind (0.01: one percent). `activations` and `traffic`
     describe the plan for people; nothing is read back from them. A step runs `micro_batches`
-    forwards and backwards; `memory_limit` is the bytes per device that the plan was made for,
-    `timeline` its simulated step.
+    forwards and backwards, with a `pipeline` through its stages; `memory_limit` is the bytes per
+    device that the plan was made for, `timeline` its simulated step.
     """
 
     fingerprint: str
@@ -177,11 +203,22 @@ class Plan:
     timeline: TimelineSummary | None = None
     hinted: tuple[HintPrice, ...] = ()
     model: tuple[ModelPart, ...] = ()
+    pipeline: Pipeline | None = None
     version: int = VERSION
 
     @property
     def world_size(self) -> int:
         return self.mesh.size
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline; 1 where there is none."""
+        return self.mesh.axes[0].size if self.pipeline is not None else 1
+
+    @property
+    def stage_mesh(self) -> Mesh:
+        """The mesh inside of one stage: the plan's own without `pp`."""
+        return Mesh(self.mesh.axes[1:]) if self.pipeline is not None else self.mesh
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -258,7 +295,7 @@ def _build(raw: dict[str, Any]) -> Plan:
         )
     )
     fields["params"] = {
-        str(name): _checked(Storage(**storage)) for name, storage in raw["params"].items()
+        str(name): _storage(str(name), storage) for name, storage in raw["params"].items()
     }
     fields["choices"] = {
         str(node): {str(axis): str(choice) for axis, choice in chosen.items()}
@@ -276,12 +313,16 @@ def _build(raw: dict[str, Any]) -> Plan:
     )
     fields["hinted"] = tuple(_checked(HintPrice(**h)) for h in raw["hinted"])
     fields["micro_batches"] = _positive(raw["micro_batches"], "micro_batches")
+    if raw["pipeline"] is not None:
+        cuts = tuple(map(str, raw["pipeline"]["cuts"]))
+        fields["pipeline"] = _checked(Pipeline(**{**raw["pipeline"], "cuts": cuts}))
     if raw["timeline"] is not None:
         fields["timeline"] = TimelineSummary.from_json(raw["timeline"])
     for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
         raise KeyError(name)
     plan = _checked(Plan(**fields))
     _check_names(plan)
+    _check_pipeline(plan)
     return plan
 
 
@@ -309,6 +350,60 @@ def _recompute(raw: dict[str, Any]) -> Recompute:
     if min(made.full, made.selective) < 0 or made.full + made.selective > made.copies:
         raise ValueError(f"recompute: {made.full} + {made.selective} of {made.copies} copies")
     return made
+
+
+def _storage(name: str, raw: dict[str, Any]) -> Storage:
+    stages = raw.get("stages", ())
+    if not all(isinstance(s, int) and s >= 0 for s in stages) or len(set(stages)) < len(stages):
+        raise ValueError(f"params: {name}: stages is {stages!r}, not different stage numbers")
+    return _checked(Storage(**{**raw, "stages": tuple(stages)}))
+
+
+def _check_pipeline(plan: Plan) -> None:
+    """Raise ValueError where the pipeline does not go with the mesh, the choices or the storage."""
+    pipeline, names = plan.pipeline, plan.mesh.names
+    if pipeline is None:
+        if PIPELINE_AXIS in names:
+            raise ValueError(f"the mesh has the axis {PIPELINE_AXIS}, and there is no pipeline")
+    elif names[:1] != (PIPELINE_AXIS,):
+        raise ValueError(
+            f"the first mesh axis of a pipeline is {PIPELINE_AXIS}: it has {plan.mesh}"
+        )
+    else:
+        try:
+            schedule = Schedule(plan.stages, pipeline.chunks, pipeline.schedule)
+        except UserError as error:
+            raise ValueError(f"pipeline: {error.what}") from None
+        if pipeline.pieces != schedule.stages * schedule.chunks or "" in pipeline.cuts:
+            raise ValueError(
+                f"pipeline: {len(pipeline.cuts)} cuts make {pipeline.pieces} pieces, and "
+                f"{schedule} have {schedule.stages * schedule.chunks}"
+            )
+        if len(set(pipeline.cuts)) < len(pipeline.cuts):
+            raise ValueError("pipeline: two cuts are at the same node")
+    if MICRO_BATCH_AXIS in names:
+        raise ValueError(f"a mesh axis is called {MICRO_BATCH_AXIS}, as micro-batches are")
+    for node, chosen in plan.choices.items():
+        if PIPELINE_AXIS in chosen:
+            raise ValueError(f"{node} splits something on {PIPELINE_AXIS}, which stages are on")
+    for name, stored in plan.params.items():
+        _check_stages(name, stored, plan)
+
+
+def _check_stages(name: str, stored: Storage, plan: Plan) -> None:
+    sharding = parse_sharding(stored.sharding)
+    if PIPELINE_AXIS in {*sharding.used_axes(), *sharding.varying}:
+        raise ValueError(f"params: {name} is split on {PIPELINE_AXIS}: use `stages` instead")
+    if (plan.pipeline is None) != (not stored.stages):
+        raise ValueError(
+            f"params: {name} is on no stage"
+            if plan.pipeline
+            else f"params: {name} is on the stages {list(stored.stages)}, and there is no pipeline"
+        )
+    if stored.stages and max(stored.stages) >= plan.stages:
+        raise ValueError(
+            f"params: {name} is on stage {max(stored.stages)} of {plan.stages} stages, from 0"
+        )
 
 
 def _check_names(plan: Plan) -> None:

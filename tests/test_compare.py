@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from autopar.compare import Difference, OpChange, TrafficChange, compare_plans, expanded
-from autopar.plan import Plan, Recompute, Storage, Traffic
+from autopar.plan import Pipeline, Plan, Recompute, Storage, Traffic
 
 from .html.plans import KIB, PLAN
 from .test_plan import plans
@@ -66,8 +66,10 @@ def test_settings_and_figures() -> None:
 
 def test_every_field_of_a_plan_counts() -> None:
     """A field that no section shows is still named, whatever will be added to plans."""
-    (difference,) = compare_plans(PLAN, replace(PLAN, version=3)).settings
-    assert difference == Difference("version", "2", "3")
+    (difference,) = compare_plans(PLAN, replace(PLAN, version=4)).settings
+    assert difference == Difference("version", "3", "4")
+    (difference,) = compare_plans(PLAN, replace(PLAN, pipeline=Pipeline("1f1b", ("h",)))).settings
+    assert difference == Difference("pipeline", "None", "1f1b, 2 pieces from h")
     fewer = replace(PLAN, alternatives=PLAN.alternatives[:2])
     assert compare_plans(PLAN, fewer).settings == (
         Difference("alternatives", "3 listed", "2 listed"),

@@ -18,6 +18,7 @@ from autopar.plan import (
     Alternative,
     HintPrice,
     ModelPart,
+    Pipeline,
     Plan,
     Prediction,
     Recompute,
@@ -84,6 +85,66 @@ PLAN = Plan(
 )
 
 
+def changed(**fields: Any) -> str:
+    return json.dumps(json.loads(PLAN.to_json()) | fields)
+
+
+PIPED = replace(
+    PLAN,
+    mesh=Mesh((Axis("pp", 2, 1), Axis("tp", 4))),
+    choices={"linear": {"tp": "b"}},
+    params={"weight": replace(PLAN.params["weight"], stages=(1, 0))},
+    pipeline=Pipeline("interleaved", ("a", "b", "c"), chunks=2),
+    micro_batches=4,
+)
+
+
+def test_a_pipeline_is_read_back() -> None:
+    assert plan_from_json(PIPED.to_json()) == PIPED
+    assert PIPED.stages == 2 and PIPED.stage_mesh == Mesh((Axis("tp", 4),))
+    assert PLAN.stages == 1 and PLAN.stage_mesh == PLAN.mesh
+
+
+def piped(**fields: Any) -> str:
+    return json.dumps(json.loads(PIPED.to_json()) | fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (piped(pipeline=None), "the mesh has the axis pp, and there is no pipeline"),
+        (piped(pipeline={"schedule": "1f1b", "cuts": ["a", "b", "c"]}), "3 cuts make 4 pieces"),
+        (piped(pipeline={"schedule": "dream", "cuts": ["a"]}), "unknown pipeline schedule 'dream'"),
+        (piped(pipeline={"schedule": "1f1b"}), "cuts"),
+        (
+            piped(pipeline={"schedule": "gpipe", "cuts": ["a", "b", "c"], "chunks": 2}),
+            "gpipe has one chunk per stage",
+        ),
+        (
+            piped(pipeline={"schedule": "interleaved", "cuts": ["a", "b", "b"], "chunks": 2}),
+            "two cuts are at the same node",
+        ),
+        (
+            piped(mesh={"axes": [{"name": "tp", "size": 4, "level": 0}]}),
+            "the first mesh axis of a pipeline is pp",
+        ),
+        (piped(choices={"linear": {"pp": "b"}}), "linear splits something on pp"),
+        (piped(params={"w": {"sharding": "[-]"}}), "w is on no stage"),
+        (piped(params={"w": {"sharding": "[-]", "stages": [2]}}), "stage 2 of 2 stages"),
+        (piped(params={"w": {"sharding": "[-]", "stages": [0, 0]}}), "different stage numbers"),
+        (piped(params={"w": {"sharding": "[pp]", "stages": [0]}}), "w is split on pp"),
+        (changed(params={"w": {"sharding": "[-]", "stages": [0]}}), "there is no pipeline"),
+        (
+            changed(mesh={"axes": [{"name": "mb", "size": 2, "level": 0}]}, choices={}, params={}),
+            "a mesh axis is called mb",
+        ),
+    ],
+)
+def test_a_pipeline_that_does_not_fit_the_plan(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_from_json(text)
+
+
 @given(plans)
 def test_json_round_trip(plan: Plan) -> None:
     assert plan_from_json(plan.to_json()) == plan
@@ -110,10 +171,6 @@ def test_check_names_model_and_world() -> None:
         PLAN.check("f" * 64, 4)
 
 
-def changed(**fields: Any) -> str:
-    return json.dumps(json.loads(PLAN.to_json()) | fields)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -121,7 +178,7 @@ def changed(**fields: Any) -> str:
         ("", "not complete JSON"),
         ("[]", "not an autopar plan"),
         ("{}", "not an autopar plan"),
-        (changed(version=99), "has version 99, this autopar reads version 2"),
+        (changed(version=99), "has version 99, this autopar reads version 3"),
         (changed(colour="red"), "colour"),
         (
             changed(recompute=[{"block": "b", "copies": 2, "full": 2, "selective": 1}]),
