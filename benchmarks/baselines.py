@@ -4,6 +4,7 @@ Every trainer uses fused AdamW and the same initial parameters. A fused optimize
 that mixes plain tensors and DTensors, so these are put in two groups.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,7 +73,19 @@ def ddp(model: nn.Module) -> Trainer:
 
 
 def fsdp2(model: nn.Module) -> Trainer:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return _fully_sharded(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def fsdp2_hybrid(model: nn.Module) -> Trainer:
+    """Sharded inside a host, replicated over the hosts."""
+    inside = int(os.environ["LOCAL_WORLD_SIZE"])
+    sizes = (dist.get_world_size() // inside, inside)
+    return _fully_sharded(
+        model, init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+    )
+
+
+def _fully_sharded(model: nn.Module, mesh: DeviceMesh) -> Trainer:
     blocks = getattr(model, "blocks", ())
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -140,6 +153,13 @@ CONTENDERS: dict[str, Callable[[nn.Module], Trainer]] = {
     "DDP": ddp,
     "FSDP2": fsdp2,
     "hand TP": tensor_parallel,
+    "autopar": autopar_auto,
+}
+SEVERAL_HOSTS: dict[str, Callable[[nn.Module], Trainer]] = {
+    "one process": single,  # on one host
+    "DDP": ddp,
+    "FSDP2": fsdp2,
+    "FSDP2 hybrid": fsdp2_hybrid,
     "autopar": autopar_auto,
 }
 
