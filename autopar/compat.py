@@ -6,13 +6,16 @@ What is slow to import (dynamo takes over a second) is imported by the function 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols
@@ -295,4 +298,40 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 
 def dtensor_like(local: torch.Tensor, like: DTensor) -> DTensor:
     """A DTensor placed like `like`, of this local tensor; no checks, no autograd, no dispatch."""
-    return DTensor(local, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    kind: Any = type(like)
+    made: DTensor = kind(local, like._spec, requires_grad=False)
+    return made
+
+
+def dtensor_of(
+    local: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    stride: Sequence[int],
+    kind: Any = DTensor,
+) -> Any:
+    """A DTensor (or one of a subclass, `kind`) of any local tensor: no checks, no autograd."""
+    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+    return kind(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def local_shape_of(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> tuple[int, ...]:
+    """The shape of this rank's piece of a DTensor."""
+    return tuple(compute_local_shape_and_global_offset(tuple(shape), mesh, placements)[0])
+
+
+# --- pipelines ------------------------------------------------------------------------------------
+
+
+def pipeline_stage_base() -> Any:
+    """Return the class that torch's pipeline schedules want their stages to be of.
+
+    Schedules call the methods of a stage that its public subclass has; what that class prepares
+    (shapes that never change, one message per value) differs between 2.11 and 2.13.
+    """
+    from torch.distributed.pipelining.stage import _PipelineStageBase
+
+    return _PipelineStageBase

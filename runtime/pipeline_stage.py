@@ -1,0 +1,205 @@
+"""One piece of the model as a stage of `torch.distributed.pipelining`.
+
+The schedules of torch decide what runs when and send what a stage hands them. What is in a stage
+is ours: all values of a boundary travel in one message per dtype, integers cross, a value without a
+gradient gets none, and the gradients of weights can be left for later (zero bubble). Shapes are
+those of the part that is set, so that another batch needs no new stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopar.compat import pipeline_stage_base
+
+from .deferred_weights import Queue, deferring
+from .step_parts import BodyPart, Crossing
+
+_StageBase: Any = pipeline_stage_base()
+
+
+class PieceStage(_StageBase):  # type: ignore[misc]
+    """Piece `index` of `pieces`, run by whatever `part` is set.
+
+    `group` holds the ranks of one line through the stages; `splits` says that the schedule runs
+    the gradients of weights apart.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        pieces: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        splits: bool,
+    ) -> None:
+        super().__init__(nn.Identity(), index, pieces, device, group)
+        self.splits = splits
+        self.part: BodyPart | None = None
+        self.args_recv_info = {0: ()}  # newer torch looks whether stages are neighbours
+        self.clear_runtime_states()
+
+    def clear_runtime_states(self) -> None:
+        self.arrived: dict[int, list[Tensor]] = {}  # messages per micro-batch
+        self.arrived_back: dict[int, list[Tensor]] = {}
+        self.inputs: dict[int, list[Tensor]] = {}
+        self.results: dict[int, tuple[Tensor, ...]] = {}
+        self.gradients: dict[int, list[Tensor]] = {}
+        self.later: dict[int, Queue] = {}
+        self.output_chunks: list[Any] = []
+
+    @property
+    def here(self) -> BodyPart:
+        assert self.part is not None
+        return self.part
+
+    # -- compute ----------------------------------------------------------------------------------
+
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Any:
+        del args, kwargs, save_forward_output
+        k, receives = fwd_chunk_id, self.here.receives
+        received = _unpack(self.arrived.pop(k, []), receives)
+        if self.has_backward:
+            for tensor, crossing in zip(received, receives, strict=True):
+                tensor.requires_grad_(crossing.requires_grad)
+            self.inputs[k] = received
+        queue = self.later[k] = []
+        with deferring(queue) if self.splits and self.has_backward else nullcontext():
+            results = self.here.run(k, received)
+        self.results[k] = results
+        return results[0] if self.is_last and results else results
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **kwargs: Any
+    ) -> None:
+        del loss, kwargs
+        if not self.has_backward:
+            return
+        k = bwd_chunk_id
+        results, inputs = self.results.pop(k), self.inputs.pop(k)
+        roots: list[Tensor] = []
+        given: list[Tensor | None] = []
+        if self.is_last:
+            roots, given = [r for r in results if r.requires_grad], [None] * len(results)
+        else:
+            sends = [s for s in self.here.sends if s.requires_grad]
+            arrived = iter(_unpack(self.arrived_back.pop(k, []), sends))
+            for result, crossing in zip(results, self.here.sends, strict=True):
+                gradient = next(arrived) if crossing.requires_grad else None
+                if result.requires_grad and gradient is not None:
+                    roots.append(result)
+                    given.append(gradient)
+        if roots:
+            torch.autograd.backward(roots, given[: len(roots)])
+        self.gradients[k] = [
+            torch.zeros_like(x) if x.grad is None else x.grad for x in inputs if x.requires_grad
+        ]
+        if full_backward:
+            self.backward_weight_one_chunk(k)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        del last_backward
+        for make in self.later.pop(bwd_chunk_id, ()):
+            make()
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_first:
+            return []
+        buffers = self.arrived[fwd_chunk_id] = self._buffers(self.here.receives)
+        return self._ops(dist.irecv, buffers, self.stage_index - 1)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_last:
+            return []
+        results = self.results[fwd_chunk_id]
+        if not self.has_backward:
+            del self.results[fwd_chunk_id]
+        return self._ops(dist.isend, _pack(results), self.stage_index + 1)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.is_last or not self.has_backward:
+            return []
+        sends = [s for s in self.here.sends if s.requires_grad]
+        buffers = self.arrived_back[bwd_chunk_id] = self._buffers(sends)
+        return self._ops(dist.irecv, buffers, self.stage_index + 1)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.has_backward:
+            return []
+        gradients = self.gradients.pop(bwd_chunk_id)
+        if self.is_first:
+            return []
+        return self._ops(dist.isend, _pack(gradients), self.stage_index - 1)
+
+    def _buffers(self, crossings: Sequence[Crossing]) -> list[Tensor]:
+        return [
+            torch.empty(sum(sizes), dtype=dtype, device=self.device)
+            for dtype, sizes in _by_dtype(crossings).items()
+        ]
+
+    def _ops(self, what: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
+        assert self.group is not None
+        peer = dist.get_global_rank(self.group, self.stage_index_to_group_rank[stage])
+        return [dist.P2POp(what, tensor, peer, self.group) for tensor in tensors if tensor.numel()]
+
+    # -- what torch's own stages prepare: parts say it --------------------------------------------
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        del args, kwargs
+        return ()
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def _create_grad_recv_info(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        del args, kwargs
+        return ()
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return []
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Nothing: data parallel sums are part of the step."""
+        del grad_scale_factor
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """Nothing: the seeds of the backward have the scale."""
+        del grad_scale_factor
+
+
+def _by_dtype(crossings: Sequence[Crossing]) -> dict[torch.dtype, list[int]]:
+    sizes: dict[torch.dtype, list[int]] = {}
+    for crossing in crossings:
+        sizes.setdefault(crossing.dtype, []).append(torch.Size(crossing.shape).numel())
+    return sizes
+
+
+def _pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One flat message per dtype, in the order in which dtypes come first."""
+    flat: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        flat.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
+    return [same[0] if len(same) == 1 else torch.cat(same) for same in flat.values()]
+
+
+def _unpack(messages: Sequence[Tensor], crossings: Sequence[Crossing]) -> list[Tensor]:
+    """The tensors of the messages that `_pack` made of tensors of these types."""
+    parts = {
+        dtype: iter(torch.split(message, sizes))
+        for (dtype, sizes), message in zip(_by_dtype(crossings).items(), messages, strict=True)
+    }
+    return [next(parts[c.dtype]).view(c.shape) for c in crossings]
