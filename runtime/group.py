@@ -42,7 +42,7 @@ SMALL_ALL_REDUCE_BYTES = 1 << 20
 # Pipelines send with other tags.
 GATHER_TAG = 0x6170
 
-_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x: x.sum(0, dtype=x.dtype),
     "max": lambda x: x.amax(0),
     "min": lambda x: x.amin(0),
@@ -114,13 +114,14 @@ class Group(Protocol):
     def wait(self, inflight: InFlight) -> Tensor: ...
 
 
-def _wire(x: Tensor) -> Tensor:
+def to_wire(x: Tensor) -> Tensor:
     """View as a dtype that every backend can send and sum, dim 0 unchanged."""
     x = x.contiguous()
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def _unwire(x: Tensor, like: Tensor) -> Tensor:
+def from_wire(x: Tensor, like: Tensor) -> Tensor:
+    """What has been sent, with the dtype of what it was made from."""
     if like.is_complex():
         return torch.view_as_complex(x)
     return x.to(like.dtype) if x.dtype != like.dtype else x
@@ -143,35 +144,35 @@ class ProcessGroupGroup:
     def all_reduce(self, x: Tensor, op: str = "sum", in_place: bool = False) -> InFlight:
         if self.size == 1 or not x.numel():
             return done(x)
-        wire = _wire(x)
+        wire = to_wire(x)
         if wire.dtype == torch.bool:
             wire = wire.to(torch.uint8)
         if _is_cpu(x) and wire.nbytes * self.size <= SMALL_ALL_REDUCE_BYTES:
-            shape, reduce = wire.shape, _REDUCE[op]
+            shape, reduce = wire.shape, REDUCE[op]
             parts = self._gather(wire.reshape(1, -1), [1] * self.size)
 
             def finish() -> Tensor:
-                return _unwire(reduce(parts.wait()).view(shape), x)
+                return from_wire(reduce(parts.wait()).view(shape), x)
 
             return InFlight(finish)
         # In-place on what is ours: the caller's tensor if allowed, or a copy made on the way.
         ours = in_place or wire.data_ptr() != x.data_ptr()
         call = self._ops.all_reduce_ if ours else self._ops.all_reduce
         out = call(wire, op, self._name)
-        return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+        return InFlight(lambda: from_wire(self._ops.wait_tensor(out), x))
 
     def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
         if self.size == 1:
             return done(x)
-        wire = _wire(x)
+        wire = to_wire(x)
         even = sizes is None or len(set(sizes)) == 1
         lengths = [wire.shape[0]] * self.size if sizes is None else list(sizes)
         if _is_cpu(x):
             gathered = self._gather(wire, lengths)
-            return InFlight(lambda: _unwire(gathered.wait(), x))
+            return InFlight(lambda: from_wire(gathered.wait(), x))
         if even:
             out = self._ops.all_gather_into_tensor(wire, self.size, self._name)
-            return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+            return InFlight(lambda: from_wire(self._ops.wait_tensor(out), x))
         longest = max(lengths)
         padded = wire.new_empty((longest, *wire.shape[1:]))
         padded[: wire.shape[0]].copy_(wire)
@@ -180,18 +181,18 @@ class ProcessGroupGroup:
         def finish() -> Tensor:
             rows = self._ops.wait_tensor(out).split_with_sizes([longest] * self.size)
             cut = [r[:n] for r, n in zip(rows, lengths, strict=True)]
-            return _unwire(torch.cat(cut), x)
+            return from_wire(torch.cat(cut), x)
 
         return InFlight(finish)
 
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
         if self.size == 1:
             return done(x)
-        wire = _wire(x)
+        wire = to_wire(x)
         even = sizes is None or len(set(sizes)) == 1
         if even and not _is_cpu(x):
             out = self._ops.reduce_scatter_tensor(wire, "sum", self.size, self._name)
-            return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+            return InFlight(lambda: from_wire(self._ops.wait_tensor(out), x))
         splits = [x.shape[0] // self.size] * self.size if sizes is None else list(sizes)
         mine = splits[self.rank]
         if not x.numel():
@@ -200,7 +201,7 @@ class ProcessGroupGroup:
 
         def finish() -> Tensor:
             parts = self._ops.wait_tensor(out).view(self.size, mine, *wire.shape[1:])
-            return _unwire(parts.sum(0, dtype=parts.dtype), x)
+            return from_wire(parts.sum(0, dtype=parts.dtype), x)
 
         return InFlight(finish)
 
@@ -209,14 +210,14 @@ class ProcessGroupGroup:
     ) -> InFlight:
         if self.size == 1:
             return done(x)
-        out = self._all_to_all(_wire(x), list(out_splits), list(in_splits))
-        return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+        out = self._all_to_all(to_wire(x), list(out_splits), list(in_splits))
+        return InFlight(lambda: from_wire(self._ops.wait_tensor(out), x))
 
     def broadcast(self, x: Tensor, source: int = 0) -> InFlight:
         if self.size == 1:
             return done(x)
-        out = self._ops.broadcast(_wire(x), source, self._name)
-        return InFlight(lambda: _unwire(self._ops.wait_tensor(out), x))
+        out = self._ops.broadcast(to_wire(x), source, self._name)
+        return InFlight(lambda: from_wire(self._ops.wait_tensor(out), x))
 
     def _all_to_all(self, x: Tensor, out_splits: list[int], in_splits: list[int]) -> Tensor:
         out: Tensor = self._ops.all_to_all_single(x, out_splits, in_splits, self._name)

@@ -19,14 +19,15 @@ import ctypes
 import mmap
 import os
 import platform
-import socket
 import struct
 import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .group import Group, InFlight, ProcessGroupGroup, done
+from .hosts import even_hosts, host_identity
+from .two_level import TwoLevelGroup
 
 SLOTS = 1024  # operations of a group that may be under way at once
 _FLAG, _READ, _WHERE = 0, 4 * SLOTS, 8 * SLOTS  # offsets in the control block
@@ -56,7 +59,7 @@ _GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, Group] = weakref.WeakKeyDi
 
 
 def make_group(process_group: dist.ProcessGroup | None = None) -> Group:
-    """The fastest group for these ranks: shared memory on one host, else `torch.distributed`.
+    """The fastest group for these ranks: shared memory on one host, and inside each of several.
 
     Collective. `AUTOPAR_SHARED_MEMORY=0` in the environment turns shared memory off.
     """
@@ -67,21 +70,38 @@ def make_group(process_group: dist.ProcessGroup | None = None) -> Group:
     return _GROUPS[live]
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """Where a member is, and its control blocks: two, for hosts take part in two phases."""
+
+    host: str
+    pid: int
+    controls: tuple[int, int] | None
+
+
 def _make(process_group: dist.ProcessGroup) -> Group:
-    fallback = ProcessGroupGroup(process_group)
-    if fallback.size == 1:
-        return fallback
-    mine = _identity() if _supported() else None
-    everyone: list[tuple[str, int, int] | None] = [None] * fallback.size
-    control = _Memory.create(_CONTROL_BYTES) if mine is not None else None
-    offer = (*mine, control.fd) if mine is not None and control is not None else None
+    flat = ProcessGroupGroup(process_group)
+    if flat.size == 1:
+        return flat
+    controls = [_Memory.create(_CONTROL_BYTES) for _ in range(2)] if _supported() else None
+    fds = (controls[0].fd, controls[1].fd) if controls is not None else None
+    offer = _Offer(host_identity(), os.getpid(), fds)
+    everyone: list[Any] = [None] * flat.size
     dist.all_gather_object(everyone, offer, group=process_group)
-    peers = _opened(everyone, fallback.rank, control)
-    agreed: list[bool] = [False] * fallback.size
-    dist.all_gather_object(agreed, peers is not None, group=process_group)
-    if peers is None or not all(agreed):
-        return fallback
-    return SharedMemoryGroup(fallback, peers)
+    inside = even_hosts([other.host for other in everyone])
+    if inside is None:  # every rank sees it
+        return flat
+    first = flat.rank // inside * inside
+    local, me = everyone[first : first + inside], flat.rank - first
+    peers = [_opened(local, me, controls, phase) for phase in range(2)]
+    agreed: list[bool] = [False] * flat.size
+    dist.all_gather_object(agreed, all(peers), group=process_group)
+    groups = [SharedMemoryGroup(flat, p, me) for p in peers if p] if inside > 1 else []
+    if inside < flat.size:
+        if inside == 1:
+            return TwoLevelGroup(flat, process_group, None, None)
+        return TwoLevelGroup(flat, process_group, *groups) if all(agreed) else flat
+    return groups[0] if all(agreed) else flat
 
 
 def _supported() -> bool:
@@ -90,27 +110,23 @@ def _supported() -> bool:
     return wanted and sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def _identity() -> tuple[str, int]:
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{socket.gethostname()} {boot}", os.getpid()
-
-
 def _opened(
-    everyone: Sequence[tuple[str, int, int] | None], rank: int, control: _Memory | None
+    members: Sequence[_Offer], rank: int, controls: Sequence[_Memory] | None, phase: int
 ) -> list[_Peer] | None:
-    """The control blocks of all members, or None if one is out of reach."""
-    if control is None or any(other is None or other[0] != everyone[0][0] for other in everyone):  # type: ignore[index]
-        return None
+    """The control blocks of all members of this host, or None if one is out of reach."""
     peers = []
-    for member, other in enumerate(everyone):
-        assert other is not None
-        _, pid, fd = other
+    for member, other in enumerate(members):
+        if controls is None or other.controls is None:
+            return None
         try:
-            memory = control if member == rank else _Memory.open(pid, fd, _CONTROL_BYTES)
+            memory = (
+                controls[phase]
+                if member == rank
+                else _Memory.open(other.pid, other.controls[phase], _CONTROL_BYTES)
+            )
         except OSError:
             return None
-        peers.append(_Peer(pid, memory))
+        peers.append(_Peer(other.pid, memory))
     return peers
 
 
@@ -200,21 +216,21 @@ class _Arena:
 
 
 class SharedMemoryGroup:
-    """A group of ranks of one host. Tensors that are not on the CPU go through `torch.distributed`.
+    """A group of ranks of one host. Tensors that are not on the CPU go through `fallback`.
 
     The results are the same on every rank: reductions add in the order of the members.
     """
 
-    def __init__(self, fallback: ProcessGroupGroup, peers: list[_Peer]) -> None:
+    def __init__(self, fallback: Group, peers: list[_Peer], rank: int) -> None:
         self._fallback = fallback
         self._peers = peers
-        self._me = peers[fallback.rank]
+        self._me = peers[rank]
         self._arena = _Arena()
         self._count = 0
-        self._spins = len(os.sched_getaffinity(0)) >= fallback.size
+        self._spins = len(os.sched_getaffinity(0)) >= len(peers)
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self.size = fallback.size
-        self.rank = fallback.rank
+        self.size = len(peers)
+        self.rank = rank
 
     def wait(self, inflight: InFlight) -> Tensor:
         return inflight.wait()

@@ -22,8 +22,10 @@ from autopar.runtime.shared_memory import (
     SharedMemoryGroup,
     make_group,
 )
+from autopar.runtime.two_level import TwoLevelGroup
 
 WORLD = 4
+HOSTS = {"two hosts": (0, 0, 1, 1), "four hosts": (0, 1, 2, 3)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 
 
@@ -119,17 +121,24 @@ def check_slots_are_used_again(group: Group, n: int, rank: int) -> None:
         assert float(group.all_reduce(torch.tensor([float(i)])).wait()) == i * n
 
 
-def worker(rank: int, port: int, shared: bool, answers: Any) -> None:
+def worker(rank: int, port: int, kind: str, answers: Any) -> None:
     try:
         torch.set_num_threads(1)
+        shared = kind == "shared memory"
+        if kind in HOSTS:
+            os.environ["AUTOPAR_HOST"] = f"host {HOSTS[kind][rank]}"
         dist.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
         )
         halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        make: Any = make_group if shared else ProcessGroupGroup
+        make: Any = ProcessGroupGroup if kind == "gloo" else make_group
         world: Group = make()
         half: Group = make(halves[rank % 2])
         assert isinstance(world, SharedMemoryGroup) == shared
+        if kind in HOSTS:
+            assert isinstance(world, TwoLevelGroup)
+            assert (world.hosts, world.inside) == (len(set(HOSTS[kind])), HOSTS[kind].count(0))
+            assert isinstance(half, TwoLevelGroup)
         if shared:
             check_slots_are_used_again(world, 4, rank)
         assert (world.size, world.rank, half.size, half.rank) == (4, rank, 2, rank // 2)
@@ -148,8 +157,8 @@ def worker(rank: int, port: int, shared: bool, answers: Any) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("shared", [False, True], ids=["gloo", "shared memory"])
-def test_four_processes(shared: bool) -> None:
+@pytest.mark.parametrize("kind", ["gloo", "shared memory", *HOSTS])
+def test_four_processes(kind: str) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -158,7 +167,7 @@ def test_four_processes(shared: bool) -> None:
     saved = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     processes = [
-        context.Process(target=worker, args=(rank, port, shared, answers), daemon=True)
+        context.Process(target=worker, args=(rank, port, kind, answers), daemon=True)
         for rank in range(WORLD)
     ]
     try:
