@@ -31,10 +31,14 @@ ILLEGAL_S = 1e6  # seconds: what no step takes
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is run: micro-batches, and what repeated blocks recompute."""
+    """How a step is run: micro-batches, and what repeated blocks recompute.
+
+    `in_flight` is how many micro-batches' activations are kept at once (a pipeline's).
+    """
 
     micro_batches: int = 1
     mode: str = NONE
+    in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,11 @@ class Frame:
                 again = self._again(node, variant.mode)
                 once = (1 + again) * found.forward_s + found.backward_s
                 cost[node] = count * k * once
-                memory[node] = self._kept(node, found, count, variant.mode)
+                memory[node] = self._kept(node, found, count, variant)
             cost[node][~found.legal] = ILLEGAL_S
             least_s += cost[node].min(axis=0)
             least_bytes += np.where(found.legal, memory[node], np.inf).min(axis=0)
-        least_bytes += self._least_saved(priced.pricer, variant.mode)
+        least_bytes += self._least_saved(priced.pricer, variant)
         overlap = overlap_of(grid.cluster)
         return Table(
             grid.meshes, priced.pricer, variant, overlap, cost, memory, least_s, least_bytes
@@ -171,11 +175,11 @@ class Frame:
             found.append((flow, times, axes))
         return found
 
-    def _least_saved(self, pricer: GridPricer, mode: str) -> Array:
+    def _least_saved(self, pricer: GridPricer, variant: Variant) -> Array:
         """Bytes of saved inputs if each is split as much as any reader allows."""
         total = np.zeros(len(pricer.grid))
         for flow, times, axes in self.saved_values:
-            copies = self._copies(flow, times, mode)
+            copies = self._copies(flow, times, variant)
             if copies:
                 most = np.max([pricer.grid.product(a) for a in axes], axis=0)
                 total += copies * pricer.whole_bytes(flow.producer, flow.port) / most
@@ -281,7 +285,7 @@ class Frame:
             (late if key.late and table.overlap else cost)[column] += seconds
         for column, item, times in columns.memory.triples():
             flow = columns.flows[item]
-            copies = self._copies(flow, times, table.variant.mode)
+            copies = self._copies(flow, times, table.variant)
             memory[column] += copies * table.pricer.held(flow, table.variant.micro_batches)
         return Prices(cost, late, hides, memory)
 
@@ -291,21 +295,23 @@ class Frame:
             return 0.0
         return 1.0 if mode == FULL or not is_heavy(node) else 0.0
 
-    def _kept(self, node: Node, priced: OptionPrices, count: int, mode: str) -> Array:
+    def _kept(self, node: Node, priced: OptionPrices, count: int, variant: Variant) -> Array:
         """As `Accounts.option_memory`."""
+        mode, held = variant.mode, variant.in_flight
         if mode == NONE or self.regions.block(node) < 0:
-            return count * priced.kept_bytes
+            return held * count * priced.kept_bytes
         heavy = mode == SELECTIVE and is_heavy(node)
         kept = count if heavy else self.regions.leaving.get(node, 0)
-        return kept * priced.made_bytes + priced.kept_bytes if kept else priced.kept_bytes
+        return held * kept * priced.made_bytes + priced.kept_bytes if kept else priced.kept_bytes
 
-    def _copies(self, flow: Flow, times: float, mode: str) -> float:
+    def _copies(self, flow: Flow, times: float, variant: Variant) -> float:
         """How many copies of a saved flow are kept, as `Accounts.flow_memory`."""
+        mode = variant.mode
+        if flow.producer.op == "placeholder":
+            return times
         inside = all(self.regions.block(e.consumer) >= 0 for e in flow.readers)
-        if mode == NONE or not inside or flow.producer.op == "placeholder":
-            return times
-        if self.regions.block(flow.producer) < 0:
-            return times
+        if mode == NONE or not inside or self.regions.block(flow.producer) < 0:
+            return variant.in_flight * times
         leaves = bool(self.regions.leaving.get(flow.producer, 0))
         kept = leaves or (mode == SELECTIVE and is_heavy(flow.producer))
         return 0.0 if kept and flow.source == flow.want else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch.fx
@@ -46,15 +46,11 @@ def step_of(
     segment; a first or last copy that communicates otherwise is a segment of its own. The times add
     up to the programme's (`search.predict`), the saved bytes to its memory.
     """
-    builder = _Builder(blocks, option, pricer)
     chunks = chunks_of(graph, blocks)
-    made = [builder.segment(chunk, i) for i, chunk in enumerate(chunks)]
     segments: list[Segment] = []
-    for i, (chunk, parts) in enumerate(zip(chunks, made, strict=True)):
-        block = blocks.regions[chunk.region][0].name if chunk.region >= 0 else ""
-        segment = replace(builder.finish(i, chunk, parts), block=block)
-        repeats = chunk.region >= 0 and i > 0 and chunks[i - 1].region == chunk.region
-        if repeats and _alike(segments[-1], segment):
+    for i, segment in enumerate(segments_of(chunks, blocks, option, pricer)):
+        repeats = chunks[i].region >= 0 and i > 0 and chunks[i - 1].region == chunks[i].region
+        if repeats and alike(segments[-1], segment):
             segments[-1] = replace(segments[-1], copies=segments[-1].copies + 1)
         else:
             segments.append(segment)
@@ -67,7 +63,23 @@ def step_of(
     )
 
 
-def _alike(a: Segment, b: Segment) -> bool:
+def segments_of(
+    chunks: Sequence[Chunk], blocks: Blocks, option: Mapping[Node, Option], pricer: Pricer
+) -> list[Segment]:
+    """One segment per chunk; together the chunks are all ops of the graph, in order."""
+    builder = _Builder(blocks, option, pricer)
+    made = [builder.segment(chunk, i) for i, chunk in enumerate(chunks)]
+    names = [first.name for first, _, _ in blocks.regions]
+    return [
+        replace(
+            builder.finish(i, chunk, parts), block=names[chunk.region] if chunk.region >= 0 else ""
+        )
+        for i, (chunk, parts) in enumerate(zip(chunks, made, strict=True))
+    ]
+
+
+def alike(a: Segment, b: Segment) -> bool:
+    """Whether two segments do and cost the same."""
     return a.input_bytes == b.input_bytes and _anonymous(a.parts) == _anonymous(b.parts)
 
 

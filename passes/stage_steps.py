@@ -1,0 +1,245 @@
+"""The priced chain of a model on the mesh of one stage, and the step of any piece of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch.fx
+from numpy.typing import NDArray
+
+from autopar.cost.recompute import FULL, NONE, SELECTIVE, kept_bytes
+from autopar.cost.simulate import passes_of
+from autopar.cost.simulator import How
+from autopar.cost.stages import segment_s
+from autopar.cost.step import Segment, Step
+from autopar.ir.graph import Graph, Value, value_of, values_of
+from autopar.ir.sharding import Sharding
+
+from .blocks import Blocks
+from .chunks import Chunk
+from .columns import producer_of
+from .cut_points import Unit
+from .options import Option
+from .price import Pricer
+from .step_of import alike, segments_of
+from .stored import stored_state
+
+Node = torch.fx.Node
+Array = NDArray[np.float64]
+Shares = Mapping[int, tuple[int, int]]  # block -> copies in full, copies selectively
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter: what its owner stores by name, bytes, and the units that read it in order."""
+
+    node: Node
+    state: Mapping[str, float]
+    optimizer_s: float
+    units: tuple[int, ...]
+
+    @property
+    def guest_bytes(self) -> dict[str, float]:
+        """What a piece holds that uses the parameter of another: its value and its gradient."""
+        return {name: n for name, n in self.state.items() if name != "optimizer state"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The units of a model with their prices for one micro-batch on one device of a stage.
+
+    `segments[i]` is unit `i`; units that do the same share one. `crossing_bytes[i]` is what one
+    device sends over the cut before unit `i`.
+    """
+
+    units: tuple[Unit, ...]
+    segments: tuple[Segment, ...]
+    crossing_bytes: tuple[float, ...]
+    stored: tuple[Stored, ...]
+    micro_batches: int
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def recomputed(self, shares: Shares) -> Chain:
+        """The chain with the first copies of each block recomputed in full, the next selectively.
+
+        Blocks are numbered as units' `region`.
+        """
+        made: dict[tuple[int, str], Segment] = {}
+        found = []
+        for unit, segment in zip(self.units, self.segments, strict=True):
+            full, selective = shares.get(unit.region, (0, 0))
+            mode = FULL if unit.copy < full else SELECTIVE if unit.copy < full + selective else NONE
+            if unit.region < 0:
+                mode = NONE
+            key = (id(segment), mode)
+            if key not in made:
+                made[key] = segment if mode == segment.recompute else _in_mode(segment, mode)
+            found.append(made[key])
+        return replace(self, segments=tuple(found))
+
+    def piece(self, start: int, end: int) -> Step:
+        """The step of the units from `start` up to `end`."""
+        segments: list[Segment] = []
+        last: Segment | None = None
+        for segment in self.segments[start:end]:
+            if segment is last and segment.block:
+                segments[-1] = replace(segments[-1], copies=segments[-1].copies + 1)
+            else:
+                segments.append(segment)
+            last = segment
+        state = dict.fromkeys(("parameters", "gradients", "optimizer state"), 0.0)
+        optimizer_s = 0.0
+        for stored in self.stored:
+            if any(start <= unit < end for unit in stored.units):
+                owned = start <= stored.units[0] < end
+                for name, nbytes in (stored.state if owned else stored.guest_bytes).items():
+                    state[name] += nbytes
+                optimizer_s += stored.optimizer_s if owned else 0.0
+        return Step(tuple(segments), optimizer_s, state, self.micro_batches)
+
+    def users(self, bounds: Sequence[int], stages: int) -> dict[Node, tuple[int, ...]]:
+        """The stages that use each parameter, its owner first; `bounds` are where pieces begin."""
+        piece_of = np.searchsorted(np.array(bounds), np.arange(len(self)), side="right") - 1
+        return {
+            stored.node: tuple(dict.fromkeys(int(piece_of[unit]) % stages for unit in stored.units))
+            for stored in self.stored
+        }
+
+    # -- sums over pieces: [start, end] arrays ------------------------------------------------
+
+    @cached_property
+    def seconds(self) -> Array:
+        """Forward and backward of one micro-batch, without collectives of parameters."""
+        return _spans([segment_s(s) for s in self.segments])
+
+    @cached_property
+    def kept(self) -> Array:
+        """Bytes from the forward of a micro-batch until its backward."""
+        return _spans([s.copies * kept_bytes(s) for s in self.segments])
+
+    @cached_property
+    def optimizer_s(self) -> Array:
+        """Seconds of the update, where a piece owns its parameters."""
+        seconds = np.zeros(len(self))
+        for stored in self.stored:
+            seconds[stored.units[0]] += stored.optimizer_s
+        return _spans(seconds)
+
+    @cached_property
+    def state(self) -> Array:
+        """Bytes that are always there: of owned parameters all, of those of others two copies.
+
+        And copies of parameters that stay gathered.
+        """
+        each = np.zeros(len(self))
+        twice = np.zeros((len(self) + 1, len(self) + 1))
+        starts, ends = np.arange(len(self) + 1)[:, None], np.arange(len(self) + 1)[None, :]
+        for stored in self.stored:
+            guest = sum(stored.guest_bytes.values())
+            each[stored.units[0]] += sum(stored.state.values())
+            for before, unit in zip(stored.units, stored.units[1:], strict=False):
+                each[unit] += guest
+                twice += guest * ((starts <= before) & (unit < ends))
+        for i, segment in enumerate(self.segments):
+            each[i] += sum(p.saved_bytes for p in segment.parts if p.param)
+        return _spans(each) - twice
+
+    def working(self, how: How) -> Array:
+        """Bytes that a single micro-batch needs for a moment beyond what it keeps."""
+        known: dict[int, float] = {}
+        for segment in self.segments:
+            if id(segment) not in known:
+                alone = Step((replace(segment, copies=1),), 0.0, {}, 1)
+                known[id(segment)] = passes_of(alone, how).working_bytes
+        each = np.array([known[id(s)] for s in self.segments])
+        n = len(self)
+        found = np.zeros((n + 1, n + 1))
+        for start in range(n):
+            found[start, start + 1 :] = np.maximum.accumulate(each[start:])
+        return found
+
+
+def chain_of(
+    graph: Graph,
+    symbolic: Graph | None,
+    blocks: Blocks,
+    units: Sequence[Unit],
+    option: Mapping[Node, Option],
+    pricer: Pricer,
+    micro_batches: int,
+) -> Chain:
+    """The chain of an assignment; `graph` has the sizes of one micro-batch."""
+    chunks = [Chunk(unit.region, unit.nodes) for unit in units]
+    segments: list[Segment] = []
+    known: dict[tuple[object, ...], list[Segment]] = {}
+    for segment in segments_of(chunks, blocks, option, pricer):
+        key = (segment.block, len(segment.parts), segment.input_bytes)
+        same = next((s for s in known.get(key, ()) if alike(s, segment)), None)
+        if same is None:
+            known.setdefault(key, []).append(segment)
+        segments.append(same or segment)
+    at = {node: i for i, unit in enumerate(units) for node in unit.nodes}
+    batch = _batch_dims(symbolic or graph)
+    sent = [
+        sum(_sent_bytes(node, option, pricer, batch) for node in unit.crossing) for unit in units
+    ]
+    stored = []
+    for node in graph.placeholders("param"):
+        if node in option:
+            read = tuple(sorted({at[user] for user in node.users if user in at})) or (0,)
+            state = stored_state([node], option, pricer)
+            stored.append(Stored(node, state, option[node].time_s, read))
+    return Chain(tuple(units), tuple(segments), tuple(sent), tuple(stored), micro_batches)
+
+
+def _in_mode(segment: Segment, mode: str) -> Segment:
+    return replace(segment, recompute=mode)
+
+
+def _spans(each: Sequence[float] | Array) -> Array:
+    """[start, end] -> the sum from start up to end; zero where there is nothing between."""
+    total = np.concatenate([[0.0], np.cumsum(np.asarray(each, dtype=np.float64))])
+    return np.triu(total[None, :] - total[:, None])
+
+
+def _batch_dims(symbolic: Graph) -> Mapping[str, frozenset[int]]:
+    """Per value, the dims whose size depends on the batch: all symbols of dim 0 of the inputs."""
+    symbols = {
+        symbol
+        for node in symbolic.placeholders("input")
+        for value in values_of(node)[:1]
+        if value.shape and not isinstance(value.shape[0], int)
+        for symbol in value.shape[0].free_symbols
+    }
+    found: dict[str, frozenset[int]] = {}
+    for node in symbolic.fx.nodes:
+        value = node.meta.get("value")
+        if isinstance(value, Value):
+            dims = (
+                d
+                for d, size in enumerate(value.shape)
+                if not isinstance(size, int) and size.free_symbols & symbols
+            )
+            found[node.name] = frozenset(dims)
+    return found
+
+
+def _sent_bytes(
+    node: Node,
+    option: Mapping[Node, Option],
+    pricer: Pricer,
+    batch: Mapping[str, frozenset[int]],
+) -> float:
+    """What one device sends of a value: its part of the batch, whole otherwise."""
+    producer, port = producer_of(node)
+    value, given = value_of(node), option[producer].gives[port]
+    made = Sharding.replicated(value.rank)
+    for dim in batch.get(node.name, frozenset({0} if value.rank else ())):
+        if given.splits[dim].axes:
+            made = made.with_split(dim, given.splits[dim].axes)
+    return pricer.local_bytes(value, made)
