@@ -1,0 +1,159 @@
+"""Cut a graph into a chain of pieces, each a graph of its own: what a pipeline's stages run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.fx
+
+from autopar.errors import UserError
+from autopar.ir.graph import Graph, value_of
+from autopar.ir.mesh import MICRO_BATCH
+from autopar.ir.sharding import Sharding
+
+from .columns import is_getitem
+from .cut_points import made_again
+
+Node = torch.fx.Node
+
+RECEIVED = "received"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a graph.
+
+    `graph` has the placeholders that the piece reads, then one of the role "received" for every
+    value of the piece before: it has the name of the node that made the value, in whatever piece.
+    `sends` are the outputs of all pieces but the last, by the same names: what the next one
+    receives, in order. The last piece has the outputs of the whole graph.
+    """
+
+    graph: Graph
+    receives: tuple[str, ...]
+    sends: tuple[str, ...]
+
+
+def cut_graph(graph: Graph, cuts: Sequence[str]) -> list[Piece]:
+    """Cut a graph before the nodes named in `cuts`.
+
+    Values needed later than in the next piece pass through the pieces between. What depends on
+    inputs, buffers and constants alone is computed again where it is read. Parameters that several
+    pieces read are placeholders of each. Raises UserError where the cuts are not ops of the graph
+    in its order.
+    """
+    number = _numbered(graph, cuts)
+    again = made_again(graph)
+    last = len(cuts)
+    needed: dict[Node, int] = {}  # the last piece that reads a value
+    for node in graph.calls():
+        for source in node.all_input_nodes:
+            if source in number and source not in again and node not in again:
+                needed[source] = max(needed.get(source, 0), number[node])
+    for source in graph.output_node.all_input_nodes:
+        if source in number and source not in again:
+            needed[source] = last
+    crossing = [
+        tuple(n for n in graph.calls() if number[n] < i <= needed.get(n, 0))
+        for i in range(last + 2)
+    ]
+    return [
+        _piece(
+            graph,
+            {n for n in graph.calls() if number[n] == i} - again,
+            again,
+            crossing[i],
+            None if i == last else crossing[i + 1],
+        )
+        for i in range(last + 1)
+    ]
+
+
+def _numbered(graph: Graph, cuts: Sequence[str]) -> dict[Node, int]:
+    """The piece of every op; outputs of an op with several are in its piece."""
+    starts = {name: i for i, name in enumerate(cuts, 1)}
+    number: dict[Node, int] = {}
+    here = 0
+    for i, node in enumerate(graph.calls()):
+        if node.name in starts:
+            if i == 0 or starts[node.name] != here + 1:
+                raise UserError(
+                    f"the cut at {node.name} leaves a stage of the pipeline empty, or is not in "
+                    "the order of the model",
+                    fix="name the first op of every stage but the first, in order",
+                )
+            here += 1
+        number[node] = number[node.all_input_nodes[0]] if is_getitem(node) else here
+    missing = sorted(set(cuts) - {node.name for node in number})
+    if missing:
+        raise UserError(
+            f"the pipeline is cut before {missing[0]}, and the model has no such op",
+            fix="make the plan again for this model",
+        )
+    return number
+
+
+def _piece(
+    graph: Graph,
+    own: set[Node],
+    again: frozenset[Node],
+    receives: tuple[Node, ...],
+    sends: tuple[Node, ...] | None,
+) -> Piece:
+    """The piece that runs the ops in `own`; `sends` is None for the last one."""
+    results = graph.output_node.all_input_nodes if sends is None else sends
+    mutated = graph.mutated if sends is None else ()
+    kept = own | _of_inputs(own, results, again)
+    reads = {source for node in kept for source in node.all_input_nodes} | set(results)
+    new = torch.fx.Graph()
+    env: dict[Node, Node] = {}
+    for node in graph.placeholders():
+        if node in reads or node.name in mutated:
+            env[node] = _copied(new, node, env)
+    for node in receives:
+        env[node] = _received(new, node)
+    for node in graph.calls():
+        if node in kept:
+            env[node] = _copied(new, node, env)
+    names = tuple(n.name for n in receives)
+    if sends is None:
+        _copied(new, graph.output_node, env)
+        return Piece(Graph(new, graph.outputs, mutated), names, ())
+    new.output(tuple(env[n] for n in sends))
+    return Piece(Graph(new, len(sends)), names, tuple(n.name for n in sends))
+
+
+def _of_inputs(own: set[Node], results: Sequence[Node], again: frozenset[Node]) -> set[Node]:
+    """The ops of inputs, buffers and constants that a piece computes for itself."""
+    found: set[Node] = set()
+    wanted = [source for node in own for source in node.all_input_nodes] + list(results)
+    while wanted:
+        node = wanted.pop()
+        if node in again and node.op == "call_function" and node not in found:
+            found.add(node)
+            wanted.extend(node.all_input_nodes)
+    return found
+
+
+def _received(new: torch.fx.Graph, node: Node) -> Node:
+    made = new.placeholder(node.name)
+    made.name = node.name
+    made.meta = {**node.meta, "value": value_of(node), "role": RECEIVED, "fqns": (node.name,)}
+    return made
+
+
+def _copied(new: torch.fx.Graph, node: Node, env: Mapping[Node, Node]) -> Node:
+    copy = new.node_copy(node, lambda n: env[n])
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def boundary_sharding(given: Sharding) -> Sharding:
+    """How a value that is `given` where it is made crosses to the next piece.
+
+    On the axes of a stage it is split or whole; what is partial there is added up. Along
+    micro-batches it stays as it is: every one crosses by itself.
+    """
+    partial = tuple((axis, kind) for axis, kind in given.partial if axis == MICRO_BATCH)
+    return Sharding(given.splits, partial)
