@@ -12,7 +12,7 @@ micro-batch, and overlap with compute: they cost what is left over `overlap` tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch.fx
@@ -113,7 +113,8 @@ class Paid:
 class Accounts:
     """Prices of options and flows under a micro-batch count and a mode per repeated block.
 
-    `pricer` prices one micro-batch: its graph is specialised to the batch of one.
+    `pricer` prices one micro-batch: its graph is specialised to the batch of one. Activations of
+    `in_flight` micro-batches are kept at once.
     """
 
     pricer: Pricer
@@ -121,6 +122,7 @@ class Accounts:
     micro_batches: int = 1
     modes: Mapping[int, str] = field(default_factory=dict)
     overlap: float = 0.0
+    in_flight: int = 1
 
     def mode(self, node: Node) -> str:
         return self.modes.get(self.regions.block(node), NONE)
@@ -138,9 +140,9 @@ class Accounts:
 
     def option_memory(self, node: Node, option: Option, count: int) -> float:
         """Bytes that `count` copies of a node keep."""
-        mode = self.mode(node)
+        mode, held = self.mode(node), self.in_flight
         if mode == NONE:
-            return count * option.memory_bytes
+            return count * option.memory_bytes * (1 if node.op == "placeholder" else held)
         kept = self.regions.leaving.get(node, 0) if mode == FULL or not is_heavy(node) else count
         if not kept:
             return option.memory_bytes
@@ -148,7 +150,7 @@ class Accounts:
             self.pricer.local_bytes(value, sharding)
             for value, sharding in zip(values_of(node), option.gives, strict=True)
         )
-        return kept * made + option.memory_bytes
+        return held * kept * made + option.memory_bytes
 
     def overlaps(self, flow: Flow) -> bool:
         """Whether a flow is a parameter's: its collectives are issued early and waited late."""
@@ -177,13 +179,15 @@ class Accounts:
         if self.accumulates(flow):
             value = values_of(flow.producer)[flow.port]
             saved += self.pricer.local_bytes(value, flow.want.without_varying())
-        modes = {self.mode(e.consumer) for e in flow.readers}
-        if NONE in modes or flow.producer.op == "placeholder":
+        if flow.producer.op == "placeholder":
             return times * saved
+        modes = {self.mode(e.consumer) for e in flow.readers}
+        if NONE in modes:
+            return self.in_flight * times * saved
         if self.mode(flow.producer) != NONE:
             kept = self._is_kept(flow.producer)
             return 0.0 if kept and flow.source == flow.want else saved
-        return times * saved
+        return self.in_flight * times * saved
 
     @property
     def several(self) -> bool:
@@ -246,7 +250,14 @@ def read_flows(
     """Every reshard of an assignment and how many copies of it there are, each paid once."""
     stands_for = blocks.representative
     found: dict[Flow, int] = {}
-    for edges, ends in blocks.reads:
+    if all(o is option.get(stands_for[n]) for n, o in option.items()):
+        # Copies do the same: one of them stands for all.
+        reads: Iterable[tuple[tuple[Edge, ...], tuple[Edge, ...], int]] = (
+            (ends, ends, times) for ends, times in blocks.alike.items()
+        )
+    else:
+        reads = ((edges, ends, 1) for edges, ends in blocks.reads)
+    for edges, ends, times in reads:
         producer, port = edges[0].producer, edges[0].port
         made = option[producer]
         by_want: dict[Sharding, bool] = {}
@@ -258,5 +269,5 @@ def read_flows(
             flow = Flow(
                 stands_for[producer], port, made.gives[port], want, made.regather, ends, held
             )
-            found[flow] = found.get(flow, 0) + 1
+            found[flow] = found.get(flow, 0) + times
     return found

@@ -58,9 +58,14 @@ class Blocks:
         return tuple(found)
 
     @cached_property
+    def alike(self) -> Mapping[tuple[Edge, ...], int]:
+        """The (representative) edges that read one value, in order, and how often they occur."""
+        return Counter(ends for _, ends in self.reads)
+
+    @cached_property
     def patterns(self) -> Mapping[frozenset[Edge], int]:
-        """The sets of (representative) edges that read one value, and how often each set occurs."""
-        return Counter(frozenset(ends) for _, ends in self.reads)
+        """The same as sets."""
+        return {frozenset(ends): times for ends, times in self.alike.items()}
 
 
 def find_blocks(graph: Graph) -> Blocks:

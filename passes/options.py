@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.fx
 
@@ -106,6 +106,31 @@ def call_options(
 def _doubled(sharding: Sharding) -> bool:
     used = list(sharding.used_axes())
     return len(used) != len(set(used))
+
+
+def priced_on(
+    node: Node, rule: ShardingRule | None, option: Option, pricer: Pricer
+) -> Option | None:
+    """An option that was made on a mesh of the same axes, at the prices of the pricer's.
+
+    None where that mesh does not have it. `rule` is an op's.
+    """
+    mesh = pricer.mesh
+    if node.op == "placeholder" and node.meta.get("role") == "param":
+        value, (stored,) = value_of(node), option.gives
+        if not storable(stored, value.int_shape(), mesh):
+            return None
+        time_s = pricer.optimizer_time_s(value, stored) + 1e-9 * option.regather
+        return replace(option, time_s=time_s, memory_bytes=pricer.stored_bytes(value, stored))
+    if rule is None:
+        return option
+    chosen = dict(option.choices)
+    placed = place_call(node, rule, mesh, chosen)
+    if placed is None or placed != Placed(option.wants, option.gives):
+        return None
+    forward, backward = pricer.op_times_s(node, rule, placed, chosen)
+    kept = pricer.saved_output_bytes(node, placed)
+    return replace(option, time_s=forward + backward, memory_bytes=kept, forward_s=forward)
 
 
 def param_options(

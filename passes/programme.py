@@ -68,7 +68,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """A whole programme: cost and kind of the columns, rows in compressed form."""
 
     cost: Vector
@@ -162,20 +162,16 @@ def evaluate(
 
 def _priced(
     columns: Columns, accounts: Accounts, memory_limit: float, minimise_memory: bool
-) -> _Rows:
+) -> Rows:
     """Costs of the columns, and the rows for memory and for what overlaps."""
-    n = columns.size + 1  # the last column is z
-    cost, memory, hidden = np.zeros(n), np.zeros(n), np.zeros(n)
-    integer = np.zeros(n, dtype=np.bool_)
+    cost, memory, hides, late = (np.zeros(columns.size) for _ in range(4))
     for node, found in columns.options.items():
         at, count = columns.first[node], columns.count[node]
-        integer[at : at + len(found)] = True
         for i, option in enumerate(found):
             cost[at + i] = count * accounts.option_time_s(node, option)
             memory[at + i] = accounts.option_memory(node, option, count)
             if node.op != "placeholder":
-                hidden[at + i] = accounts.overlap * cost[at + i]
-    late = np.zeros(n)
+                hides[at + i] = accounts.overlap * cost[at + i]
     for column, item, times in columns.time.triples():
         flow = columns.flows[item]
         seconds = times * accounts.flow_time_s(flow)
@@ -185,19 +181,37 @@ def _priced(
             cost[column] += seconds
     for column, item, times in columns.memory.triples():
         memory[column] += accounts.flow_memory(columns.flows[item], times)
-    upper = np.ones(n)
+    return rows_of(columns, cost, late, hides, memory, memory_limit, minimise_memory)
+
+
+def rows_of(
+    columns: Columns,
+    cost: Vector,
+    late: Vector,
+    hides: Vector,
+    memory: Vector,
+    memory_limit: float,
+    minimise_memory: bool = False,
+    legal: NDArray[np.bool_] | None = None,
+) -> Rows:
+    """The whole programme of priced columns; those that are not `legal` stay at zero."""
+    n = columns.size + 1  # the last column is z
+    integer = np.zeros(n, dtype=np.bool_)
+    for node, found in columns.options.items():
+        integer[columns.first[node] : columns.first[node] + len(found)] = True
+    upper = np.ones(n) if legal is None else np.append(legal.astype(np.float64), 1.0)
     upper[-1] = highspy.kHighsInf
+    costs = np.append(cost, 0.0)
     extra: list[tuple[float, float, Vector]] = []
     if late.any():
-        cost[-1] = 1e-6  # z in microseconds: HiGHS takes numbers below 1e-9 for zeros
-        exposed = (hidden - late) * 1e6
-        exposed[-1] = 1.0
-        extra.append((0.0, highspy.kHighsInf, exposed))
+        costs[-1] = 1e-6  # z in microseconds: HiGHS takes numbers below 1e-9 for zeros
+        extra.append((0.0, highspy.kHighsInf, np.append((hides - late) * 1e6, 1.0)))
     if minimise_memory:
-        cost, extra = memory, []
+        costs, extra = np.append(memory, 0.0), []
     elif memory_limit < float("inf"):
         # In MiB: very large numbers are infinite.
-        extra.append((-highspy.kHighsInf, memory_limit / 2**20, memory / 2**20))
+        row = np.append(memory / 2**20, 0.0)
+        extra.append((-highspy.kHighsInf, memory_limit / 2**20, row))
     low, high = list(columns.low), list(columns.high)
     starts, index, value = list(columns.starts), [columns.index], [columns.value]
     for lowest, highest, row in extra:
@@ -207,8 +221,8 @@ def _priced(
         starts.append(starts[-1] + len(at_))
         index.append(at_)
         value.append(row[at_])
-    return _Rows(
-        cost,
+    return Rows(
+        costs,
         integer,
         upper,
         np.array(low),
@@ -244,7 +258,7 @@ def _within_reach(
 
 
 def _run(
-    rows: _Rows,
+    rows: Rows,
     where: Mapping[Node, range],
     time_limit_s: float,
     better_than: float = float("inf"),
@@ -257,11 +271,16 @@ def _run(
     None if nothing is feasible, or if the relaxation shows that nothing is below `better_than`.
     """
     relaxed = _highs(_model(rows), time_limit_s)
-    if relaxed is None:
+    if relaxed is None or float(relaxed @ rows.cost) >= better_than:
         return None
+    return round_relaxed(rows, where, relaxed, time_limit_s)
+
+
+def round_relaxed(
+    rows: Rows, where: Mapping[Node, range], relaxed: Vector, time_limit_s: float = 60.0
+) -> tuple[dict[Node, int], float, float, str] | None:
+    """As `_run`, from the solution of the linear relaxation."""
     bound = float(relaxed @ rows.cost)
-    if bound >= better_than:
-        return None
     values, status = relaxed, "integral relaxation"
     open_nodes = {n for n, at in where.items() if relaxed[at.start : at.stop].max() < 1 - 1e-6}
     if open_nodes:
@@ -288,7 +307,7 @@ def _run(
 
 
 def _model(
-    rows: _Rows,
+    rows: Rows,
     lower: Vector | None = None,
     upper: Vector | None = None,
     integral: bool = False,

@@ -18,6 +18,7 @@ from autopar.errors import PassError
 
 from .columns import Columns
 from .frame import ILLEGAL_S, Prices
+from .programme import Rows, rows_of
 
 Array = NDArray[np.float64]
 
@@ -40,14 +41,19 @@ class Weights:
 class Relaxed:
     """A solved relaxation: its value in seconds, the columns, bytes, and the weights it proves.
 
-    `serial_s` is what it would take if nothing overlapped.
+    `serial_s` is what it would take if nothing overlapped; `whole` are the columns and what is
+    exposed.
     """
 
     time_s: float
-    values: Array
+    whole: Array
     memory_bytes: float
     weights: Weights
     serial_s: float
+
+    @property
+    def values(self) -> Array:
+        return self.whole[:-1]
 
 
 class Relaxation:
@@ -82,7 +88,15 @@ class Relaxation:
         time_s = float(cost @ values[:-1]) + (1e-6 * float(values[-1]) if exposed else 0.0)
         nbytes = float(prices.memory[:, at] @ values[:-1])
         serial_s = float((cost + late) @ values[:-1])
-        return Relaxed(time_s, values[:-1], nbytes, weights, serial_s)
+        return Relaxed(time_s, values, nbytes, weights, serial_s)
+
+    def rows(self, at: int, memory_limit: float) -> Rows:
+        """The whole programme on mesh `at`."""
+        p = self.prices
+        cost, legal = p.cost[:, at], p.cost[:, at] < ILLEGAL_S
+        late, hides, memory = p.late[:, at], p.hides[:, at], p.memory[:, at]
+        priced = np.where(legal, cost, 0.0)
+        return rows_of(self.columns, priced, late, hides, memory, memory_limit, legal=legal)
 
     @property
     def stalled(self) -> bool:

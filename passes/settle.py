@@ -24,7 +24,9 @@ from .price import Pricer
 from .problem import Problem, options_of
 from .programme import Assignment, solve
 from .propose import Proposal
-from .share_recompute import share_recompute
+from .relax import Relaxed
+from .rounded import Rounded, round_off
+from .share_recompute import Shared, share_recompute
 from .step_of import step_of
 
 Node = torch.fx.Node
@@ -39,7 +41,8 @@ REDUCED = 0.02  # options that cost at least so much more of the step than the b
 class Settled:
     """A candidate that can be run: what every node does, over time.
 
-    `problem` is at the sizes of one micro-batch.
+    `problem` is at the sizes of one micro-batch. `programme_s` and `programme_bytes` are what the
+    programme says of the assignment with its recomputation.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Settled:
     step: Step
     timeline: Timeline
     roles: tuple[tuple[str, str], ...] = ()
+    programme_s: float = 0.0
+    programme_bytes: float = 0.0
 
     @property
     def option(self) -> Mapping[Node, Option]:
@@ -81,9 +86,14 @@ def settle_within(
         tries.append(made)
         if made.timeline.peak_bytes <= memory_limit:
             break
-        over = made.timeline.peak_bytes / memory_limit
-        room = min(room, made.assignment.memory_bytes) * 0.998 / over
+        room = room_after(made, room, memory_limit)
     return min(tries, key=lambda s: s.timeline.peak_bytes, default=None)
+
+
+def room_after(made: Settled, room: float, memory_limit: float) -> float:
+    """What to leave to a programme whose step took more than the limit within `room` bytes."""
+    used = min(room, made.programme_bytes)
+    return 0.999 * min(used - (made.timeline.peak_bytes - memory_limit), room)
 
 
 def settle(
@@ -111,8 +121,12 @@ def settle(
     assignment = None
     tries: list[tuple[tuple[Keeps, Stores] | None, float]] = [(None, math.inf)]
     if near is not None and near.relaxed is not None:
+        rounded = _rounded(problem, near, accounts, memory_limit)
+        if rounded.agrees and rounded.assignment is None:
+            return None
+        assignment = rounded.assignment
         tries.insert(0, (_close(near), near.relaxed.time_s * (1 + REDUCED)))
-    for keep, better_than_s in tries:
+    for keep, better_than_s in tries if assignment is None else ():
         options = _options(problem, mesh, pricer, family, keep)
         assignment = solve(
             problem.graph,
@@ -138,17 +152,33 @@ def settle(
         )
     if assignment is None:
         return None
-    recompute: tuple[Recompute, ...] = ()
+    shared = Shared((), assignment.time_s, assignment.memory_bytes)
     if variant.mode != NONE:
-        recompute = share_recompute(
+        shared = share_recompute(
             problem.graph,
             problem.blocks,
             assignment.option,
             accounts,
             0.0 if minimise_memory else memory_limit,
         )
-    made = settled(name, problem, mesh, pricer, variant, assignment, recompute)
-    return replace(made, roles=tuple(family.role.items()))
+    made = settled(name, problem, mesh, pricer, variant, assignment, shared.recompute)
+    return replace(
+        made,
+        roles=tuple(family.role.items()),
+        programme_s=shared.time_s,
+        programme_bytes=shared.memory_bytes,
+    )
+
+
+def _rounded(problem: Problem, near: Proposal, accounts: Accounts, memory_limit: float) -> Rounded:
+    """What a solved relaxation becomes, solved again where the limit is another."""
+    assert near.relaxation is not None and near.relaxed is not None
+    relaxed: Relaxed | None = near.relaxed
+    if relaxed is not None and relaxed.memory_bytes > memory_limit:
+        relaxed = near.relaxation.solve(near.at, memory_limit)
+    if relaxed is None:
+        return Rounded(None, agrees=not near.relaxation.stalled)
+    return round_off(problem, near.relaxation, near.at, relaxed, accounts, memory_limit)
 
 
 def settled(

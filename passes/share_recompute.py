@@ -19,7 +19,7 @@ import torch.fx
 from autopar.ir.graph import Graph
 from autopar.plan import Recompute
 
-from .accounts import FULL, MODES, NONE, SELECTIVE, Accounts, bill
+from .accounts import FULL, MODES, NONE, SELECTIVE, Accounts, Paid, bill
 from .blocks import Blocks
 from .options import Option
 
@@ -35,27 +35,42 @@ class Shares:
     memory_bytes: tuple[float, float, float]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Recomputation shared out: the copies of every block, a step's seconds and bytes with it."""
+
+    recompute: tuple[Recompute, ...]
+    time_s: float
+    memory_bytes: float
+
+
 def share_recompute(
     graph: Graph,
     blocks: Blocks,
     option: Mapping[Node, Option],
     accounts: Accounts,
     memory_limit: float,
-) -> tuple[Recompute, ...]:
+) -> Shared:
     """The fastest recomputation of an assignment within the limit; all in full if none fits."""
-    shares, base = shares_of(graph, blocks, option, accounts)
-    counts = best_shares(shares, memory_limit - base)
-    return tuple(
+    shares, least = shares_of(graph, blocks, option, accounts)
+    counts = best_shares(shares, memory_limit - least.memory_bytes)
+    recompute = tuple(
         Recompute(first.name, copies, full=n[FULL], selective=n[SELECTIVE])
         for (first, _, copies), n in zip(blocks.regions, counts, strict=True)
         if n[FULL] or n[SELECTIVE]
     )
+    time_s, memory = least.time_s(accounts.overlap), least.memory_bytes
+    for share, n in zip(shares, counts, strict=True):
+        time_s += sum(n[m] * t for m, t in zip(MODES, share.time_s, strict=True))
+        time_s -= share.copies * share.time_s[MODES.index(FULL)]
+        memory += sum(n[m] * b for m, b in zip(MODES, share.memory_bytes, strict=True))
+    return Shared(recompute, time_s, memory)
 
 
 def shares_of(
     graph: Graph, blocks: Blocks, option: Mapping[Node, Option], accounts: Accounts
-) -> tuple[list[Shares], float]:
-    """What each block's copies take by mode, and the bytes that no mode changes.
+) -> tuple[list[Shares], Paid]:
+    """What each block's copies take by mode, and the bill if all is recomputed in full.
 
     A block is billed in every mode, the others recomputed in full; differences are per copy.
     """
@@ -79,7 +94,7 @@ def shares_of(
                 tuple(m / copies for m in memory),  # type: ignore[arg-type]
             )
         )
-    return shares, least.memory_bytes
+    return shares, least
 
 
 def best_shares(shares: Sequence[Shares], room_bytes: float) -> list[dict[str, int]]:

@@ -149,7 +149,8 @@ def solved(name: str, spec: str) -> tuple[Problem, Accounts, Assignment]:
 def test_real_blocks_from_tight_to_loose(name: str, spec: str) -> None:
     """Whatever the limit: within it, no worse than greedy, and as good as any split of the copies."""
     problem, accounts, found = solved(name, spec)
-    shares, base = shares_of(problem.graph, problem.blocks, found.option, accounts)
+    shares, least = shares_of(problem.graph, problem.blocks, found.option, accounts)
+    base = least.memory_bytes
     assert len(shares) == len(problem.blocks.regions) >= 1
     assert max(s.copies for s in shares) >= 6
     whole = sum(s.copies * s.memory_bytes[0] for s in shares)
@@ -157,7 +158,9 @@ def test_real_blocks_from_tight_to_loose(name: str, spec: str) -> None:
     modes, last = set(), math.inf
     for share in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
         limit = base + share * whole + 1.0
-        recompute = share_recompute(problem.graph, problem.blocks, found.option, accounts, limit)
+        recompute = share_recompute(
+            problem.graph, problem.blocks, found.option, accounts, limit
+        ).recompute
         by_block = {r.block: r for r in recompute}
         counts = []
         for first, _, copies in problem.blocks.regions:
