@@ -1,7 +1,8 @@
 """Memory of a step: what a device has to give, and the most that is in use at once.
 
 CUDA's allocator counts for itself. On CPU a dispatch mode adds up the bytes of every storage from
-the op that makes it until it is freed; what a kernel uses inside itself is not seen.
+the op that makes it until it is freed; what a kernel uses inside itself is not seen. Memory that
+ranks share is counted by its arena, at the rank that writes to it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
-from autopar.compat import TorchDispatchMode
+from autopar.compat import TorchDispatchMode, local_of
+
+from .arena import held_bytes
 
 _CGROUPS = (  # limit and use, of version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -45,9 +49,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        # A DTensor's own storage has the size of the whole, and no memory.
+        storage = (local_of(tensor) if isinstance(tensor, DTensor) else tensor).untyped_storage()
         key = storage._cdata
         if key in self._live or storage.device.type == "meta":
+            return
+        if not storage.resizable():  # not torch's: mapped
             return
         self._live[key] = weakref.finalize(storage, self._freed, key, storage.nbytes())
         self.now += storage.nbytes()
@@ -78,7 +85,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device, known: Iterable
             step()
     finally:
         live.close()
-    return live.peak
+    return live.peak + held_bytes()
 
 
 def free_bytes(device: torch.device) -> float:

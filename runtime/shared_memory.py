@@ -16,14 +16,12 @@ waits for room: a rank that has none makes a larger segment.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import platform
 import struct
 import sys
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +33,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .arena import ALIGN, Arena, Memory
 from .group import Group, InFlight, ProcessGroupGroup, done
 from .hosts import even_hosts, host_identity
 from .two_level import TwoLevelGroup
@@ -42,8 +41,6 @@ from .two_level import TwoLevelGroup
 SLOTS = 1024  # operations of a group that may be under way at once
 _FLAG, _READ, _WHERE = 0, 4 * SLOTS, 8 * SLOTS  # offsets in the control block
 _CONTROL_BYTES = _WHERE + 16 * SLOTS
-_FIRST_SEGMENT_BYTES = 1 << 22
-_ALIGN = 64
 
 # All-reduces up to this size are read whole by every member: one round of flags, not two.
 ONE_ROUND_BYTES = 1 << 17
@@ -83,7 +80,7 @@ def _make(process_group: dist.ProcessGroup) -> Group:
     flat = ProcessGroupGroup(process_group)
     if flat.size == 1:
         return flat
-    controls = [_Memory.create(_CONTROL_BYTES) for _ in range(2)] if _supported() else None
+    controls = [Memory.create(_CONTROL_BYTES) for _ in range(2)] if _supported() else None
     fds = (controls[0].fd, controls[1].fd) if controls is not None else None
     offer = _Offer(host_identity(), os.getpid(), fds)
     everyone: list[Any] = [None] * flat.size
@@ -111,7 +108,7 @@ def _supported() -> bool:
 
 
 def _opened(
-    members: Sequence[_Offer], rank: int, controls: Sequence[_Memory] | None, phase: int
+    members: Sequence[_Offer], rank: int, controls: Sequence[Memory] | None, phase: int
 ) -> list[_Peer] | None:
     """The control blocks of all members of this host, or None if one is out of reach."""
     peers = []
@@ -122,7 +119,7 @@ def _opened(
             memory = (
                 controls[phase]
                 if member == rank
-                else _Memory.open(other.pid, other.controls[phase], _CONTROL_BYTES)
+                else Memory.open(other.pid, other.controls[phase], _CONTROL_BYTES)
             )
         except OSError:
             return None
@@ -130,89 +127,29 @@ def _opened(
     return peers
 
 
-class _Memory:
-    """A shared mapping, as bytes of a tensor."""
-
-    def __init__(self, fd: int, size: int) -> None:
-        self.fd = fd
-        self.size = size
-        self.map = mmap.mmap(fd, size)
-        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
-
-    @staticmethod
-    def create(size: int) -> _Memory:
-        fd = os.memfd_create("autopar")
-        os.ftruncate(fd, size)
-        return _Memory(fd, size)
-
-    @staticmethod
-    def open(pid: int, fd: int, size: int) -> _Memory:
-        """Another process's memory file; raises OSError if it may not be opened."""
-        return _Memory(os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR), size)
-
-    def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` elements at a byte offset."""
-        return self.bytes[offset : offset + count * dtype.itemsize].view(dtype)
-
-
 class _Peer:
     """One member's control block and, as they become known, its data segments."""
 
-    def __init__(self, pid: int, control: _Memory) -> None:
+    def __init__(self, pid: int, control: Memory) -> None:
         self.pid = pid
         self.control = control
         whole: NDArray[np.uint8] = control.bytes.numpy()
         self.flags = whole[_FLAG:_READ].view(np.int32)
         self.reads = whole[_READ:_WHERE].view(np.int32)
         self.address = control.bytes.data_ptr()
-        self._segments: dict[int, _Memory] = {}
+        self._segments: dict[int, Memory] = {}
 
     def locate(self, slot: int) -> tuple[int, int, int]:
         """(file descriptor, segment size, offset) of the data of a slot."""
         fd, offset, size = struct.unpack_from("<iIq", self.control.map, _WHERE + 16 * slot)
-        return fd, size, offset * _ALIGN
+        return fd, size, offset * ALIGN
 
     def data(self, slot: int, count: int, dtype: torch.dtype, start: int = 0) -> Tensor:
         """`count` elements of the data of a slot, from byte `start` on."""
         fd, size, offset = self.locate(slot)
         if fd not in self._segments or self._segments[fd].size != size:
-            self._segments[fd] = _Memory.open(self.pid, fd, size)
+            self._segments[fd] = Memory.open(self.pid, fd, size)
         return self._segments[fd].view(offset + start, count, dtype)
-
-
-class _Arena:
-    """This rank's data segments: a ring that is left behind for a larger one when it is full."""
-
-    def __init__(self) -> None:
-        self.segment = _Memory.create(_FIRST_SEGMENT_BYTES)
-        self._kept = [self.segment]  # peers may still read from the old ones
-        self._used: deque[tuple[int, int, int]] = deque()  # operation, start, stop
-        self._next = 0
-
-    def take(self, nbytes: int, operation: int, is_read: Callable[[int], bool]) -> int:
-        """Offset of `nbytes` for an operation."""
-        nbytes = max(-(-nbytes // _ALIGN) * _ALIGN, _ALIGN)
-        while self._used and is_read(self._used[0][0]):
-            self._used.popleft()
-        if not self._used:
-            self._next = 0
-        oldest = self._used[0][1] if self._used else None
-        start = self._next
-        if oldest is None or start > oldest:
-            fits = start + nbytes <= self.segment.size
-            if not fits and oldest is not None and nbytes < oldest:
-                start, fits = 0, True
-        else:
-            fits = start + nbytes < oldest
-        if not fits:
-            size = max(2 * self.segment.size, 2 * nbytes)
-            self.segment = _Memory.create(size)
-            self._kept.append(self.segment)
-            self._used.clear()
-            start = 0
-        self._used.append((operation, start, start + nbytes))
-        self._next = start + nbytes
-        return start
 
 
 class SharedMemoryGroup:
@@ -225,7 +162,7 @@ class SharedMemoryGroup:
         self._fallback = fallback
         self._peers = peers
         self._me = peers[rank]
-        self._arena = _Arena()
+        self._arena = Arena()
         self._count = 0
         self._spins = len(os.sched_getaffinity(0)) >= len(peers)
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -328,7 +265,7 @@ class SharedMemoryGroup:
             row = 1
             for size in x.shape[1:]:
                 row *= size
-            skip = -(-header.nbytes // _ALIGN) * _ALIGN
+            skip = -(-header.nbytes // ALIGN) * ALIGN
             pieces = out.split(list(out_splits))  # type: ignore[no-untyped-call]
             for member, piece in enumerate(pieces):
                 bounds = self._read(member, k, self.size + 1, torch.int64)
@@ -371,7 +308,7 @@ class SharedMemoryGroup:
                 self._sleep_until(
                     partial(self._has_read, member, k - SLOTS), self._peers[member], k, _READ
                 )
-        skip = 0 if header is None else -(-header.nbytes // _ALIGN) * _ALIGN
+        skip = 0 if header is None else -(-header.nbytes // ALIGN) * ALIGN
         offset = self._arena.take(skip + self._start(x) + extra, k, self._all_read)
         segment = self._arena.segment
         if header is not None:
@@ -380,7 +317,7 @@ class SharedMemoryGroup:
             segment.view(offset + skip, x.numel(), x.dtype).copy_(x.detach().view(-1))
         where = _WHERE + 16 * (k % SLOTS)
         struct.pack_into(
-            "<iIq", self._me.control.map, where, segment.fd, offset // _ALIGN, segment.size
+            "<iIq", self._me.control.map, where, segment.fd, offset // ALIGN, segment.size
         )
         self._raise(k, 0)
         return k
@@ -388,7 +325,7 @@ class SharedMemoryGroup:
     @staticmethod
     def _start(x: Tensor) -> int:
         """Bytes that the input takes, aligned: where a share of the result begins."""
-        return -(-x.nbytes // _ALIGN) * _ALIGN
+        return -(-x.nbytes // ALIGN) * ALIGN
 
     def _read(self, member: int, k: int, count: int, dtype: torch.dtype, start: int = 0) -> Tensor:
         """A member's input, once it is there."""
