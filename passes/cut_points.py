@@ -86,10 +86,8 @@ def crossing_values(graph: Graph) -> list[tuple[Node, ...]]:
     calls = list(graph.calls())
     at = {node: i for i, node in enumerate(calls)}
     made = made_again(graph)
-    results = set()
-    for item in torch.fx.node.map_arg(graph.output_node.args, lambda n: n)[0][: graph.outputs]:
-        if isinstance(item, torch.fx.Node):
-            results.add(item)
+    given = graph.output_node.args[0]
+    results = set(given[: graph.outputs]) if isinstance(given, (tuple, list)) else {given}
     last: dict[Node, int] = {}
     for node in calls:
         reads = [at[user] for user in node.users if user in at]

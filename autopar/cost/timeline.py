@@ -33,13 +33,17 @@ class Span:
 
 @dataclass(frozen=True)
 class StageUse:
-    """What a pipeline stage did: busy and idle seconds, peak memory, micro-batches in flight."""
+    """What a pipeline stage did: busy and idle seconds, peak memory, micro-batches in flight.
+
+    `what` are the modules that it holds, in short.
+    """
 
     compute_s: float
     exposed_s: float
     bubble_s: float
     peak_bytes: float
     in_flight: float
+    what: str = ""
 
 
 @dataclass(frozen=True)
