@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from autopar.compat import StridedShard
+from autopar.compat import StridedShard, dtensor_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
+from autopar.plan import PIPELINE_AXIS
+
+from .on_stage import OnStage, StagedTensor, empty_piece
 
 
-def placements_of(sharding: Sharding, mesh: Mesh) -> tuple[Placement, ...]:
-    """One placement per mesh axis; raises ValueError for what DTensor cannot say."""
+def placements_of(
+    sharding: Sharding, mesh: Mesh, stage: int | None = None
+) -> tuple[Placement, ...]:
+    """One placement per mesh axis; `stage` is the pipeline stage that owns the tensor.
+
+    Raises ValueError for what DTensor cannot say.
+    """
     found: list[Placement] = []
     for axis in mesh.names:
+        if axis == PIPELINE_AXIS and stage is not None:
+            found.append(OnStage(stage))
+            continue
         dim = sharding.dim_of(axis)
         if dim is None:
             found.append(Replicate())
@@ -42,16 +55,52 @@ def local_shard(full: Tensor, sharding: Sharding, mesh: Mesh, rank: int) -> Tens
     return local.detach().clone(memory_format=torch.contiguous_format)
 
 
-def shard(full: Tensor, sharding: Sharding, mesh: Mesh, live: DeviceMesh, rank: int) -> DTensor:
-    """A DTensor of a whole tensor that every rank holds; no communication."""
-    return wrap(local_shard(full, sharding, mesh, rank), full.shape, sharding, mesh, live)
+def shard(
+    full: Tensor,
+    sharding: Sharding,
+    mesh: Mesh,
+    live: DeviceMesh,
+    rank: int,
+    stage: int | None = None,
+) -> DTensor:
+    """A DTensor of a whole tensor that every rank holds; no communication.
+
+    With a pipeline, only the ranks of `stage` keep a piece (of a tensor without dims: all do).
+    """
+    if stage is not None and full.dim() and mesh.coordinates(rank)[PIPELINE_AXIS] != stage:
+        local = empty_piece(local_shape(full.shape, sharding, mesh, rank), full.dtype, full.device)
+    else:
+        local = local_shard(full, sharding, mesh, rank)
+    return wrap(local, full.shape, sharding, mesh, live, stage)
+
+
+def local_shape(shape: Sequence[int], sharding: Sharding, mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """The shape of a rank's piece of a whole tensor."""
+    here = mesh.coordinates(rank)
+    found = list(shape)
+    for dim, split in enumerate(sharding.splits):
+        if split:
+            found[dim] = split.local_size(shape[dim], mesh, here)
+    return tuple(found)
 
 
 def wrap(
-    local: Tensor, shape: torch.Size, sharding: Sharding, mesh: Mesh, live: DeviceMesh
+    local: Tensor,
+    shape: torch.Size,
+    sharding: Sharding,
+    mesh: Mesh,
+    live: DeviceMesh,
+    stage: int | None = None,
 ) -> DTensor:
-    """A DTensor of `shape` from this rank's piece."""
+    """A DTensor of `shape` from this rank's piece: without rows on ranks of other stages.
+
+    A tensor without dims is on all stages.
+    """
     stride = torch.empty(shape, device="meta").stride()
+    if stage is not None and len(shape):
+        placements = placements_of(sharding, mesh, stage)
+        made: DTensor = dtensor_of(local, live, placements, shape, stride, StagedTensor)
+        return made
     return DTensor.from_local(
         local,
         live,

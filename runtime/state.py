@@ -20,6 +20,8 @@ from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 
+from .deferred import DeferredTensor, real_value
+from .on_stage import placed_like
 from .placements import shard
 
 
@@ -35,7 +37,7 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     parameter = None
     for owner, name, parameter in _slots(module):
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, (DTensor, DeferredTensor)):
             continue
         if id(parameter) not in made:
             whole = DTensor.from_local(parameter.detach(), live, placements, run_check=False)
@@ -48,7 +50,7 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
     replaced = [weakref.ref(old) for old, _ in made.values()]
     del parameter, made  # the last references that are ours
     if any(ref() is not None for ref in replaced):
-        _give_to_optimizers(news)
+        give_to_optimizers(news)
     return replaced
 
 
@@ -61,7 +63,7 @@ def _slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     ]
 
 
-def _give_to_optimizers(news: Mapping[int, nn.Parameter]) -> None:
+def give_to_optimizers(news: Mapping[int, nn.Parameter]) -> None:
     """Put new parameters in the place of old ones (by `id`) in every optimizer there is."""
     for found in gc.get_objects():
         if not issubclass(type(found), Optimizer):
@@ -90,12 +92,17 @@ def check_replaced(replaced: Sequence[weakref.ref[nn.Parameter]]) -> None:
 
 
 def shard_parameters(
-    module: nn.Module, storage: Mapping[str, Sharding], mesh: Mesh, live: DeviceMesh
+    module: nn.Module,
+    storage: Mapping[str, Sharding],
+    mesh: Mesh,
+    live: DeviceMesh,
+    stages: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Keep of every parameter only this rank's piece, in place: optimizers see the same objects.
 
-    `storage` is keyed by any of the parameter's names. Raises UserError if a parameter is tied up
-    in an unfinished backward.
+    `storage` is keyed by any of the parameter's names, and so are the pipeline `stages` that use
+    it, of which the first owns it; one that no stage uses is on all. Raises UserError if a
+    parameter is tied up in an unfinished backward.
     """
     rank = dist.get_rank()
     done: set[int] = set()
@@ -104,18 +111,25 @@ def shard_parameters(
             continue
         whole = parameter.to_local().detach()
         sharding = storage.get(name, Sharding.replicated(whole.dim()))
-        new = nn.Parameter(
-            shard(whole, sharding, mesh, live, rank), requires_grad=parameter.requires_grad
+        used_by = (stages or {}).get(name, ())
+        keep = functools.partial(
+            shard,
+            sharding=sharding,
+            mesh=mesh,
+            live=live,
+            rank=rank,
+            stage=used_by[0] if used_by else None,
         )
+        new = nn.Parameter(keep(whole), requires_grad=parameter.requires_grad)
         if parameter.grad is not None:
             grad = parameter.grad
             assert isinstance(grad, DTensor)
-            new.grad = shard(grad.to_local(), sharding, mesh, live, rank)
-        _become(name, parameter, new)
+            new.grad = keep(grad.to_local())
+        become(name, parameter, new)
         done.add(id(parameter))
 
 
-def _become(name: str, parameter: nn.Parameter, new: nn.Parameter) -> None:
+def become(name: str, parameter: nn.Parameter, new: nn.Parameter) -> None:
     """Make `parameter` what `new` is, for everybody who holds it."""
     try:
         swap_tensors(parameter, new)  # type: ignore[no-untyped-call]
@@ -130,11 +144,13 @@ def _become(name: str, parameter: nn.Parameter, new: nn.Parameter) -> None:
 def take_rank_zeros(module: nn.Module) -> None:
     """Give every rank rank 0's parameters and buffers, if they differ at all; collective.
 
-    The parameters have to be plain, or DTensors that every rank holds whole.
+    The parameters have to be plain, or DTensors that every rank holds whole; those without memory
+    are left alone.
     """
+    parameters = [p for p in module.parameters() if not isinstance(p, DeferredTensor)]
     tensors = [
         t.to_local() if isinstance(t, DTensor) else t
-        for t in (*(p.detach() for p in module.parameters()), *module.buffers())
+        for t in (*(p.detach() for p in parameters), *module.buffers())
     ]
     sums = [t.detach().double().sum().cpu() if t.numel() else torch.zeros(()) for t in tensors]
     mine = torch.stack([s.double() for s in sums]) if sums else torch.zeros(0).double()
@@ -148,9 +164,14 @@ def take_rank_zeros(module: nn.Module) -> None:
 
 
 def whole_state(state: dict[str, Any]) -> None:
-    """Replace the DTensors of a state dict by whole tensors, in place; collective."""
+    """Replace the DTensors of a state dict by whole tensors, in place; collective.
+
+    So are tensors that have no memory yet.
+    """
     seen: dict[int, Tensor] = {}
     for name, value in list(state.items()):
+        if isinstance(value, DeferredTensor):
+            state[name] = real_value(value)
         if isinstance(value, DTensor):
             if id(value) not in seen:
                 detached = value.detach()
@@ -178,7 +199,7 @@ def like(whole: Tensor, parameter: DTensor) -> DTensor:
         [Replicate()] * parameter.device_mesh.ndim,
         run_check=False,
     )
-    return replicated.redistribute(parameter.device_mesh, parameter.placements)
+    return placed_like(replicated, parameter)
 
 
 @functools.cache
