@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.fx
 
@@ -27,7 +28,8 @@ class Piece:
     `graph` has the placeholders that the piece reads, then one of the role "received" for every
     value of the piece before: it has the name of the node that made the value, in whatever piece.
     `sends` are the outputs of all pieces but the last, by the same names: what the next one
-    receives, in order. The last piece has the outputs of the whole graph.
+    receives, in order. The last piece has the outputs of the whole graph. New values of buffers
+    are outputs of the piece that makes them, of the last one where all could.
     """
 
     graph: Graph
@@ -51,23 +53,27 @@ def cut_graph(graph: Graph, cuts: Sequence[str]) -> list[Piece]:
         for source in node.all_input_nodes:
             if source in number and source not in again and node not in again:
                 needed[source] = max(needed.get(source, 0), number[node])
-    for source in graph.output_node.all_input_nodes:
-        if source in number and source not in again:
+    entries: Any = graph.output_node.args[0]
+    returned, updates = entries[: graph.outputs], entries[graph.outputs :]
+    for source in returned:
+        if isinstance(source, Node) and source in number and source not in again:
             needed[source] = last
+    written: dict[int, dict[str, Node]] = {}
+    for name, source in zip(graph.mutated, updates, strict=True):
+        piece = last if source in again or source not in number else number[source]
+        written.setdefault(piece, {})[name] = source
     crossing = [
         tuple(n for n in graph.calls() if number[n] < i <= needed.get(n, 0))
         for i in range(last + 2)
     ]
-    return [
-        _piece(
-            graph,
-            {n for n in graph.calls() if number[n] == i} - again,
-            again,
-            crossing[i],
-            None if i == last else crossing[i + 1],
-        )
-        for i in range(last + 1)
-    ]
+    made = []
+    for i in range(last + 1):
+        own = {n for n in graph.calls() if number[n] == i} - again
+        results = list(returned) if i == last else list(crossing[i + 1])
+        new = _piece(graph, own, again, crossing[i], results, written.get(i, {}))
+        sends = () if i == last else tuple(n.name for n in crossing[i + 1])
+        made.append(Piece(new, tuple(n.name for n in crossing[i]), sends))
+    return made
 
 
 def _numbered(graph: Graph, cuts: Sequence[str]) -> dict[Node, int]:
@@ -98,30 +104,27 @@ def _piece(
     graph: Graph,
     own: set[Node],
     again: frozenset[Node],
-    receives: tuple[Node, ...],
-    sends: tuple[Node, ...] | None,
-) -> Piece:
-    """The piece that runs the ops in `own`; `sends` is None for the last one."""
-    results = graph.output_node.all_input_nodes if sends is None else sends
-    mutated = graph.mutated if sends is None else ()
-    kept = own | _of_inputs(own, results, again)
-    reads = {source for node in kept for source in node.all_input_nodes} | set(results)
+    receives: Sequence[Node],
+    results: Sequence[Any],
+    updates: Mapping[str, Node],
+) -> Graph:
+    """The graph of the ops in `own`, which gives the results and new values of buffers."""
+    wanted = [r for r in (*results, *updates.values()) if isinstance(r, Node)]
+    kept = own | _of_inputs(own, wanted, again)
+    reads = {source for node in kept for source in node.all_input_nodes} | set(wanted)
     new = torch.fx.Graph()
     env: dict[Node, Node] = {}
     for node in graph.placeholders():
-        if node in reads or node.name in mutated:
+        if node in reads or node.name in updates:
             env[node] = _copied(new, node, env)
     for node in receives:
         env[node] = _received(new, node)
     for node in graph.calls():
         if node in kept:
             env[node] = _copied(new, node, env)
-    names = tuple(n.name for n in receives)
-    if sends is None:
-        _copied(new, graph.output_node, env)
-        return Piece(Graph(new, graph.outputs, mutated), names, ())
-    new.output(tuple(env[n] for n in sends))
-    return Piece(Graph(new, len(sends)), names, tuple(n.name for n in sends))
+    outputs = (*results, *updates.values())
+    new.output(tuple(env[r] if isinstance(r, Node) else r for r in outputs))
+    return Graph(new, len(results), tuple(updates))
 
 
 def _of_inputs(own: set[Node], results: Sequence[Node], again: frozenset[Node]) -> set[Node]:

@@ -104,6 +104,7 @@ def chained(pieces: Sequence[Piece], graph: Graph, tensors: Sequence[Tensor]) ->
     given = dict(zip((n.name for n in graph.placeholders()), tensors, strict=True))
     received: Mapping[str, Tensor] = {}
     results: list[Tensor] = []
+    written: dict[str, Tensor] = {}
     for piece in pieces:
         placeholders = piece.graph.placeholders()
         inputs = [
@@ -111,9 +112,11 @@ def chained(pieces: Sequence[Piece], graph: Graph, tensors: Sequence[Tensor]) ->
             for n in placeholders
         ]
         assert tuple(n.name for n in placeholders if n.meta["role"] == "received") == piece.receives
-        results = run_graph(piece.graph, inputs)
+        made = run_graph(piece.graph, inputs)
+        results, new = made[: piece.graph.outputs], made[piece.graph.outputs :]
+        written.update(zip(piece.graph.mutated, new, strict=True))
         received = dict(zip(piece.sends, results, strict=True)) if piece.sends else {}
-    return results
+    return [*results, *(written[name] for name in graph.mutated)]
 
 
 def check_random_cuts(captured: Capture, module: nn.Module, args: object, seeds: int) -> None:
