@@ -335,3 +335,70 @@ def pipeline_stage_base() -> Any:
     from torch.distributed.pipelining.stage import _PipelineStageBase
 
     return _PipelineStageBase
+
+
+def let_dispatch(kind: Any) -> None:
+    """Let ops on a subclass of DTensor reach its `__torch_dispatch__`.
+
+    Before 2.13 torch takes it for a DTensor and does not look, unless a rule is registered for op
+    and class.
+    """
+    if TORCH_VERSION >= (2, 13):
+        return
+    from torch._library.simple_registry import singleton
+
+    def rule(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    for name in torch._C._dispatch_get_all_op_names():
+        rules = singleton.find(name).torch_dispatch_rules
+        if name.startswith("aten::") and rules.find(kind) is None:
+            rules.register(kind, rule)
+
+
+# --- tensors without memory ----------------------------------------------------------------------
+
+# `swap_tensors` wants both tensors to have the same slots.
+DTENSOR_SLOTS: tuple[str, ...] = tuple(DTensor.__slots__)
+
+
+def no_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which no `TorchDispatchMode` sees any op."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
+    return context
+
+
+def active_dispatch_modes() -> list[Any]:
+    """The `TorchDispatchMode`s in force, the innermost last."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes: list[Any] = _get_current_dispatch_mode_stack()
+    return modes
+
+
+def with_aliasing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """What an op of a wrapper tensor returns: views share memory, in-place ops give their input."""
+    import torch.utils._python_dispatch
+
+    corrected: Any = torch.utils._python_dispatch.return_and_correct_aliasing  # untyped
+    return corrected(func, args, kwargs, out)
+
+
+def wrapper_tensor(cls: type[torch.Tensor], like: torch.Tensor, device: torch.device) -> Any:
+    """A tensor of the class `cls` that has the layout of `like`, claims a device, and no memory."""
+    return torch.Tensor._make_wrapper_subclass(
+        cls,
+        like.size(),
+        strides=like.stride(),
+        storage_offset=like.storage_offset(),
+        dtype=like.dtype,
+        layout=like.layout,
+        device=device,
+    )
+
+
+def keeps_graph() -> bool:
+    """Inside a backward: whether its caller retains the graph for another one."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
