@@ -12,73 +12,78 @@ import torch.fx
 from numpy.typing import NDArray
 
 from autopar.cost.cluster import Cluster, make_mesh
-from autopar.ir.hint import MARK, may_reshard
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 
 from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy, overlap_of
 from .columns import Columns, Edge, Flow, build_columns, copies_of, reading_patterns, times_read
-from .grid import Grid, GridPricer, Layouts, OptionPrices, Reshard, ReshardPrices, Way
+from .grid import Grid, GridPricer, Layouts, OptionPrices
+from .moves import MovePrices, Moves, moves_of, price_moves
 from .options import Option
 from .price import Pricer
+from .priced_columns import PricedColumns, copies_kept, priceable
 from .problem import Problem, options_of
+from .variant import ILLEGAL_S, Prices, Variant
+
+__all__ = ["ILLEGAL_S", "Frame", "Priced", "Prices", "Table", "Variant", "build_frame"]
 
 Node = torch.fx.Node
 Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
-ILLEGAL_S = 1e6  # seconds: what no step takes
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How a step is run: micro-batches, and what repeated blocks recompute.
-
-    `in_flight` is how many micro-batches' activations are kept at once (a pipeline's).
-    """
-
-    micro_batches: int = 1
-    mode: str = NONE
-    in_flight: int = 1
-
-
-@dataclass(frozen=True)
-class Prices:
-    """Prices of columns, [columns, meshes]: seconds that block, overlap, or hide that; bytes."""
-
-    cost: Array
-    late: Array
-    hides: Array
-    memory: Array
-
-    def weighed(self, at: int | slice, late: float, memory: float) -> Array:
-        """Lagrangian costs with a weight of the exposed time and one per byte."""
-        made = self.cost[:, at] + late * (self.late[:, at] - self.hides[:, at])
-        return made + memory * self.memory[:, at] if memory else made
+LARGER = 1.6  # most reshards in columns that are used again, over those that are needed
 
 
 @dataclass(frozen=True)
 class Priced:
-    """Prices of one micro-batch, before a variant says how often each is paid."""
+    """Prices of one micro-batch, before a variant says how often each is paid.
+
+    The arrays are those of all nodes, one after the other: [options, meshes].
+    """
 
     pricer: GridPricer
     options: Mapping[Node, OptionPrices]
+    forward_s: Array
+    backward_s: Array
+    kept_bytes: Array
+    made_bytes: Array
+    legal: Flags
+    moves: Moves
+
+    @cached_property
+    def value_bytes(self) -> Array:
+        return np.array([self.pricer.whole_bytes(*value) for value in self.moves.values])
+
+    @cached_property
+    def moved(self) -> MovePrices:
+        return price_moves(self.moves, self.pricer.grid, self.value_bytes)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Prices of the options of every node on some meshes: [options, meshes] arrays per node.
+    """Prices of the frame's options on some meshes, [options, meshes].
 
     `least_s` is, per mesh, what the cheapest options take: no step is faster.
     """
 
     meshes: tuple[Mesh, ...]
-    pricer: GridPricer
+    priced: Priced
     variant: Variant
     overlap: float
-    cost: Mapping[Node, Array]
-    memory: Mapping[Node, Array]
+    cost: Array
+    memory: Array
     least_s: Array
     least_bytes: Array
+
+
+@dataclass(frozen=True)
+class _Built:
+    """Columns, and which options and uses of the frame are in them."""
+
+    options: Flags
+    uses: Flags
+    columns: PricedColumns
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,15 @@ class Frame:
 
     problem: Problem
     roles: Mapping[str, str]
+    reference: Mesh
     options: Mapping[Node, Sequence[Option]]
     regions: Regions
     count: Mapping[Node, int]
     patterns: Mapping[frozenset[Edge], int]
     shrinks: Callable[[Sharding, Sharding], bool]
     saves: Callable[[Node, int], bool]
-    ways: dict[tuple[Sharding, Sharding], Way | None] = field(default_factory=dict)
-    layouts: dict[Node, Layouts] = field(default_factory=dict)
+    layouts: dict[Node, Layouts] = field(init=False, default_factory=dict)
+    built: dict[bool, _Built] = field(init=False, default_factory=dict)
 
     @cached_property
     def is_empty(self) -> bool:
@@ -107,22 +113,29 @@ class Frame:
         return {node.name: node.meta.get("value") for node in graph.fx.nodes}
 
     @cached_property
-    def times_read(self) -> Mapping[Edge, int]:
-        return times_read(self.patterns)
+    def moves(self) -> Moves:
+        return moves_of(times_read(self.patterns), self.options, self.reference)
+
+    @cached_property
+    def number(self) -> Mapping[Node, Ints]:
+        """The numbers of every node's options among all."""
+        found, at = {}, 0
+        for node, options in self.options.items():
+            found[node] = np.arange(at, at + len(options))
+            at += len(options)
+        return found
+
+    @cached_property
+    def starts(self) -> Ints:
+        return np.array([numbers[0] for numbers in self.number.values()], dtype=np.int64)
 
     def priced(
         self, meshes: Sequence[Mesh], cluster: Cluster, symbols: Mapping[sympy.Symbol, int]
     ) -> Priced:
         """Prices of all options on some meshes; `symbols` are the sizes of one micro-batch."""
         problem = self.problem
-        pricer = GridPricer(
-            Grid(cluster, tuple(meshes), symbols),
-            self.symbolic,
-            problem.symbols,
-            problem.optimizer,
-            self.ways,
-            self.layouts,
-        )
+        grid = Grid(cluster, tuple(meshes), symbols)
+        pricer = GridPricer(grid, self.symbolic, problem.symbols, problem.optimizer, self.layouts)
         options = {
             node: pricer.stored(node, listed)
             if node.op == "placeholder"
@@ -130,34 +143,32 @@ class Frame:
             for node, listed in self.options.items()
             if node.op != "output"
         }
-        return Priced(pricer, options)
+        nothing = np.zeros((1, len(grid)))
+        free = OptionPrices(*([nothing] * 4), np.ones((1, len(grid)), dtype=np.bool_))
+        all_ = [options.get(node, free) for node in self.options]
+        return Priced(
+            pricer,
+            options,
+            np.concatenate([p.forward_s for p in all_]),
+            np.concatenate([p.backward_s for p in all_]),
+            np.concatenate([p.kept_bytes for p in all_]),
+            np.concatenate([p.made_bytes for p in all_]),
+            np.concatenate([p.legal for p in all_]),
+            self.moves,
+        )
 
     def table(self, priced: Priced, variant: Variant) -> Table:
         """What the options cost in a step of a variant."""
-        k, grid = variant.micro_batches, priced.pricer.grid
-        cost: dict[Node, Array] = {}
-        memory: dict[Node, Array] = {}
-        least_s, least_bytes = np.zeros(len(grid)), np.zeros(len(grid))
-        for node, options in self.options.items():
-            if node.op == "output":
-                cost[node] = memory[node] = np.zeros((len(options), len(grid)))
-                continue
-            count, found = self.count[node], priced.options[node]
-            if node.op == "placeholder":
-                cost[node], memory[node] = count * found.backward_s, count * found.kept_bytes
-            else:
-                again = self._again(node, variant.mode)
-                once = (1 + again) * found.forward_s + found.backward_s
-                cost[node] = count * k * once
-                memory[node] = self._kept(node, found, count, variant)
-            cost[node][~found.legal] = ILLEGAL_S
-            least_s += cost[node].min(axis=0)
-            least_bytes += np.where(found.legal, memory[node], np.inf).min(axis=0)
+        grid, often = priced.pricer.grid, self._often(variant)
+        cost = often.forward * priced.forward_s + often.backward * priced.backward_s
+        memory = often.kept * priced.kept_bytes + often.made * priced.made_bytes
+        cost[~priced.legal] = ILLEGAL_S
+        least_s = np.minimum.reduceat(cost, self.starts, axis=0).sum(axis=0)
+        legal = np.where(priced.legal, memory, np.inf)
+        least_bytes = np.minimum.reduceat(legal, self.starts, axis=0).sum(axis=0)
         least_bytes += self._least_saved(priced.pricer, variant)
         overlap = overlap_of(grid.cluster)
-        return Table(
-            grid.meshes, priced.pricer, variant, overlap, cost, memory, least_s, least_bytes
-        )
+        return Table(grid.meshes, priced, variant, overlap, cost, memory, least_s, least_bytes)
 
     @cached_property
     def saved_values(self) -> list[tuple[Flow, int, frozenset[tuple[str, ...]]]]:
@@ -179,7 +190,7 @@ class Frame:
         """Bytes of saved inputs if each is split as much as any reader allows."""
         total = np.zeros(len(pricer.grid))
         for flow, times, axes in self.saved_values:
-            copies = self._copies(flow, times, variant)
+            copies = copies_kept(self.regions, flow, times, variant)
             if copies:
                 most = np.max([pricer.grid.product(a) for a in axes], axis=0)
                 total += copies * pricer.whole_bytes(flow.producer, flow.port) / most
@@ -188,133 +199,93 @@ class Frame:
     def programme(self, table: Table, within_s: float) -> tuple[Columns, Prices] | None:
         """Columns of what a step below `within_s` seconds can contain on some mesh of the table.
 
-        None where a node or an edge has nothing left.
+        None where a node or an edge has nothing left. Columns that were built before are used
+        again where all that is needed is in them.
         """
+        variant, moves = table.variant, self.moves
         slack = within_s - table.least_s
-        kept: dict[Node, list[int]] = {}
-        for node, cost in table.cost.items():
-            reach = ((cost - cost.min(axis=0)) <= slack) & (cost < ILLEGAL_S)
-            kept[node] = list(np.flatnonzero(reach.any(axis=1)))
-            if not kept[node]:
-                return None
+        least = np.minimum.reduceat(table.cost, self.starts, axis=0)
+        sizes = np.diff(np.append(self.starts, len(table.cost)))
+        above = table.cost - np.repeat(least, sizes, axis=0)
+        reach: Flags = np.any((above <= slack) & (table.cost < ILLEGAL_S), axis=1)
+        if not np.logical_or.reduceat(reach, self.starts).all():
+            return None
+        kept = {node: np.flatnonzero(reach[numbers]) for node, numbers in self.number.items()}
+        hidden_s = table.overlap * within_s if table.overlap else 0.0
+        uses = moves.within(kept, table.priced.moved, variant.micro_batches, slack, hidden_s)
+        built = self._columns(reach, uses, variant.micro_batches > 1)
+        if built is None:
+            return None
+        return built.columns, built.prices(
+            table.cost,
+            table.memory,
+            table.priced.moved,
+            table.priced.value_bytes,
+            table.priced.pricer.grid,
+            variant,
+            table.overlap,
+        )
+
+    def _columns(self, reach: Flags, uses: Flags, several: bool) -> PricedColumns | None:
+        """Columns with the options and uses; `several` micro-batches keep parameters gathered."""
+        before = self.built.get(several)
+        if before is not None:
+            covers = not (reach & ~before.options).any() and not (uses & ~before.uses).any()
+            if covers and before.uses.sum() <= LARGER * uses.sum():
+                return before.columns
+            both = uses | before.uses
+            if both.sum() <= LARGER * uses.sum():
+                reach, uses = reach | before.options, both
+        kept = {node: np.flatnonzero(reach[numbers]) for node, numbers in self.number.items()}
         options = {node: [self.options[node][i] for i in found] for node, found in kept.items()}
-        priced, within = self._reshards(table, options, slack, within_s)
+        number = self.moves.uses
 
         def admits(edge: Edge, source: Sharding, want: Sharding, regather: bool) -> bool:
-            key = table.pricer.reshard(edge.producer, edge.port, source, want)
-            return (edge, key, regather) in within
+            at = number.get((edge, source, want, regather))
+            return at is not None and bool(uses[at])
 
         def holds(edge: Edge) -> bool:
-            if table.variant.micro_batches > 1 and edge.producer.meta.get("role") == "param":
+            if several and edge.producer.meta.get("role") == "param":
                 return True
             return self.saves(edge.consumer, edge.slot)
 
         columns = build_columns(self.patterns, options, self.count, admits, self.shrinks, holds)
         if columns is None:
             return None
-        return columns, self._prices(table, columns, kept, priced)
+        numbers = {node: self.number[node][found] for node, found in kept.items()}
+        made = priceable(columns, self.regions, self.moves, numbers)
+        self.built[several] = _Built(reach, uses, made)
+        return made
 
-    def _reshards(
-        self,
-        table: Table,
-        options: Mapping[Node, Sequence[Option]],
-        slack: Array,
-        within_s: float,
-    ) -> tuple[ReshardPrices, set[tuple[Edge, Reshard, bool]]]:
-        """Prices of every reshard between what producers give and readers want.
+    def _often(self, variant: Variant) -> _Often:
+        """How often the prices of every option are paid, as `Accounts` says."""
+        k, mode, held = variant.micro_batches, variant.mode, variant.in_flight
+        rows: list[tuple[float, float, float, float]] = []
+        for node, options in self.options.items():
+            count = self.count[node]
+            if node.op == "output":
+                row = (0.0, 0.0, 0.0, 0.0)
+            elif node.op == "placeholder":
+                row = (0.0, count, count, 0.0)
+            else:
+                inside = self.regions.block(node) >= 0 and mode != NONE
+                heavy = mode == SELECTIVE and is_heavy(node)
+                again = inside and (mode == FULL or not heavy)
+                kept = count if heavy else self.regions.leaving.get(node, 0)
+                memory = (1.0, held * kept) if inside else (held * count, 0.0)
+                row = (count * k * (1 + again), count * k, *memory)
+            rows += [row] * len(options)
+        return _Often(*np.array(rows, dtype=np.float64).T[:, :, None])
 
-        And which edges can afford which, on some mesh, in a step within `within_s`.
-        """
-        uses: list[tuple[Edge, Reshard, bool]] = []
-        pricer = table.pricer
-        for edge in self.times_read:
-            hints = edge.producer.meta.get(MARK, ())
-            gives = {(o.gives[edge.port], o.regather) for o in options[edge.producer]}
-            wants = {o.wants[edge.slot] for o in options[edge.consumer]}
-            for source, regather in gives:
-                for want in wants:
-                    if hints and not may_reshard(hints, source, want):
-                        continue
-                    if pricer.way(source, want) is not None:
-                        key = pricer.reshard(edge.producer, edge.port, source, want)
-                        uses.append((edge, key, regather))
-        priced = pricer.reshards(dict.fromkeys(key for _, key, _ in uses))
-        rows = np.array([priced.row[key] for _, key, _ in uses], dtype=np.int64)
-        times = np.array([self.times_read[edge] for edge, _, _ in uses], dtype=np.float64)
-        again = np.array([float(regather) for _, _, regather in uses])
-        late = np.array([float(key.late) for _, key, _ in uses])
-        k, hidden = table.variant.micro_batches, table.overlap * within_s if table.overlap else 0.0
-        once = (priced.forward_s + priced.backward_s)[rows] + again[:, None] * priced.gather_s[rows]
-        often = times * np.where((late > 0) & (again == 0), 1, k)
-        room = slack[None, :] + np.where(late > 0, hidden, 0.0)[:, None]
-        fits = np.any(often[:, None] * once <= room, axis=1)
-        return priced, {use for use, ok in zip(uses, fits.tolist(), strict=True) if ok}
 
-    def _seconds(self, table: Table, flow: Flow, key: Reshard, priced: ReshardPrices) -> Array:
-        """Seconds per step of one reshard, as `Accounts.flow_time_s`."""
-        k, at = table.variant.micro_batches, priced.row[key]
-        once: Array = priced.forward_s[at] + priced.backward_s[at]
-        if key.late:
-            return k * (once + priced.gather_s[at]) if flow.regather else once
-        inside = any(self.regions.block(e.consumer) >= 0 for e in flow.readers)
-        if inside and table.variant.mode == FULL:
-            once = once + priced.forward_s[at]
-        return k * once
+@dataclass(frozen=True)
+class _Often:
+    """Per option, [options, 1]: how often its forward, its backward, and its bytes count."""
 
-    def _prices(
-        self,
-        table: Table,
-        columns: Columns,
-        kept: Mapping[Node, list[int]],
-        priced: ReshardPrices,
-    ) -> Prices:
-        shape = (columns.size, len(table.meshes))
-        cost, late, hides, memory = (np.zeros(shape) for _ in range(4))
-        for node, at in columns.first.items():
-            where = slice(at, at + len(kept[node]))
-            cost[where] = table.cost[node][kept[node]]
-            memory[where] = table.memory[node][kept[node]]
-            if node.op == "call_function" and table.overlap:
-                hides[where] = table.overlap * cost[where]
-        for column, item, times in columns.time.triples():
-            flow = columns.flows[item]
-            key = table.pricer.reshard(flow.producer, flow.port, flow.source, flow.want)
-            if flow.source == flow.want:
-                continue
-            seconds = times * self._seconds(table, flow, key, priced)
-            (late if key.late and table.overlap else cost)[column] += seconds
-        for column, item, times in columns.memory.triples():
-            flow = columns.flows[item]
-            copies = self._copies(flow, times, table.variant)
-            memory[column] += copies * table.pricer.held(flow, table.variant.micro_batches)
-        return Prices(cost, late, hides, memory)
-
-    def _again(self, node: Node, mode: str) -> float:
-        """As `Accounts.again`."""
-        if self.regions.block(node) < 0 or mode == NONE:
-            return 0.0
-        return 1.0 if mode == FULL or not is_heavy(node) else 0.0
-
-    def _kept(self, node: Node, priced: OptionPrices, count: int, variant: Variant) -> Array:
-        """As `Accounts.option_memory`."""
-        mode, held = variant.mode, variant.in_flight
-        if mode == NONE or self.regions.block(node) < 0:
-            return held * count * priced.kept_bytes
-        heavy = mode == SELECTIVE and is_heavy(node)
-        kept = count if heavy else self.regions.leaving.get(node, 0)
-        return held * kept * priced.made_bytes + priced.kept_bytes if kept else priced.kept_bytes
-
-    def _copies(self, flow: Flow, times: float, variant: Variant) -> float:
-        """How many copies of a saved flow are kept, as `Accounts.flow_memory`."""
-        mode = variant.mode
-        if flow.producer.op == "placeholder":
-            return times
-        inside = all(self.regions.block(e.consumer) >= 0 for e in flow.readers)
-        if mode == NONE or not inside or self.regions.block(flow.producer) < 0:
-            return variant.in_flight * times
-        leaves = bool(self.regions.leaving.get(flow.producer, 0))
-        kept = leaves or (mode == SELECTIVE and is_heavy(flow.producer))
-        return 0.0 if kept and flow.source == flow.want else 1.0
+    forward: Array
+    backward: Array
+    kept: Array
+    made: Array
 
 
 def build_frame(problem: Problem, roles: Mapping[str, str], family: str = "auto") -> Frame:
@@ -339,6 +310,7 @@ def build_frame(problem: Problem, roles: Mapping[str, str], family: str = "auto"
     return Frame(
         problem,
         roles,
+        reference,
         options,
         problem.regions,
         copies_of(problem.graph, problem.blocks, options),

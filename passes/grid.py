@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sympy
@@ -19,7 +19,7 @@ import torch.fx
 from numpy.typing import NDArray
 
 from autopar.cost.cluster import Cluster, group_span
-from autopar.cost.comm import collective_time, reshard_time
+from autopar.cost.comm import collective_time
 from autopar.cost.compute import (
     accumulate_time,
     backward_time,
@@ -30,14 +30,10 @@ from autopar.cost.compute import (
 from autopar.cost.families import op_name
 from autopar.cost.memory import saved, state_bytes
 from autopar.ir.graph import Value, tensor_inputs, value_of, values_of
-from autopar.ir.lowered import GATHER_VARY, PVARY, Collective
 from autopar.ir.mesh import Mesh
-from autopar.ir.reshard import reshard_steps
 from autopar.ir.rule import Dim, Dims, Placed, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding, Split
 
-from .bucket_collectives import BUCKET_BYTES
-from .columns import Flow
 from .options import Option
 from .price import message_bytes
 from .route_costs import GROUPED, SCATTERS, route_messages
@@ -46,7 +42,6 @@ Node = torch.fx.Node
 Array = NDArray[np.float64]
 Sizes = Mapping[str, int]
 Span = tuple[int, ...]
-Way = tuple[tuple[Collective, str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -118,29 +113,6 @@ class OptionPrices:
     legal: NDArray[np.bool_]
 
 
-class Reshard(NamedTuple):
-    """A value of `nbytes` on its way; `late`: a parameter, `grad`: its gradient returns."""
-
-    source: Sharding
-    want: Sharding
-    nbytes: float
-    grad: bool
-    late: bool
-
-
-@dataclass(frozen=True)
-class ReshardPrices:
-    """Seconds of reshards, [reshards, meshes]: each way, and of what a regather repeats.
-
-    `row[reshard]` is its place in the arrays.
-    """
-
-    row: Mapping[Reshard, int]
-    forward_s: Array
-    backward_s: Array
-    gather_s: Array
-
-
 class GridPricer:
     """Prices on a grid; `sizes_of` gives the whole shape of every value of the reference graph.
 
@@ -153,7 +125,6 @@ class GridPricer:
         symbolic: Mapping[str, Any],
         reference: Mapping[sympy.Symbol, int],
         optimizer: str,
-        ways: dict[tuple[Sharding, Sharding], Way | None],
         layouts: dict[Node, Layouts],
     ) -> None:
         self.grid, self.optimizer = grid, optimizer
@@ -162,10 +133,7 @@ class GridPricer:
         self._reference = reference
         self._fractions: dict[tuple[int, tuple[str, ...]], tuple[Array, Array]] = {}
         self._sizes: dict[object, int] = {}
-        self._ways = ways
         self._known_layouts = layouts
-        self._wholes: dict[tuple[Node, int], tuple[float, bool, bool]] = {}
-        self._products: dict[tuple[str, ...], Array] = {}
 
     # -- sizes --------------------------------------------------------------------------------
 
@@ -357,116 +325,12 @@ class GridPricer:
         held = state_bytes(elements, value.dtype, self.optimizer).total
         return OptionPrices(zero, _full(seconds, zero.shape) + extra, held, nbytes, legal)
 
-    # -- reshards -----------------------------------------------------------------------------
-
-    def reshards(self, reshards: Iterable[Reshard]) -> ReshardPrices:
-        """Prices of reshards: each distinct collective once, then summed along every way."""
-        atoms: dict[tuple[Any, ...], int] = {}
-        uses: dict[Reshard, list[int]] = {}
-        for reshard in reshards:
-            uses[reshard] = [atoms.setdefault(s, len(atoms)) for s in self._steps(reshard)]
-        forward, backward = (np.zeros((len(atoms), len(self.grid))) for _ in range(2))
-        groups: dict[tuple[Collective, str, bool], list[tuple[Any, int]]] = defaultdict(list)
-        for (op, axis, late, axes, whole), at in atoms.items():
-            groups[op, axis, late].append(((axes, whole), at))
-        for (op, axis, late), members in groups.items():
-            rows = np.array([at for _, at in members])
-            nbytes = np.stack([whole / self._product(axes) for (axes, whole), _ in members])
-            for span, some in self.grid.spans[axis]:
-                there = np.ix_(rows, some)
-                forward[there], backward[there] = self._collective(op, nbytes[:, some], span, late)
-        gathers = np.array([step[0] is GATHER_VARY for step in atoms], dtype=np.float64)
-        lengths = np.array([len(used) for used in uses.values()], dtype=np.int64)
-        flat = np.array([at for used in uses.values() for at in used], dtype=np.int64)
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        grad = np.array([float(r.grad) for r in uses])[:, None]
-
-        def along(prices: Array) -> Array:
-            made = np.zeros((len(lengths), len(self.grid)))
-            np.add.at(made, owner, prices[flat])
-            return made
-
-        return ReshardPrices(
-            {reshard: i for i, reshard in enumerate(uses)},
-            along(forward),
-            along(backward) * grad,
-            along(forward * gathers[:, None]) * grad,
-        )
-
-    def _product(self, axes: tuple[str, ...]) -> Array:
-        if axes not in self._products:
-            self._products[axes] = self.grid.product(axes)
-        return self._products[axes]
-
-    def _collective(
-        self, op: Collective, nbytes: Array, span: Span, late: bool
-    ) -> tuple[Array, Array]:
-        cluster = self.grid.cluster
-        pair = reshard_time(cluster, op, nbytes, span)
-        forward, backward = (np.broadcast_to(p, nbytes.shape) for p in pair)
-        if not late or op not in (PVARY, GATHER_VARY):
-            return forward, backward
-        full = reshard_time(cluster, op, float(BUCKET_BYTES), span)
-        share, small = nbytes / BUCKET_BYTES, nbytes < BUCKET_BYTES
-        return (
-            np.where(small, float(full[0]) * share, forward),
-            np.where(small, float(full[1]) * share, backward),
-        )
-
-    def _steps(self, reshard: Reshard) -> list[tuple[Any, ...]]:
-        """(collective, axis, whether bucketed, other axes that split it, whole bytes) per step."""
-        way = self.way(reshard.source, reshard.want) or ()
-        nbytes, late = reshard.nbytes, reshard.late
-        return [(op, axis, late, axes, nbytes) for op, axis, axes in way]
-
-    def way(self, source: Sharding, want: Sharding) -> Way | None:
-        """(collective, axis, other axes that split the value) per step; None: no way at all."""
-        if source == want:
-            return ()
-        key = (source, want)
-        if key not in self._ways:
-            self._ways[key] = _way(source, want, self.grid.meshes[0])
-        return self._ways[key]
-
     def whole_bytes(self, node: Node, port: int) -> float:
         """Bytes of a whole value."""
         made = float(values_of(node)[port].dtype.itemsize)
         for size in self.shape(node, port):
             made *= size
         return made
-
-    def reshard(self, node: Node, port: int, source: Sharding, want: Sharding) -> Reshard:
-        """The reshard of one value, as a key that equal values share."""
-        key = (node, port)
-        if key not in self._wholes:
-            value = values_of(node)[port]
-            late = node.op == "placeholder" and node.meta.get("role") == "param"
-            self._wholes[key] = (self.whole_bytes(node, port), value.requires_grad, late)
-        return Reshard(source, want, *self._wholes[key])
-
-    def held(self, flow: Flow, micro_batches: int) -> Array:
-        """What `Accounts.flow_memory` says of a saved flow that is not recomputed."""
-        held = self.saved(flow)
-        param = flow.producer.op == "placeholder" and flow.producer.meta.get("role") == "param"
-        if micro_batches == 1 or not param or flow.regather:
-            return held
-        if flow.want.without_varying() == flow.source:
-            return held
-        if not values_of(flow.producer)[flow.port].requires_grad:
-            return held
-        return held + self._part(flow)
-
-    def _part(self, flow: Flow) -> Array:
-        axes = tuple(sorted(a for s in flow.want.splits for a in s.axes))
-        return self.whole_bytes(flow.producer, flow.port) / self._product(axes)
-
-    def saved(self, flow: Flow) -> Array:
-        """What `Pricer.saved_input_bytes` says of a flow, on every mesh."""
-        if flow.producer.op == "placeholder":
-            param = flow.producer.meta.get("role") == "param" and not flow.regather
-            if not param or flow.want.without_varying() == flow.source:
-                return np.zeros(len(self.grid))
-        return self._part(flow)
 
 
 def _own_messages(
@@ -490,20 +354,6 @@ def _units(size: int, split: Split, dim: Dim, was: Sizes, now: Sizes) -> int:
         if (outer, block) == (split.outer, split.block):
             return max(now[factor], 1)
     return max(size // (split.outer * split.block), 1)
-
-
-def _way(source: Sharding, want: Sharding, mesh: Mesh) -> Way | None:
-    try:
-        steps = reshard_steps(source, want, mesh)
-    except ValueError:
-        return None
-    way, before = [], source
-    for step in steps:
-        split = before if step.op.before == "S" else step.after
-        axes = sorted(a for s in split.splits for a in s.axes if a != step.axis)
-        way.append((step.op, step.axis, tuple(axes)))
-        before = step.after
-    return tuple(way)
 
 
 def _full(value: Any, shape: tuple[int, int]) -> Array:

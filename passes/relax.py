@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from autopar.errors import PassError
 
 from .columns import Columns
-from .frame import ILLEGAL_S, Prices
 from .programme import Rows, rows_of
+from .variant import ILLEGAL_S, Prices
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,183 @@
+"""Columns of a programme with what prices them: a variant's prices are a few array operations.
+
+The prices are those of `accounts.Accounts`, on all meshes of a grid at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch.fx
+from numpy.typing import NDArray
+
+from autopar.ir.graph import values_of
+
+from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy
+from .columns import Columns, Flow
+from .grid import Grid
+from .moves import MovePrices, Moves
+from .variant import Prices, Variant
+
+Node = torch.fx.Node
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PricedColumns:
+    """Columns and their terms as arrays.
+
+    `option` numbers the frame's options of the first columns, `calls` says which of those are
+    calls'. `time_*` are the terms of the reshards that cost time, `bytes_*` of the flows that keep
+    memory: the column, the pair or the value, and how often.
+    """
+
+    columns: Columns
+    regions: Regions
+    option: Ints
+    calls: Flags
+    time_column: Ints
+    time_pair: Ints
+    time_times: Array
+    time_late: Flags
+    time_again: Flags
+    time_inside: Flags
+    bytes_column: Ints
+    bytes_flow: tuple[tuple[Flow, float], ...]
+    bytes_value: Ints
+    bytes_axes: tuple[tuple[str, ...], ...]
+    bytes_saved: Array
+    bytes_summed: Array
+    copies: dict[tuple[str, int], Array] = field(default_factory=dict)
+
+    def prices(
+        self,
+        cost: Array,
+        memory: Array,
+        moved: MovePrices,
+        value_bytes: Array,
+        grid: Grid,
+        variant: Variant,
+        overlap: float,
+    ) -> Prices:
+        """Prices of all columns; `cost` and `memory` are those of the frame's options."""
+        shape, k = (self.columns.size, len(grid)), variant.micro_batches
+        made = Prices(*(np.zeros(shape) for _ in range(4)))
+        first = len(self.option)
+        made.cost[:first], made.memory[:first] = cost[self.option], memory[self.option]
+        if overlap:
+            made.hides[:first][self.calls] = overlap * made.cost[:first][self.calls]
+        if len(self.time_pair):
+            seconds = self._seconds(moved, variant)
+            late = self.time_late if overlap else np.zeros(len(seconds), dtype=np.bool_)
+            np.add.at(made.late, self.time_column[late], seconds[late])
+            np.add.at(made.cost, self.time_column[~late], seconds[~late])
+        if len(self.bytes_value):
+            factor = self.bytes_saved + (self.bytes_summed if k > 1 else 0.0)
+            factor = factor * self._copies(variant) * value_bytes[self.bytes_value]
+            split = {axes: grid.product(axes) for axes in set(self.bytes_axes)}
+            parts = np.stack([split[axes] for axes in self.bytes_axes])
+            np.add.at(made.memory, self.bytes_column, factor[:, None] / parts)
+        return made
+
+    def _seconds(self, moved: MovePrices, variant: Variant) -> Array:
+        """Seconds per step of every reshard, as `Accounts.flow_time_s`."""
+        k, pair = variant.micro_batches, self.time_pair
+        forward = moved.forward_s[pair]
+        once: Array = forward + moved.backward_s[pair]
+        if self.time_again.any():
+            once[self.time_again] += moved.gather_s[pair[self.time_again]]
+        if variant.mode == FULL:
+            twice = self.time_inside & ~self.time_late
+            once[twice] += forward[twice]
+        often = self.time_times * np.where(self.time_late & ~self.time_again, 1, k)
+        return often[:, None] * once
+
+    def _copies(self, variant: Variant) -> Array:
+        key = (variant.mode, variant.in_flight)
+        if key not in self.copies:
+            self.copies[key] = np.array(
+                [copies_kept(self.regions, flow, times, variant) for flow, times in self.bytes_flow]
+            )
+        return self.copies[key]
+
+
+def copies_kept(regions: Regions, flow: Flow, times: float, variant: Variant) -> float:
+    """How many copies of a saved flow are kept, as `Accounts.flow_memory`."""
+    mode = variant.mode
+    if flow.producer.op == "placeholder":
+        return times
+    inside = all(regions.block(e.consumer) >= 0 for e in flow.readers)
+    if mode == NONE or not inside or regions.block(flow.producer) < 0:
+        return variant.in_flight * times
+    leaves = bool(regions.leaving.get(flow.producer, 0))
+    kept = leaves or (mode == SELECTIVE and is_heavy(flow.producer))
+    return 0.0 if kept and flow.source == flow.want else 1.0
+
+
+def priceable(
+    columns: Columns, regions: Regions, moves: Moves, option: Mapping[Node, Ints]
+) -> PricedColumns:
+    """The terms of columns; `option[node]` are the frame's numbers of its options."""
+    where = {value: i for i, value in enumerate(moves.values)}
+    time = [
+        (column, columns.flows[item], times)
+        for column, item, times in columns.time.triples()
+        if columns.flows[item].source != columns.flows[item].want
+    ]
+    held = [
+        (column, flow, times, saved, summed)
+        for column, item, times in columns.memory.triples()
+        for flow in (columns.flows[item],)
+        for saved, summed in (_held(flow),)
+        if saved or summed
+    ]
+    numbers = [option[node] for node in columns.options]
+    calls = [
+        np.full(len(o), node.op == "call_function")
+        for node, o in zip(columns.options, numbers, strict=True)
+    ]
+    return PricedColumns(
+        columns,
+        regions,
+        np.concatenate(numbers),
+        np.concatenate(calls),
+        np.array([column for column, _, _ in time], dtype=np.int64),
+        np.array(
+            [moves.pairs[f.producer, f.port, f.source, f.want] for _, f, _ in time],
+            dtype=np.int64,
+        ),
+        np.array([times for _, _, times in time], dtype=np.float64),
+        np.array([_is_param(f) for _, f, _ in time], dtype=np.bool_),
+        np.array([f.regather and _is_param(f) for _, f, _ in time], dtype=np.bool_),
+        np.array(
+            [any(regions.block(e.consumer) >= 0 for e in f.readers) for _, f, _ in time],
+            dtype=np.bool_,
+        ),
+        np.array([column for column, *_ in held], dtype=np.int64),
+        tuple((f, times) for _, f, times, _, _ in held),
+        np.array([where[f.producer, f.port] for _, f, *_ in held], dtype=np.int64),
+        tuple(tuple(sorted(a for s in f.want.splits for a in s.axes)) for _, f, *_ in held),
+        np.array([float(saved) for *_, saved, _ in held]),
+        np.array([float(summed) for *_, summed in held]),
+    )
+
+
+def _is_param(flow: Flow) -> bool:
+    return flow.producer.op == "placeholder" and flow.producer.meta.get("role") == "param"
+
+
+def _held(flow: Flow) -> tuple[bool, bool]:
+    """Whether what arrives is kept, and whether its gradient is summed whole.
+
+    The former as `Pricer.saved_input_bytes`, the latter, under several micro-batches, as
+    `Accounts.accumulates`.
+    """
+    if flow.producer.op != "placeholder":
+        return True, False
+    if not _is_param(flow) or flow.regather or flow.want.without_varying() == flow.source:
+        return False, False
+    return True, values_of(flow.producer)[flow.port].requires_grad
