@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from autopar.compat import pipeline_stage_base
 
 from .deferred_weights import Queue, deferring
-from .step_parts import BodyPart, Crossing
+from .messages import empty_messages, pack, unpack
+from .step_parts import BodyPart
 
 _StageBase: Any = pipeline_stage_base()
 
@@ -70,7 +71,7 @@ class PieceStage(_StageBase):  # type: ignore[misc]
     ) -> Any:
         del args, kwargs, save_forward_output
         k, receives = fwd_chunk_id, self.here.receives
-        received = _unpack(self.arrived.pop(k, []), receives)
+        received = unpack(self.arrived.pop(k, []), receives)
         if self.has_backward:
             for tensor, crossing in zip(received, receives, strict=True):
                 tensor.requires_grad_(crossing.requires_grad)
@@ -95,7 +96,7 @@ class PieceStage(_StageBase):  # type: ignore[misc]
             roots, given = [r for r in results if r.requires_grad], [None] * len(results)
         else:
             sends = [s for s in self.here.sends if s.requires_grad]
-            arrived = iter(_unpack(self.arrived_back.pop(k, []), sends))
+            arrived = iter(unpack(self.arrived_back.pop(k, []), sends))
             for result, crossing in zip(results, self.here.sends, strict=True):
                 gradient = next(arrived) if crossing.requires_grad else None
                 if result.requires_grad and gradient is not None:
@@ -119,7 +120,7 @@ class PieceStage(_StageBase):  # type: ignore[misc]
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         if self.is_first:
             return []
-        buffers = self.arrived[fwd_chunk_id] = self._buffers(self.here.receives)
+        buffers = self.arrived[fwd_chunk_id] = empty_messages(self.here.receives, self.device)
         return self._ops(dist.irecv, buffers, self.stage_index - 1)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -128,13 +129,13 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         results = self.results[fwd_chunk_id]
         if not self.has_backward:
             del self.results[fwd_chunk_id]
-        return self._ops(dist.isend, _pack(results), self.stage_index + 1)
+        return self._ops(dist.isend, pack(results), self.stage_index + 1)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.is_last or not self.has_backward:
             return []
         sends = [s for s in self.here.sends if s.requires_grad]
-        buffers = self.arrived_back[bwd_chunk_id] = self._buffers(sends)
+        buffers = self.arrived_back[bwd_chunk_id] = empty_messages(sends, self.device)
         return self._ops(dist.irecv, buffers, self.stage_index + 1)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
@@ -143,13 +144,7 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         gradients = self.gradients.pop(bwd_chunk_id)
         if self.is_first:
             return []
-        return self._ops(dist.isend, _pack(gradients), self.stage_index - 1)
-
-    def _buffers(self, crossings: Sequence[Crossing]) -> list[Tensor]:
-        return [
-            torch.empty(sum(sizes), dtype=dtype, device=self.device)
-            for dtype, sizes in _by_dtype(crossings).items()
-        ]
+        return self._ops(dist.isend, pack(gradients), self.stage_index - 1)
 
     def _ops(self, what: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
         assert self.group is not None
@@ -179,27 +174,3 @@ class PieceStage(_StageBase):  # type: ignore[misc]
     def scale_grads(self, grad_scale_factor: int) -> None:
         """Nothing: the seeds of the backward have the scale."""
         del grad_scale_factor
-
-
-def _by_dtype(crossings: Sequence[Crossing]) -> dict[torch.dtype, list[int]]:
-    sizes: dict[torch.dtype, list[int]] = {}
-    for crossing in crossings:
-        sizes.setdefault(crossing.dtype, []).append(torch.Size(crossing.shape).numel())
-    return sizes
-
-
-def _pack(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One flat message per dtype, in the order in which dtypes come first."""
-    flat: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        flat.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
-    return [same[0] if len(same) == 1 else torch.cat(same) for same in flat.values()]
-
-
-def _unpack(messages: Sequence[Tensor], crossings: Sequence[Crossing]) -> list[Tensor]:
-    """The tensors of the messages that `_pack` made of tensors of these types."""
-    parts = {
-        dtype: iter(torch.split(message, sizes))
-        for (dtype, sizes), message in zip(_by_dtype(crossings).items(), messages, strict=True)
-    }
-    return [next(parts[c.dtype]).view(c.shape) for c in crossings]
