@@ -9,9 +9,10 @@ from autopar.errors import UserError
 if TYPE_CHECKING:
     from autopar.api import parallelize
     from autopar.hints import hint
+    from autopar.runtime.deferred import deferred
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "hint", "parallelize"]
+__all__ = ["UserError", "__version__", "deferred", "hint", "parallelize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from autopar.hints import hint
 
         return hint
+    if name == "deferred":
+        from autopar.runtime.deferred import deferred
+
+        return deferred
     raise AttributeError(f"module 'autopar' has no attribute {name!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
@@ -15,6 +16,8 @@ from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
 from .passes.families import FAMILIES
 from .plan import Plan, load_plan
+from .runtime import world
+from .runtime.deferred import deferred
 from .session import Options
 
 M = TypeVar("M", bound=nn.Module)
@@ -176,9 +179,12 @@ def _parallel_class(original: type[nn.Module], options: Options) -> type[nn.Modu
     parallel = _with_forward(original, options)
 
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        original.__init__(self, *args, **kwargs)
-        if type(self) is parallel:
-            _attach(self, original, options)
+        if type(self) is not parallel:  # of a subclass that was not decorated itself
+            original.__init__(self, *args, **kwargs)
+            return
+        with deferred() if world.world_size() > 1 else contextlib.nullcontext():
+            original.__init__(self, *args, **kwargs)
+        _attach(self, original, options)
 
     parallel.__init__ = init  # type: ignore[method-assign]
     return parallel

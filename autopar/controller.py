@@ -16,6 +16,7 @@ from .errors import UserError
 from .plan import Plan
 from .report import print_plan, print_timing
 from .runtime import world
+from .runtime.materialise import realise
 from .runtime.single import SingleProcess
 from .runtime.state import shard_state, whole_state
 from .session import Options, Session
@@ -33,6 +34,7 @@ class Controller:
         self.session: Session | None = None
         self.single: SingleProcess | None = None
         if world.world_size() == 1:
+            realise(module)
             self.single = SingleProcess()
             return
         options = copy.copy(options)

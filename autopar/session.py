@@ -36,6 +36,7 @@ from .plan import Plan, Recompute, plan_from_json
 from .runtime import agree, world
 from .runtime.group import Group
 from .runtime.locals import local_tensors
+from .runtime.materialise import agree_on_values, realise_others, shard_deferred
 from .runtime.optimizer import LocalSteps
 from .runtime.program import Program, load_program
 from .runtime.random import draw_seed
@@ -86,7 +87,7 @@ class Session:
     """Runs one module on all ranks of a `torch.distributed` world.
 
     Parameters become DTensors at once (whole, rank 0's values), and are sharded as the plan says at
-    the first call. `plan` is None until then.
+    the first call; those without memory become DTensors then. `plan` is None until then.
     """
 
     def __init__(self, module: nn.Module, original: type[nn.Module], options: Options) -> None:
@@ -118,6 +119,8 @@ class Session:
         if self.plan is not None:
             check_runnable(self.plan)
             self._hints += hints_of_plan(self.plan)
+        agree_on_values(module)
+        realise_others(module)
         self._replaced = replicate_parameters(module, self._live)
 
     def copied(self, module: nn.Module) -> Session:
@@ -269,7 +272,9 @@ class Session:
         check_replaced(self._replaced)
         take_rank_zeros(self.module)  # initialised again since the session began, perhaps
         self._live = world.device_mesh(self.plan.mesh, self.device_type)
-        shard_parameters(self.module, storage, self.plan.mesh, self._live)
+        stages = {name: s.stages for name, s in self.plan.params.items() if s.stages}
+        shard_parameters(self.module, storage, self.plan.mesh, self._live, stages)
+        shard_deferred(self.module, storage, self.plan.mesh, self._live, stages)
         self._groups_ready = True
 
     def _on_rank_zero(self, make: Any) -> str:

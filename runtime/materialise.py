@@ -29,7 +29,8 @@ from .tape import Constant, Node, Ref, Slot, digest_of, ref_of
 
 def deferred_parameters(module: nn.Module) -> dict[str, DeferredTensor]:
     """The parameters that have no memory yet, each once, by their first names."""
-    return {n: p for n, p in module.named_parameters() if isinstance(p, DeferredTensor)}
+    found: dict[str, Any] = dict(module.named_parameters())
+    return {name: p for name, p in found.items() if isinstance(p, DeferredTensor)}
 
 
 def agree_on_values(module: nn.Module) -> bool:
@@ -108,7 +109,8 @@ def shard_deferred(
                 wrap(piece, parameter.shape, sharding, mesh, live, stage),
                 requires_grad=parameter.requires_grad,
             )
-            become(key, parameter, new)
+            held: Any = parameter
+            become(key, held, new)
             del new
         del memory
     found.clear()
