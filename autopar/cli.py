@@ -10,6 +10,7 @@ import typer
 
 from autopar import __version__
 from autopar.errors import UserError
+from autopar.nodes import check_nodes
 
 app = typer.Typer(
     name="autopar",
@@ -18,6 +19,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+# Options of several hosts, named as torchrun's.
+NNODES = Annotated[int, typer.Option("--nnodes", help="Hosts; start the command on each.")]
+NODE_RANK = Annotated[
+    int | None, typer.Option("--node-rank", help="Which host this is, from 0 on.")
+]
+ENDPOINT = Annotated[
+    str, typer.Option("--rdzv-endpoint", help="HOST:PORT of the first host; the same on all.")
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -164,16 +175,25 @@ def calibrate(
         str | None,
         typer.Option(help="For cuda: shipped profile of the links; default the GPU's model."),
     ] = None,
+    nnodes: NNODES = 1,
+    node_rank: NODE_RANK = None,
+    rdzv_endpoint: ENDPOINT = "",
 ) -> None:
-    """Measure this machine and write its profile, for AUTOPAR_CLUSTER, --cluster and cluster=."""
+    """Measure this machine and write its profile, for AUTOPAR_CLUSTER, --cluster and cluster=.
+
+    With --nnodes, started on every host, it measures the network between them too.
+    """
     if device == "cuda":
         from autopar.runtime.calibrate_cuda import calibrate_cuda
 
         calibrate_cuda(out, quick, links)
     else:
+        from autopar.runtime.calibrate import Hosts
         from autopar.runtime.calibrate import calibrate as measure
 
-        measure(nproc, device, out=out, quick=quick)
+        place = check_nodes(nnodes, node_rank, rdzv_endpoint, "static")
+        hosts = Hosts(place.count, place.this or 0, place.endpoint)
+        measure(nproc, device, out=out, quick=quick, hosts=hosts)
     print(f"wrote {out}; set AUTOPAR_CLUSTER={out} to plan with it, or name it as --cluster")
 
 

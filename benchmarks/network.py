@@ -19,9 +19,9 @@ from typing import Self
 
 INTERFACE = "veth0"
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000  # linux/sched.h
-# tbf lets so much through at once: two of the largest packets, and a few at what a link of
-# 1 Gbit/s carries between two looks at the clock.
-_BURST_BYTES = 128 << 10
+# tbf lets so much through at once: what the link carries between two looks at the clock, and ten
+# packets. More would let small messages pass a link as if it were fast.
+_BURST_S, _LEAST_BURST_BYTES = 1e-3, 16 << 10
 _LATENCY_MS = 200  # of the queue before the link: longer, and packets are dropped
 
 
@@ -112,11 +112,12 @@ class TwoHosts:
 
     def set_rate(self, bits_per_s: float) -> None:
         """Let the link carry so much in each direction."""
+        burst = max(int(bits_per_s / 8 * _BURST_S), _LEAST_BURST_BYTES)
         for host in self.hosts:
             self._inside(
                 host,
                 *("tc", "qdisc", "replace", "dev", INTERFACE, "root", "tbf"),
-                *("rate", f"{bits_per_s:.0f}bit", "burst", f"{_BURST_BYTES}b"),
+                *("rate", f"{bits_per_s:.0f}bit", "burst", f"{burst}b"),
                 *("latency", f"{_LATENCY_MS}ms"),
             )
 

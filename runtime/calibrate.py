@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,18 +34,34 @@ RANK_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
 ROUNDS = {False: (3, 2), True: (2, 1)}  # by `quick`: on the ranks, and in one process
+RENDEZVOUS_S = 300  # in which all hosts must have been started, and a collective must end
 FOREIGN_SHARE = 0.1  # of the cores: the user hears of other programs that use more
 MEMORY_SHARE = 0.85  # of the machine's memory, for all ranks together
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Several hosts that are measured together; `endpoint` is HOST:PORT of the first of them."""
+
+    count: int = 1
+    this: int = 0
+    endpoint: str = ""
+
+
 def calibrate(
-    nproc: int, device: str = "cpu", out: Path | None = None, quick: bool = False
+    nproc: int,
+    device: str = "cpu",
+    out: Path | None = None,
+    quick: bool = False,
+    hosts: Hosts | None = None,
 ) -> Cluster:
     """Measure `nproc` ranks of this machine; write the profile to `out` and return the cluster.
 
-    Takes about 90 s, with `quick` up to 30 s. Raises UserError for a device that cannot be
-    measured, a count below 2, or ranks that fail.
+    Takes about 90 s, with `quick` up to 30 s, and half a minute more where `hosts` are measured
+    together: every host must make the same call, with its own `this`. Raises UserError for a device
+    that cannot be measured, a count below 2, or ranks that fail or do not find each other.
     """
+    hosts = hosts or Hosts()
     if device != "cpu":
         raise UserError(f"cannot calibrate the device {device!r}", fix="use `cpu`")
     if nproc < 2:
@@ -61,7 +78,7 @@ def calibrate(
         def step(what: str) -> None:
             progress.update(task, description=what)
 
-        ranks, foreign = _run(nproc, 1, quick, on_ranks, step)
+        ranks, foreign = _run(nproc, 1, quick, on_ranks, step, hosts)
         single, _ = _run(1, cores, quick, alone, step)
         progress.update(task, description="done", total=1, completed=1)
         if foreign > FOREIGN_SHARE:
@@ -71,11 +88,16 @@ def calibrate(
             )
     where = f"{_cpu_name()}, {cores} cores, torch {torch.__version__.split('+')[0]}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE
-    source = f"autopar calibrate, {nproc} ranks at once: {where}"
+    all_of_them = f"{hosts.count} hosts of " if hosts.count > 1 else ""
+    source = f"autopar calibrate, {all_of_them}{nproc} ranks at once: {where}"
+    levels = [Level("host", nproc, collectives_from_samples(ranks, source))]
+    if hosts.count > 1:
+        between = collectives_from_samples(ranks, source, "network")
+        levels.append(Level("network", nproc * hosts.count, between))
     cluster = Cluster(
-        f"{nproc}xcpu",
+        (f"{hosts.count}x" if hosts.count > 1 else "") + f"{nproc}xcpu",
         device_from_samples("cpu", ranks, memory / nproc, source),
-        (Level("host", nproc, collectives_from_samples(ranks, source)),),
+        tuple(levels),
         device_from_samples(
             f"cpu, {cores} threads", single, memory, f"autopar calibrate, 1 process: {where}"
         ),
@@ -96,10 +118,18 @@ def _cpu_name() -> str:
 
 
 def _run(
-    nproc: int, threads: int, quick: bool, rounds: int, step: Callable[[str], None]
+    nproc: int,
+    threads: int,
+    quick: bool,
+    rounds: int,
+    step: Callable[[str], None],
+    hosts: Hosts | None = None,
 ) -> tuple[list[Sample], float]:
-    """Start the ranks; rank 0's results and the foreign load; ends them all when one fails."""
+    """Start this host's ranks; the results and the foreign load; ends them all when one fails."""
+    hosts = hosts or Hosts()
     title = f"{nproc} ranks" if nproc > 1 else f"one process with {threads} threads"
+    if hosts.count > 1:
+        title = f"{hosts.count} hosts of {title}"
     with tempfile.TemporaryDirectory(prefix="autopar-calibrate-") as folder:
         processes: list[subprocess.Popen[str]] = []
         environment = {**os.environ, **RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
@@ -109,12 +139,16 @@ def _run(
                 job.write_text(
                     json.dumps(
                         {
-                            "rank": rank,
-                            "nproc": nproc,
+                            "rank": hosts.this * nproc + rank,
+                            "nproc": nproc * hosts.count,
+                            "inside": nproc,
                             "threads": threads,
                             "quick": quick,
                             "rounds": rounds,
-                            "store": f"{folder}/store",
+                            "store": f"tcp://{hosts.endpoint}"
+                            if hosts.count > 1
+                            else f"file://{folder}/store",
+                            "timeout_s": RENDEZVOUS_S,
                         }
                     )
                 )

@@ -61,12 +61,15 @@ class Clock:
                 kept.append(every[-1])
         return statistics.fmean(kept or every)
 
-    def collective(self, fn: Callable[[], Any], calls: int) -> list[tuple[float, float]]:
+    def collective(
+        self, fn: Callable[[], Any], calls: int, warm: bool = True
+    ) -> list[tuple[float, float]]:
         """(start, end) of every call by the host's clock, after a few milliseconds of compute.
 
         Members arrive apart, as in training. Every rank makes the same number of calls.
         """
-        fn()
+        if warm:
+            fn()
         dist.barrier()
         spans = []
         for _ in range(calls):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,9 @@ BUCKETS = (16 * MB, 32 * MB)
 BUCKET_TENSORS = 16
 WINDOWS_S = (5e-3, 2e-2, 6e-2)  # of compute between two meetings of the ranks
 CALL_S = 0.05  # what a collective may take per round, compute in between left out
+NETWORK_S = 0.4  # the same across hosts, at every size
+LONGEST_S = 2.0  # larger messages are not timed across hosts, which have their bandwidth by then
+OFFSET_TRIPS = 6
 
 
 def group_sizes(nproc: int) -> list[int]:
@@ -41,16 +45,48 @@ def group_sizes(nproc: int) -> list[int]:
     return sorted(sizes | ({nproc} if nproc > 1 else set()))
 
 
-def make_groups(nproc: int) -> dict[int, Group | None]:
-    """This rank's group of every size; disjoint groups of one size work at once."""
-    made: dict[int, Group | None] = {}
-    for members in group_sizes(nproc):
-        made[members] = None
-        for first in range(0, nproc - members + 1, members):
-            ranks = list(range(first, first + members))
-            handle = dist.new_group(ranks)  # a collective: every rank makes every group
+@dataclass(frozen=True)
+class Team:
+    """All disjoint groups of one size, which communicate at once, and this rank's own (or none)."""
+
+    members: tuple[tuple[int, ...], ...]
+    group: Group | None
+
+
+def make_teams(inside: int, hosts: int = 1) -> tuple[dict[int, Team], dict[int, Team]]:
+    """By group size: the teams inside hosts of `inside` ranks each, and those across the hosts.
+
+    Groups across hosts have one rank per host: those of equal position.
+    """
+    starts = range(0, inside * hosts, inside)
+    within = {
+        size: [
+            range(start + first, start + first + size)
+            for start in starts
+            for first in range(0, inside - size + 1, size)
+        ]
+        for size in group_sizes(inside)
+    }
+    across = {
+        size: [
+            range(first * inside + column, (first + size) * inside, inside)
+            for first in range(0, hosts - size + 1, size)
+            for column in range(inside)
+        ]
+        for size in group_sizes(hosts)
+    }
+    return _teams(within), _teams(across)
+
+
+def _teams(wanted: dict[int, list[range]]) -> dict[int, Team]:
+    made = {}
+    for size, every in wanted.items():
+        mine = None
+        for ranks in every:
+            handle = dist.new_group(list(ranks))  # a collective: every rank makes every group
             if dist.get_rank() in ranks:
-                made[members] = make_group(handle)
+                mine = make_group(handle)
+        made[size] = Team(tuple(tuple(ranks) for ranks in every), mine)
     return made
 
 
@@ -97,34 +133,76 @@ def _broadcast(group: Group, x: Tensor) -> Tensor:
     return group.broadcast(x).wait()
 
 
-def run_collectives(
-    clock: Clock, groups: dict[int, Group | None], sizes: list[int]
-) -> Iterator[Sample]:
+def run_collectives(clock: Clock, teams: dict[int, Team], sizes: list[int]) -> Iterator[Sample]:
     """Times of every collective in all disjoint groups of each size at once."""
-    for members, group in groups.items():
+    for size, team in teams.items():
         for kind in KINDS:
-            clock.report(f"{kind} among {members}")
+            clock.report(f"{kind} among {size}")
             for nbytes in sizes:
-                call = collective_call(kind, group, nbytes) if group else _nothing
+                call = collective_call(kind, team.group, nbytes) if team.group else _nothing
                 calls = min(max(int(CALL_S / (3e-3 + nbytes / 1e9)), 3), 12)
-                spans = clock.collective(call, calls)
-                seconds = _after_last_arrival(spans, members)
-                yield f"collective:{kind}:{members}", float(nbytes), seconds
+                seconds = _after_last_arrival(clock.collective(call, calls), team)
+                yield f"collective:{kind}:{size}", float(nbytes), seconds
+
+
+def run_network(clock: Clock, teams: dict[int, Team], sizes: list[int]) -> Iterator[Sample]:
+    """The same across hosts, whose clocks differ: up to the size that takes `LONGEST_S`."""
+    for size, team in teams.items():
+        for kind in KINDS:
+            clock.report(f"{kind} among {size} hosts")
+            offset_s = clock_offset()
+            expected_s = 3e-3
+            for nbytes in sizes:
+                if expected_s > LONGEST_S:
+                    break
+                call = collective_call(kind, team.group, nbytes) if team.group else _nothing
+                calls = min(max(int(NETWORK_S / expected_s), 1), 6)
+                spans = clock.collective(call, calls, warm=expected_s < NETWORK_S)
+                there = [(start - offset_s, end - offset_s) for start, end in spans]
+                seconds = _after_last_arrival(there, team)
+                yield f"network:{kind}:{size}", float(nbytes), seconds
+                step = sizes[sizes.index(nbytes) + 1] / nbytes if nbytes < sizes[-1] else 1.0
+                expected_s = seconds * step
+
+
+def clock_offset() -> float:
+    """Seconds by which this rank's clock is ahead of rank 0's; collective.
+
+    Cristian's algorithm: half of the shortest of a few round trips (F. Cristian, "Probabilistic
+    clock synchronization", 1989), here of the middle of the trip against rank 0's answer.
+    """
+    mine, rank = torch.zeros(1, dtype=torch.float64), dist.get_rank()
+    for other in range(1, dist.get_world_size()):
+        trips = []
+        for _ in range(OFFSET_TRIPS):
+            stamp = torch.zeros(1, dtype=torch.float64)
+            if rank == other:
+                start = time.perf_counter()
+                dist.send(stamp, 0)
+                dist.recv(stamp, 0)
+                end = time.perf_counter()
+                trips.append((end - start, (start + end) / 2 - float(stamp)))
+            elif rank == 0:
+                dist.recv(stamp, other)
+                stamp.fill_(time.perf_counter())
+                dist.send(stamp, other)
+        if trips:
+            mine.fill_(min(trips)[1])
+    return float(mine)
 
 
 def _nothing() -> None:
     """What a rank does that is in no group."""
 
 
-def _after_last_arrival(spans: list[tuple[float, float]], members: int) -> float:
-    """Median over calls and groups of: the last end - the last start. Clocks are the host's."""
+def _after_last_arrival(spans: list[tuple[float, float]], team: Team) -> float:
+    """Median over calls and groups of: the last end - the last start, by one clock."""
     mine = torch.tensor(spans, dtype=torch.float64)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     ranks = torch.stack(every)  # rank, call, (start, end)
-    whole = len(every) // members * members  # ranks in no group made no call
-    last = ranks[:whole].view(-1, members, *mine.shape).amax(1)
-    return float((last[..., 1] - last[..., 0]).median())
+    last = torch.stack([ranks[list(members)].amax(0) for members in team.members])
+    return max(float((last[..., 1] - last[..., 0]).median()), 1e-6)
 
 
 def run_skew(group: Group, windows: int) -> Iterator[Sample]:

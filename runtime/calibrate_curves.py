@@ -55,7 +55,7 @@ def device_from_samples(
     )
 
 
-_NOT_OPS = ("collective:", "skew")
+_NOT_OPS = ("collective:", "network:", "skew")
 _SOURCED = ("memory_bytes", "op_overhead_s", "optimizer_overhead_s", "serial_traffic")
 
 
@@ -149,12 +149,12 @@ class _Products:
 
 
 def collectives_from_samples(
-    samples: Sequence[Sample], source: str
+    samples: Sequence[Sample], source: str, level: str = "collective"
 ) -> dict[str, tuple[CollectiveCurve, ...]]:
-    """Curves per collective, by group size."""
+    """Curves per collective, by group size; `level`: "collective" in a host, "network" across."""
     times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for key, x, seconds in samples:
-        if key.startswith("collective:"):
+        if key.startswith(f"{level}:"):
             _, kind, members = key.split(":")
             times[kind, int(members)].append((x, seconds))
     made: dict[str, list[CollectiveCurve]] = defaultdict(list)

@@ -1,9 +1,9 @@
 """One rank of `autopar calibrate`: times ops and collectives while every other rank does the same.
 
 Run as `python -m autopar.runtime.calibrate_worker JOB.json`; `calibrate` writes the job and reads
-rank 0's standard output, one JSON object per line: progress, then the results. Everything is timed
-in several rounds, each of which goes through all of it, so that a burst of foreign load or of a
-busy host spoils few of the medians that are compared.
+the standard output of each host's first rank, one JSON object per line: progress, then the results.
+Everything is timed in several rounds, each of which goes through all of it, so that a burst of
+foreign load or of a busy host spoils few of the medians that are compared.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,11 +22,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from .calibrate_clock import Clock
-from .calibrate_collectives import KB, MB, Sample, make_groups, run_collectives, run_skew
+from .calibrate_collectives import (
+    KB,
+    MB,
+    Sample,
+    Team,
+    make_teams,
+    run_collectives,
+    run_network,
+    run_skew,
+)
 from .calibrate_ops import PARAMETERS, compute_work, optimizer_work
-from .group import Group
 from .load_clock import LoadClock
 from .optimizer import LocalSteps
+from .shared_memory import make_group
 
 SECONDS = 0.015  # per callable and round
 WINDOWS = 8  # of each length and round in which the ranks' skew is measured
@@ -50,16 +60,18 @@ def tiny_parameters(nproc: int) -> list[Tensor]:
 
 
 def measure(
-    clock: Clock, groups: dict[int, Group | None], parameters: Sequence[Tensor], quick: bool
+    clock: Clock,
+    teams: tuple[dict[int, Team], dict[int, Team]],
+    parameters: Sequence[Tensor],
+    quick: bool,
 ) -> list[Sample]:
     """One round: (key, flops or bytes, seconds) of everything."""
     found: list[Sample] = []
 
     def skew() -> None:
-        whole = groups.get(clock.ranks)
-        if whole is not None:
+        if clock.ranks > 1:
             clock.report("skew of the ranks")
-            found.extend(run_skew(whole, WINDOWS))
+            found.extend(run_skew(make_group(), WINDOWS))
 
     skew()
     for source in (compute_work(quick), optimizer_work(parameters)):
@@ -68,14 +80,18 @@ def measure(
             seconds = clock(work.fn, work.hot, work.nbytes)
             found.append((work.key, work.x, seconds / work.times))
     skew()
-    if groups:
-        found += run_collectives(clock, groups, collective_sizes(quick))
+    within, across = teams
+    found += run_collectives(clock, within, collective_sizes(quick))
+    found += run_network(clock, across, collective_sizes(quick))
     skew()
     return found
 
 
 def middle_of(rounds: Sequence[Sequence[Sample]]) -> list[Sample]:
     """Per sample the median over rounds, then (collectives are the same) over ranks."""
+    # Sizes across hosts go up to what took too long in that round.
+    common = set.intersection(*({(k, x) for k, x, _ in found} for found in rounds))
+    rounds = [[s for s in found if (s[0], s[1]) in common] for found in rounds]
     times = torch.tensor([[s for _, _, s in found] for found in rounds], dtype=torch.float64)
     middle = times.quantile(0.5, dim=0)
     if dist.is_initialized():
@@ -83,6 +99,11 @@ def middle_of(rounds: Sequence[Sequence[Sample]]) -> list[Sample]:
         dist.all_gather(every, middle)
         middle = torch.stack(every).quantile(0.5, dim=0)
     return [(k, x, t) for (k, x, _), t in zip(rounds[0], middle.tolist(), strict=True)]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows for developers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def main(path: str) -> None:
@@ -95,30 +116,38 @@ def main(path: str) -> None:
 
     def reporter(number: int) -> Callable[[str], None]:
         def report(what: str) -> None:
-            if rank == 0:
+            if rank % job["inside"] == 0:
                 text = f"round {number + 1} of {rounds}: {what}"
                 print(json.dumps({"progress": text}), flush=True)
 
         return report
 
     if nproc > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{job['store']}", rank=rank, world_size=nproc
-        )
-    groups = make_groups(nproc) if nproc > 1 else {}
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=job["store"],
+                rank=rank,
+                world_size=nproc,
+                timeout=timedelta(seconds=job["timeout_s"]),
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise SystemExit(f"the ranks do not find each other: {first_line(error)}") from None
+    inside: int = job["inside"]
+    teams = make_teams(inside, nproc // inside) if nproc > 1 else ({}, {})
     steps = LocalSteps()
     parameters = tiny_parameters(nproc)
     load = LoadClock()
     foreign, found = [], []
     for number in range(rounds):
-        found.append(measure(Clock(SECONDS, nproc, reporter(number)), groups, parameters, quick))
+        found.append(measure(Clock(SECONDS, nproc, reporter(number)), teams, parameters, quick))
         foreign.append(load.tick())
     steps.close()
     results = middle_of(found)
     if nproc > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
+    if rank % inside == 0:  # on every host
         load_share = statistics.median(foreign)
         print(json.dumps({"results": results, "foreign": load_share}), flush=True)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ def test_collective_curves_give_back_the_timings() -> None:
         for members in (2, 4)
         for nbytes in (1e3, 1e6, 1e8)
     ]
+    samples += [(key.replace("collective", "network"), x, 9 * t) for key, x, t in samples]
     curves = collectives_from_samples(samples, "test")
+    network = collectives_from_samples(samples, "test", "network")
     device = device_from_samples(
         "cpu",
         [("overhead", 1, 1e-6), ("matmul:float32", 1, 1), ("bandwidth:pointwise", 1, 1)],
@@ -57,6 +60,8 @@ def test_collective_curves_give_back_the_timings() -> None:
     for kind in COLLECTIVE_KINDS:
         for members in (2, 4):
             assert collective_time(cluster, kind, 1e6, (members,)) == pytest.approx(2e-3)
+    several = replace(cluster, levels=(*cluster.levels, Level("network", 16, network)))
+    assert collective_time(several, "all_reduce", 1e6, (1, 4)) == pytest.approx(18e-3)
 
 
 def test_group_sizes() -> None:

@@ -14,6 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from autopar.ir.lowered import ShardSpec
+from autopar.runtime.calibrate_clock import Clock
+from autopar.runtime.calibrate_collectives import (
+    KINDS,
+    clock_offset,
+    make_teams,
+    run_collectives,
+    run_network,
+)
 from autopar.runtime.collectives import apply, close, open_
 from autopar.runtime.group import SMALL_ALL_REDUCE_BYTES, Group, ProcessGroupGroup
 from autopar.runtime.shared_memory import (
@@ -121,6 +129,22 @@ def check_slots_are_used_again(group: Group, n: int, rank: int) -> None:
         assert float(group.all_reduce(torch.tensor([float(i)])).wait()) == i * n
 
 
+def check_calibration(rank: int) -> None:
+    """Both levels of two hosts of two ranks are timed, by one clock."""
+    within, across = make_teams(2, 2)
+    assert {size: team.members for size, team in within.items()} == {2: ((0, 1), (2, 3))}
+    assert {size: team.members for size, team in across.items()} == {2: ((0, 2), (1, 3))}
+    assert isinstance(within[2].group, SharedMemoryGroup)
+    assert isinstance(across[2].group, TwoLevelGroup)
+    assert abs(clock_offset()) < 0.01, "these hosts have one clock"
+    clock = Clock(0.0, 4, lambda _: None)
+    inside = list(run_collectives(clock, within, [1 << 10]))
+    between = list(run_network(clock, across, [1 << 10, 1 << 14]))
+    assert [key for key, _, _ in inside] == [f"collective:{kind}:2" for kind in KINDS]
+    assert {key for key, _, _ in between} == {f"network:{kind}:2" for kind in KINDS}
+    assert all(0 < seconds < 5 for _, _, seconds in (*inside, *between))
+
+
 def worker(rank: int, port: int, kind: str, answers: Any) -> None:
     try:
         torch.set_num_threads(1)
@@ -149,6 +173,8 @@ def worker(rank: int, port: int, kind: str, answers: Any) -> None:
         check_all_reduce_sizes(half, 2, rank // 2)
         check_many_in_flight(half, 2, rank // 2)
         check_collectives(half, 2, rank // 2)
+        if kind == "two hosts":
+            check_calibration(rank)
         dist.barrier()
         dist.destroy_process_group()
         answers.put((rank, ""))
