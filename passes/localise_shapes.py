@@ -22,6 +22,7 @@ from autopar.ir.lowered import (
     EXCHANGE,
     KEEP_FIRST,
     MASKED_EMBEDDING,
+    MICRO_SLICE,
     PMAX,
     PMIN,
     PSUM,
@@ -33,10 +34,11 @@ from autopar.ir.lowered import (
     ShardSpec,
     SwapSpec,
 )
-from autopar.ir.mesh import Mesh
+from autopar.ir.mesh import MICRO_BATCH, Mesh
 from autopar.ir.rules.common import arguments
 from autopar.ir.sharding import Sharding
 
+from .number_random_calls import RANDOM_CALL, is_random
 from .route_rows import ROUTED, ROUTED_BY_NAME, prefix_sum, routed_embedding
 
 Node = torch.fx.Node
@@ -51,23 +53,25 @@ def localise_shapes(graph: Graph, mesh: Mesh, rank: int) -> Graph:
     Collectives become exchanges on a group; ops whose shards must know where they lie (dropout,
     causal attention on split rows, vocabulary-parallel embedding and cross-entropy, batch norm)
     become lowered ops. If the graph draws random numbers, a placeholder `rng_seed` (role "seed", an
-    int) is added in front.
+    int) is added in front. On the axis of micro-batches the shapes are those of each of them.
     Ends: shapes are global. Establishes: one rank's program.
     """
     new = graph.copy()
     here = mesh.coordinates(rank)
     seed = None
-    if any(_is_random(node) for node in new.fx.nodes):
+    if any(is_random(node) for node in new.fx.nodes):
         with new.fx.inserting_before(next(iter(new.fx.nodes))):
             seed = new.fx.placeholder(SEED)
         seed.meta = {"value": None, "role": "seed", "fqns": (SEED,)}
     random_calls = 0
+    numbers = new.placeholders("micro_batch")
     rewritten: list[tuple[Node, tuple[Any, tuple[Any, ...], dict[str, Any]]]] = []
     for node in new.fx.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         if node.target is aten.dropout.default:
-            call = _dropout(node, mesh, here, seed, random_calls)
+            number = node.meta.get(RANDOM_CALL, random_calls)
+            call = _dropout(node, mesh, here, seed, number, *numbers)
             rewritten.append((node, call))
             random_calls += call[0] is DROPOUT
         else:
@@ -151,24 +155,35 @@ def _sharding(x: Any) -> Sharding:
     return sharding
 
 
-def _is_random(node: Node) -> bool:
-    """Whether a node is a dropout that drops anything."""
-    if node.target is not aten.dropout.default:
-        return False
-    a = arguments(node)
-    return bool(a["train"]) and a["p"] > 0.0
-
-
 def _dropout(
-    node: Node, mesh: Mesh, here: Coordinates, seed: Node | None, call: int
+    node: Node,
+    mesh: Mesh,
+    here: Coordinates,
+    seed: Node | None,
+    call: int,
+    micro_batch: Node | None = None,
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     a = arguments(node)
-    if not _is_random(node):
+    if not is_random(node):
         return aten.alias.default, (a["input"],), {}
-    value = value_of(node)
-    assert value.sharding is not None
-    region = Region.of(value.int_shape(), value.sharding.splits, mesh, dict(here))
-    return DROPOUT, (a["input"], a["p"], seed, call, region), {}
+    shape, splits = value_of(node).int_shape(), _sharding(node).splits
+    if micro_batch is None:
+        region = Region.of(shape, splits, mesh, dict(here))
+        return DROPOUT, (a["input"], a["p"], seed, call, region), {}
+    regions = tuple(
+        Region.of(shape, splits, mesh, {**here, MICRO_BATCH: k})
+        for k in range(mesh[MICRO_BATCH].size)
+    )
+    return DROPOUT, (a["input"], a["p"], seed, call, regions, micro_batch), {}
+
+
+def _micro_slice(
+    node: Node, mesh: Mesh, here: Coordinates
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    arguments: Any = node.args
+    x, micro_batch = arguments
+    spec = _shard_spec(MICRO_BATCH, value_of(node), _sharding(node), mesh, here)
+    return MICRO_SLICE, (x, spec, micro_batch), {}
 
 
 def _attention(
@@ -213,7 +228,8 @@ def _cross_entropy(
     tokens = tuple(
         axis
         for axis in mesh.names
-        if any(axis in s.axes for d, s in enumerate(sharding.splits) if d != classes)
+        if axis != MICRO_BATCH
+        and any(axis in s.axes for d, s in enumerate(sharding.splits) if d != classes)
     )
     if not split and not tokens:
         return None
@@ -249,7 +265,8 @@ def _batch_norm(
     axes = tuple(
         axis
         for axis in mesh.names
-        if any(axis in s.axes for d, s in enumerate(sharding.splits) if d != 1)
+        if axis != MICRO_BATCH
+        and any(axis in s.axes for d, s in enumerate(sharding.splits) if d != 1)
     )
     if not axes:
         return None
@@ -269,6 +286,7 @@ def _special() -> dict[Any, Any]:
         torch.ops.autopar.cross_entropy.default: _cross_entropy,
         torch.ops.autopar.batch_norm.default: _batch_norm,
         aten.cumsum.default: prefix_sum,
+        MICRO_SLICE: _micro_slice,
         **ROUTED,
     }
 

@@ -16,6 +16,8 @@ from autopar.ir.lowered import (
     EXCHANGE,
     GROUPED_MM,
     MASKED_EMBEDDING,
+    MICRO_FIRST,
+    MICRO_SLICE,
     OPEN,
     PREFIX_SUM,
     ROUTED_GATHER,
@@ -24,7 +26,7 @@ from autopar.ir.lowered import (
     LoweredOp,
 )
 
-from . import dispatch, grouped, sharded_ops
+from . import dispatch, grouped, micro_batches, sharded_ops
 from .attention import causal_attention
 from .collectives import Spec, close, open_
 from .group import Group
@@ -62,4 +64,6 @@ BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
     ROUTED_GATHER: dispatch.routed_gather,
     ROUTED_SCATTER: dispatch.routed_scatter,
     GROUPED_MM: grouped.grouped_mm,
+    MICRO_SLICE: micro_batches.micro_slice,
+    MICRO_FIRST: micro_batches.micro_first,
 }

@@ -27,12 +27,21 @@ CROSS_ENTROPY_BLOCK = 1 << 17
 # --- Dropout ----------------------------------------------------------------------------------
 
 
-def dropout(x: Tensor, p: float, seed: int, call: int, region: Region) -> Tensor:
+def dropout(
+    x: Tensor,
+    p: float,
+    seed: int,
+    call: int,
+    region: Region | tuple[Region, ...],
+    micro_batch: int = 0,
+) -> Tensor:
     """`x * mask / (1 - p)`, with the mask of `autopar.runtime.random` for the region of `x`.
 
-    The result is contiguous. Raises ValueError if `p` is no probability or `x` not of the region's
-    shape.
+    Of several regions, `x` is that of its micro-batch. The result is contiguous. Raises ValueError
+    if `p` is no probability or `x` not of the region's shape.
     """
+    if isinstance(region, tuple):
+        region = region[micro_batch]
     if tuple(x.shape) != local_shape(region):
         raise ValueError(f"dropout: shape {tuple(x.shape)} is not that of the region {region}")
     if p == 0.0:

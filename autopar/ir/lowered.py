@@ -163,6 +163,10 @@ CLOSE = LoweredOp("close")
 #   grouped_mm(op, x, weight, ends, rows, experts, group)    rows sorted by expert, divided
 #   routed_gather(x, indices, route, group, padding_idx)    `x[indices]`, `x` divided by rows
 #   routed_scatter(x, indices, values, route, group, accumulate, scale)    `x[indices] = values`
+# In the program of one micro-batch, number `k`, `dropout` has `k` as a sixth argument, and a region
+# for every micro-batch. Before `localise_shapes` the next two have no spec:
+#   micro_slice(x, spec, k)    micro-batch `k`'s part of a value of the whole batch
+#   micro_first(x, k)          the value in micro-batch 0, zeros in the others
 DROPOUT = LoweredOp("dropout")
 CAUSAL_ATTENTION = LoweredOp("causal_attention")
 MASKED_EMBEDDING = LoweredOp("masked_embedding")
@@ -172,6 +176,8 @@ PREFIX_SUM = LoweredOp("prefix_sum")
 ROUTED_GATHER = LoweredOp("routed_gather")
 ROUTED_SCATTER = LoweredOp("routed_scatter")
 GROUPED_MM = LoweredOp("grouped_mm")
+MICRO_SLICE = LoweredOp("micro_slice")
+MICRO_FIRST = LoweredOp("micro_first")
 
 LOWERED_OPS: dict[str, LoweredOp] = {
     op.name: op
@@ -191,6 +197,8 @@ LOWERED_OPS: dict[str, LoweredOp] = {
         ROUTED_GATHER,
         ROUTED_SCATTER,
         GROUPED_MM,
+        MICRO_SLICE,
+        MICRO_FIRST,
     )
 }
 

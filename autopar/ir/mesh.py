@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+MICRO_BATCH = "mb"
+"""The axis, in front of a mesh's own, along which micro-batches count: not one of devices."""
+
 
 @dataclass(frozen=True)
 class Axis:

@@ -54,7 +54,7 @@ from .sharding import REDUCTIONS, WHOLE, Sharding, Split
 
 Env = Mapping[str, torch.fx.Node]
 
-ROLES = ("param", "buffer", "input", "constant")
+ROLES = ("param", "buffer", "input", "constant", "received", "prepared", "combined")
 
 _DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64,

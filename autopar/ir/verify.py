@@ -25,7 +25,7 @@ from autopar.errors import PassError
 
 from .graph import Graph, Value, tensor_inputs, values_of
 from .lowered import BUCKET, COLLECTIVE, RESHARD, SWAP, Collective, GroupRef, LoweredOp
-from .mesh import Mesh
+from .mesh import MICRO_BATCH, Mesh
 from .registry import rule_for
 from .rule import Choice, ShardingRule, choices, factor_sizes, normalised, place
 from .sharding import Sharding
@@ -274,7 +274,8 @@ def types_follow(graph: Graph, mesh: Mesh | None) -> str | None:
       no output requires grad.
     - Outputs are R if all inputs are; V if all are R or V and some are V; R although an input is S
       or P only if the op communicates by itself; P only if an input is S or P.
-    - The user's outputs are R. A new value of a buffer is sharded as the buffer.
+    - The user's outputs are R, but on the axis of micro-batches. A new value of a buffer is sharded
+      as the buffer.
     """
     if mesh is None:
         return None
@@ -379,6 +380,8 @@ def _outputs_follow(graph: Graph, mesh: Mesh) -> str | None:
     placeholders = {node.name: node for node in graph.placeholders()}
     returned = [result for result in results[: graph.outputs] if isinstance(result, torch.fx.Node)]
     for result, axis in itertools.product(returned, mesh.names):
+        if axis == MICRO_BATCH:
+            continue
         for value in values_of(result):
             if _kind(value, axis) != "R":
                 return f"%{result.name} is {_kind(value, axis)} on '{axis}', but is returned"
@@ -389,6 +392,18 @@ def _outputs_follow(graph: Graph, mesh: Mesh) -> str | None:
         assert old.sharding is not None and new.sharding is not None
         if old.sharding.without_varying() != new.sharding.without_varying():
             return f"%{update.name} @ {new.sharding} updates %{name} @ {old.sharding}"
+    return None
+
+
+def no_micro_batch_axis(graph: Graph, mesh: Mesh | None) -> str | None:
+    """No collective, bucket or group names the axis of micro-batches: no devices are along it."""
+    for node in graph.calls():
+        args: tuple[Any, ...] = node.args
+        named = {args[1]} if node.target in (COLLECTIVE, BUCKET) else set()
+        for arg in args:
+            named.update(arg.axes if isinstance(arg, GroupRef) else ())
+        if MICRO_BATCH in named:
+            return f"%{node.name} communicates on '{MICRO_BATCH}', along which there are no devices"
     return None
 
 
@@ -445,5 +460,6 @@ INVARIANTS: dict[str, Invariant] = {
         no_dead_code,
         resharded,
         types_follow,
+        no_micro_batch_axis,
     )
 }

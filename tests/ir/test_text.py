@@ -21,6 +21,7 @@ from autopar.ir.lowered import GroupRef, Region, ShardSpec, SwapSpec
 from autopar.ir.mesh import Axis, Mesh
 from autopar.ir.sharding import WHOLE, Sharding, Split
 from autopar.ir.text import (
+    ROLES,
     parse_argument,
     parse_graph,
     parse_mesh,
@@ -359,7 +360,7 @@ return %dedent""",
         ('%y: f32[4] = aten.neg(opaque("T"))', '"T" is an object that text cannot say'),
         (
             "%y: f32[4]",
-            "%y is neither a placeholder (param, buffer, input, constant) nor a call",
+            f"%y is neither a placeholder ({', '.join(ROLES)}) nor a call",
         ),
         ("y = 3", "a line is `%name: type = target(...)`, `return ...` or `mesh ...`"),
         ("mesh dp", "cannot read mesh axis 'dp'"),

@@ -1,0 +1,376 @@
+"""A step on micro-batches in three programs: before them, of one of them, and after them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.fx
+
+from autopar.errors import PassError, UserError
+from autopar.ir.graph import Graph, Value, value_of, values_of
+from autopar.ir.lowered import (
+    COLLECTIVE,
+    GATHER_INV,
+    GATHER_VARY,
+    KEEP_FIRST,
+    MICRO_FIRST,
+    MICRO_SLICE,
+    PMAX,
+    PMIN,
+    PSUM,
+    PVARY,
+    SLICE_INV,
+    SLICE_VARY,
+)
+from autopar.ir.mesh import MICRO_BATCH, Mesh
+from autopar.ir.recomputed import MARK
+from autopar.ir.step import Combine, StepGraphs
+from autopar.ir.text import print_node
+
+Node = torch.fx.Node
+
+PROLOGUE, BODY, TAIL, GIVEN = "prologue", "body", "tail", "given"
+LOSS_FIX = (
+    "return the loss from forward, a sum or mean over the batch, or run without micro-batches"
+)
+
+
+def split_step(graph: Graph, mesh: Mesh, sends: bool = False) -> StepGraphs:
+    """Split a graph of typed collectives, one axis of which is `mb`, where micro-batches begin.
+
+    Before them is what reads no part of the batch. After them is what their partial results, added
+    up, and their shares of the batch, put together, go into. Gathers of parameters that are dropped
+    after use are done for every micro-batch. `sends` says that the graph is a piece before the
+    last. Raises UserError where a micro-batch would need others, naming the op, and where gradients
+    are wanted of something else than a sum over micro-batches.
+    Ends: collectives on `mb`. Establishes: `no_micro_batch_axis`.
+    """
+    splitter = _Splitter(graph, mesh)
+    splitter.classify()
+    return splitter.sending() if sends else splitter.split()
+
+
+@dataclass
+class _Splitter:
+    graph: Graph
+    mesh: Mesh
+    part: dict[Node, str] = field(default_factory=dict)
+    same: dict[Node, Node] = field(default_factory=dict)  # collectives on mb that do nothing
+    reason: dict[Node, Node] = field(default_factory=dict)  # why a node is in the tail
+    index: Node | None = None
+
+    # -- which part a node is in -------------------------------------------------------------------
+
+    def classify(self) -> None:
+        """Give every node its part; raises UserError where a body would read a tail."""
+        for node in self.graph.fx.nodes:
+            if node.op == "placeholder":
+                self.part[node] = self._placeholder(node)
+            elif node.op == "call_function":
+                if node.target is COLLECTIVE and node.args[1] == MICRO_BATCH:
+                    self._collective(node)
+                else:
+                    self._call(node)
+        self._sink()
+
+    def _placeholder(self, node: Node) -> str:
+        role = node.meta["role"]
+        if role == "received" or (role == "param" and node.meta.get("regather")):
+            return BODY
+        return PROLOGUE if role == "param" else GIVEN
+
+    def _collective(self, node: Node) -> None:
+        arguments: Any = node.args
+        op, _, source = arguments
+        if op is PVARY:
+            self.same[node] = source
+            self.part[node] = self.part[source]
+            if source in self.reason:
+                self.reason[node] = self.reason[source]
+        elif op in (SLICE_INV, SLICE_VARY, KEEP_FIRST):
+            self.part[node] = BODY
+            if self.part[source] == TAIL:
+                raise self._needs_others(self.reason[source])
+        elif op in (PSUM, PMAX, PMIN, GATHER_INV, GATHER_VARY):
+            self.same[node] = source
+            self.part[node] = TAIL
+            self.reason[node] = next(iter(node.users), node)
+        else:
+            raise self._needs_others(next(iter(node.users), node))
+
+    def _call(self, node: Node) -> None:
+        inputs = [n for n in node.all_input_nodes if values_of(n) or n.op == "call_function"]
+        split = any(_on_mb(value) in "SP" for value in values_of(node))
+        tails = [n for n in inputs if self.part[n] == TAIL]
+        if tails:
+            cut = next((n for n in inputs if any(_on_mb(v) in "SP" for v in values_of(n))), None)
+            if split or cut is not None:
+                raise self._needs_others(self.reason[tails[0]])
+            self.part[node], self.reason[node] = TAIL, self.reason[tails[0]]
+        elif split or any(self.part[n] == BODY for n in inputs):
+            self.part[node] = BODY
+        else:
+            self.part[node] = PROLOGUE
+
+    def _sink(self) -> None:
+        """Sums over devices that only the tail reads are taken once, of the sum of all."""
+        for node in reversed(self.graph.fx.nodes):
+            if node.target is not COLLECTIVE or self.part[node] != BODY or node.args[0] is not PSUM:
+                continue
+            if _on_mb(value_of(node)) == "P" and all(
+                user.op == "output" or self.part[user] == TAIL for user in node.users
+            ):
+                self.part[node] = TAIL
+
+    def _needs_others(self, node: Node) -> UserError:
+        while node.target in (COLLECTIVE, operator.getitem) and node.users:
+            node = next(iter(node.users))
+        return UserError(
+            "the model cannot run in micro-batches: "
+            f"{_name(node)} combines samples of the whole batch",
+            where=node.meta.get("source") or None,
+            fix="leave micro-batches out (micro_batches 1)",
+        )
+
+    # -- the three programs ------------------------------------------------------------------------
+
+    def split(self) -> StepGraphs:
+        """The programs of a model, or of its last piece."""
+        results: list[Any] = list(self.graph.output_node.args[0])  # type: ignore[arg-type]
+        user, new = results[: self.graph.outputs], results[self.graph.outputs :]
+        objective, loss = self._objective(user)
+        updates = dict(zip(self.graph.mutated, new, strict=True))
+        in_body = {b: n for b, n in updates.items() if self.part[n] == BODY}
+        in_tail = {b: n for b, n in updates.items() if b not in in_body}
+        tail = self._tail([*user, *in_tail.values()], tuple(in_tail))
+        combined = [n for n in tail.foreign if self.part[n] == BODY]
+        more = [] if objective is None or objective in combined else [objective]
+        wanted = [*combined, *more]
+        body = self._body(wanted, in_body)
+        prologue, prepared = self._prologue(body, tail)
+        return StepGraphs(
+            prologue,
+            body.graph,
+            tail.graph,
+            prepared,
+            tuple(_combine(value_of(n)) for n in combined),
+            None if objective is None else wanted.index(objective),
+            loss,
+        )
+
+    def sending(self) -> StepGraphs:
+        """The programs of a piece that another one follows: its results are sent as they are."""
+        results: list[Any] = list(self.graph.output_node.args[0])  # type: ignore[arg-type]
+        sent, new = results[: self.graph.outputs], results[self.graph.outputs :]
+        updates = dict(zip(self.graph.mutated, new, strict=True))
+        in_body = {b: n for b, n in updates.items() if self.part[n] == BODY}
+        in_tail = {b: n for b, n in updates.items() if b not in in_body}
+        for node in sent:
+            if self.part[node] == TAIL:
+                raise self._needs_others(self.reason[node])
+        body = self._body(sent, in_body)
+        tail = self._tail(list(in_tail.values()), tuple(in_tail))
+        if any(self.part[n] == BODY for n in tail.foreign):
+            raise self._needs_others(next(iter(tail.foreign)))
+        prologue, prepared = self._prologue(body, tail)
+        return StepGraphs(prologue, body.graph, tail.graph, prepared)
+
+    def _objective(self, user: Sequence[Any]) -> tuple[Node | None, int | None]:
+        """What of the body adds up to the loss, and which result of the user's code that is."""
+        differentiable = [n for n in user if isinstance(n, Node) and value_of(n).requires_grad]
+        if not differentiable:
+            return None, None
+        scalars = [n for n in differentiable if value_of(n).numel() == 1]
+        for node in scalars:
+            found = self._summed(node)
+            if found is not None:
+                return found, user.index(node)
+        if not scalars:
+            raise UserError(
+                "the model cannot run in micro-batches: what it returns is no loss, so that the "
+                "backward could only begin after all of them",
+                where=differentiable[0].meta.get("source") or None,
+                fix=LOSS_FIX,
+            )
+        culprit = self._nonlinear(scalars[0])
+        raise UserError(
+            "the model cannot run in micro-batches: the loss is not a sum of theirs, because of "
+            f"{_name(culprit)}",
+            where=culprit.meta.get("source") or None,
+            fix=LOSS_FIX,
+        )
+
+    def _summed(self, node: Node) -> Node | None:
+        """The body's node whose sum over micro-batches (and devices) a result is, if it is one."""
+        while self.part[node] == TAIL and node.target is COLLECTIVE:
+            arguments: Any = node.args
+            if arguments[0] is not PSUM:
+                return None
+            node = arguments[2]
+        return node if self.part[node] == BODY and _on_mb(value_of(node)) == "P" else None
+
+    def _nonlinear(self, node: Node) -> Node:
+        """The first op of the tail that leads to a node."""
+        if self.part[node] != TAIL:
+            return node
+        seen, stack = {node}, [node]
+        found = node
+        while stack:
+            found = stack.pop()
+            before = [n for n in found.all_input_nodes if self.part[n] == TAIL and n not in seen]
+            seen.update(before)
+            stack.extend(before)
+        return next((n for n in found.users if n.op == "call_function"), found)
+
+    def _seen(self, node: Any) -> Node:
+        """The node behind collectives that do nothing."""
+        while node in self.same:
+            node = self.same[node]
+        found: Node = node
+        return found
+
+    def _body(self, results: Sequence[Node], updates: Mapping[str, Node]) -> _Part:
+        made = _Part(self, BODY)
+        with_index = made.placeholder(MICRO_BATCH, {"value": None, "role": "micro_batch"})
+        made.build([*results, *updates.values()], len(results), tuple(updates), with_index)
+        return made
+
+    def _tail(self, results: Sequence[Any], updates: tuple[str, ...]) -> _Part:
+        made = _Part(self, TAIL)
+        made.build(results, len(results) - len(updates), updates)
+        return made
+
+    def _prologue(self, *readers: _Part) -> tuple[Graph, tuple[str, ...]]:
+        wanted = dict.fromkeys(
+            n for reader in readers for n in reader.foreign if self.part[n] == PROLOGUE
+        )
+        made = _Part(self, PROLOGUE)
+        made.build(list(wanted), len(wanted))
+        return made.graph, tuple(node.name for node in wanted)
+
+
+class _Part:
+    """One of the three programs while it is built; `foreign` are other parts' nodes it reads."""
+
+    def __init__(self, splitter: _Splitter, name: str) -> None:
+        self.splitter, self.name = splitter, name
+        self.fx = torch.fx.Graph()
+        self.env: dict[Node, Node] = {}
+        self.foreign: dict[Node, None] = {}
+        self.graph = Graph(self.fx, 0)
+
+    def placeholder(self, name: str, meta: Mapping[str, Any]) -> Node:
+        node = self.fx.placeholder(name)
+        node.meta = {"fqns": (name,), **meta}
+        return node
+
+    def build(
+        self,
+        results: Sequence[Any],
+        outputs: int,
+        mutated: tuple[str, ...] = (),
+        index: Node | None = None,
+    ) -> None:
+        """Copy what the results need: nodes of this part, placeholders for all others."""
+        mine, foreign = self._needed(results)
+        buffers = [n for n in self.splitter.graph.placeholders("buffer") if n.name in mutated]
+        for node in dict.fromkeys((*foreign, *buffers)):
+            self._placeholder_for(node)
+        for node in mine:
+            if node.op == "placeholder":
+                self._placeholder_for(node)
+        for node in mine:
+            if node.op != "placeholder":
+                self._copy(node, index)
+        self.fx.output(tuple(self._at(r) for r in results))
+        self.graph = Graph(self.fx, outputs, mutated)
+
+    def _needed(self, results: Sequence[Any]) -> tuple[list[Node], list[Node]]:
+        part, same = self.splitter.part, self.splitter.same
+        needed: set[Node] = set()
+        stack = [n for n in results if isinstance(n, Node)]
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            if node in same:
+                stack.append(same[node])
+            elif part[node] == self.name:
+                stack.extend(node.all_input_nodes)
+        order = [n for n in self.splitter.graph.fx.nodes if n in needed and n not in same]
+        mine = [n for n in order if part[n] == self.name]
+        return mine, [n for n in order if part[n] != self.name]
+
+    def _placeholder_for(self, node: Node) -> None:
+        part, meta = self.splitter.part[node], dict(node.meta)
+        if part not in (GIVEN, self.name) and not (part == PROLOGUE == self.name):
+            self.foreign[node] = None
+            meta |= {"role": "combined" if part == BODY else "prepared", "fqns": (node.name,)}
+            meta.pop("regather", None)
+        self.env[node] = self.placeholder(node.name, meta)
+        self.env[node].meta["value"] = self._typed(node.meta["value"])
+
+    def _copy(self, node: Node, index: Node | None) -> None:
+        new = self.fx.node_copy(node, self._at)
+        new.meta = {**node.meta, "value": self._typed(node.meta.get("value"))}
+        if self.name != BODY:
+            new.meta[MARK] = None
+        arguments: Any = node.args
+        if node.target is COLLECTIVE and arguments[1] == MICRO_BATCH:
+            assert index is not None
+            new.target = MICRO_FIRST if arguments[0] is KEEP_FIRST else MICRO_SLICE
+            new.args = (self._at(arguments[2]), index)
+        self.env[node] = new
+
+    def _at(self, node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
+        return self.env[self.splitter._seen(node)]
+
+    def _typed(self, value: Any) -> Any:
+        """Outside of the body there is no axis `mb`."""
+        if isinstance(value, tuple):
+            return tuple(self._typed(v) for v in value)
+        if self.name == BODY or not isinstance(value, Value) or value.sharding is None:
+            return value
+        sharding = value.sharding.without_axis(MICRO_BATCH)
+        return value.with_sharding(
+            replace(sharding, varying=tuple(a for a in sharding.varying if a != MICRO_BATCH))
+        )
+
+
+def _on_mb(value: Value) -> str:
+    assert value.sharding is not None
+    return value.sharding.kind(MICRO_BATCH)
+
+
+def _combine(value: Value) -> Combine:
+    assert value.sharding is not None
+    dim = value.sharding.dim_of(MICRO_BATCH)
+    if dim is not None:
+        return Combine("cat", dim, value.sharding.splits[dim].outer)
+    return Combine(dict(value.sharding.partial).get(MICRO_BATCH, "last"))
+
+
+def _name(node: Node) -> str:
+    target: Any = node.target
+    return str(getattr(target, "name", lambda: node.name)()).removeprefix("aten::").split(".")[0]
+
+
+def check_even(graph: Graph, mesh: Mesh) -> None:
+    """Raise PassError where micro-batches would have different shapes."""
+    size = mesh[MICRO_BATCH].size
+    for node in graph.fx.nodes:
+        for value in values_of(node):
+            dim = value.sharding.dim_of(MICRO_BATCH) if value.sharding is not None else None
+            if dim is None or value.sharding is None:
+                continue
+            split = value.sharding.splits[dim]
+            units = value.int_shape()[dim] // (split.outer * split.block)
+            if split.axes[0] != MICRO_BATCH or units % size:
+                what = f"%{node.name} has {units} units for {size} micro-batches"
+                raise PassError("split_step", "micro_batches_are_even", what, print_node(node))

@@ -1,0 +1,391 @@
+"""One rank's training step on micro-batches, behind the loss that an ordinary loop sees.
+
+The forward of the user's loop runs the forwards and backwards of all micro-batches; the loss it
+returns has one autograd node, whose backward gives every parameter its gradient times what the
+backward of the user's loop begins with. So hooks, gradient accumulation, clipping and scalers see
+one gradient per step, and a second backward raises what it raises for any graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from autopar.compat import keeps_graph
+from autopar.errors import UserError
+from autopar.ir.graph import Graph, value_of, values_of
+from autopar.ir.step import Combine, StepGraphs
+
+from .group import Group
+from .loss_scale import LossScale
+from .micro_batches import combined
+from .program import Program, load_program
+from .step_parts import BodyPart, Crossing, Engine
+
+Node = torch.fx.Node
+Groups = Mapping[tuple[str, ...], Group]
+Key = tuple[str, str]  # role and name of a placeholder
+
+
+@dataclass(frozen=True)
+class PartProgram:
+    """The loaded programs of one piece of the model, number `index` of the chain."""
+
+    index: int
+    prologue: Program
+    body: Program
+    tail: Program
+    prepared: tuple[str, ...]
+    combine: tuple[Combine, ...]
+    objective: int | None
+    loss: int | None
+    differentiable: tuple[bool, ...]  # of the user's results
+    half: bool
+    receives: tuple[Crossing, ...] = ()
+    sends: tuple[Crossing, ...] = ()
+
+    @property
+    def schedule(self) -> str:
+        """Digest of the collectives of all three programs."""
+        return f"{self.prologue.schedule} {self.body.schedule} {self.tail.schedule}"
+
+    @property
+    def is_random(self) -> bool:
+        return self.prologue.is_random or self.body.is_random or self.tail.is_random
+
+
+def load_part(
+    graphs: StepGraphs,
+    groups: Groups,
+    backend: str | None = None,
+    device: torch.device | None = None,
+    index: int = 0,
+    sends: bool = False,
+) -> PartProgram:
+    """Bind the three programs of a piece to live groups (as `load_program` does one).
+
+    `sends` says that the piece is not the last: what its body gives goes to the next one.
+    """
+    prologue, body, tail = (
+        load_program(graph, groups, backend, device)
+        for graph in (graphs.prologue, graphs.body, graphs.tail)
+    )
+    given, returned = _results(graphs.body), _results(graphs.tail)
+    wide = (v.dtype for node in graphs.body.fx.nodes for v in values_of(node))
+    return PartProgram(
+        index=index,
+        prologue=prologue,
+        body=body,
+        tail=tail,
+        prepared=graphs.prepared,
+        combine=graphs.combine,
+        objective=graphs.objective,
+        loss=graphs.loss,
+        differentiable=tuple(isinstance(n, Node) and value_of(n).requires_grad for n in returned),
+        half=torch.float16 in wide,
+        receives=tuple(map(_crossing, graphs.body.placeholders("received"))),
+        sends=tuple(map(_crossing, given)) if sends else (),
+    )
+
+
+def _results(graph: Graph) -> tuple[Any, ...]:
+    """What a graph returns, without new values of buffers."""
+    entries: Any = graph.output_node.args[0]
+    return tuple(entries[: graph.outputs])
+
+
+def _crossing(node: Node) -> Crossing:
+    value = value_of(node)
+    return Crossing(value.int_shape(), value.dtype, value.requires_grad)
+
+
+class LocalEngine:
+    """Runs a model that is in one piece: forward and backward of one micro-batch after another."""
+
+    def train(self, parts: Sequence[BodyPart], micro_batches: int) -> None:
+        """Forward and backward of all micro-batches."""
+        (part,) = parts
+        for k in range(micro_batches):
+            (objective,) = part.run(k, ())
+            objective.backward()  # type: ignore[no-untyped-call]
+
+    def evaluate(self, parts: Sequence[BodyPart], micro_batches: int) -> None:
+        """Forward of all micro-batches."""
+        (part,) = parts
+        for k in range(micro_batches):
+            part.run(k, ())
+
+
+@dataclass
+class PartRun:
+    """One piece in one step: what was prepared, what every micro-batch gave, what is updated.
+
+    `given` are the values of placeholders by role and name: the user's inputs, buffers, and this
+    rank's parameters, detached. Buffers that a body gives new values pass from one micro-batch to
+    the next.
+    """
+
+    program: PartProgram
+    given: Mapping[Key, Any]
+    micro_batches: int
+    seed: Tensor | float = 1.0
+    training: bool = False
+    leaves: dict[Key, Tensor] = field(default_factory=dict)
+    buffers: dict[Key, Any] = field(default_factory=dict)
+    results: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _parameters: dict[Key, Tensor] = field(default_factory=dict)
+    _outputs: tuple[Tensor, ...] = ()
+
+    def prepare(self) -> None:
+        """Run the prologue and make leaves of what it gives, and of regathered parameters."""
+        self._parameters = {
+            key: value.detach().requires_grad_(self.training and value.requires_grad)
+            for key, value in self.given.items()
+            if key[0] == "param"
+        }
+        with torch.set_grad_enabled(self.training):
+            made = self._run(self.program.prologue, self._parameters)
+        self._outputs = made[: self.program.prologue.outputs]
+        for name, value in zip(self.program.prepared, self._outputs, strict=True):
+            self.leaves["prepared", name] = self._leaf(value)
+        for role, names in self.program.body.placeholders:
+            if role == "param":
+                self.leaves[role, names[0]] = self._leaf(self._parameters[role, names[0]])
+        self.results = [()] * self.micro_batches
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        if not (self.training and value.requires_grad):
+            return value.detach()
+        return nn.Parameter(value.detach())
+
+    def _run(self, program: Program, *values: Mapping[Key, Any]) -> tuple[Any, ...]:
+        arguments = []
+        for role, names in program.placeholders:
+            key = (role, names[0])
+            found = next((known for known in (*values, self.given) if key in known), None)
+            if role == "constant":
+                arguments.append(program.constants[names[0]])
+            elif found is None:
+                raise KeyError(f"nothing is given for the {role} {names[0]}")
+            else:
+                arguments.append(found[key])
+        return program.run(*arguments)
+
+    def body(self) -> BodyPart:
+        """The piece as engines see it."""
+        leaves = tuple(x for x in self.leaves.values() if isinstance(x, nn.Parameter))
+        own = self.program
+        return BodyPart(own.index, leaves, self.micro_batch, own.receives, own.sends)
+
+    def micro_batch(self, k: int, received: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The forward of one micro-batch; see `BodyPart.run`."""
+        own = self.program
+        arrived = [("received", n[0]) for role, n in own.body.placeholders if role == "received"]
+        values = {**dict(zip(arrived, received, strict=True)), ("micro_batch", "mb"): k}
+        made = self._run(own.body, values, self.leaves, self.buffers)
+        results = made[: own.body.outputs]
+        for name, value in zip(own.body.mutated, made[own.body.outputs :], strict=True):
+            self.buffers["buffer", name] = value.detach()
+        if own.sends:
+            return results
+        self.results[k] = tuple(x.detach() for x in results[: len(own.combine)])
+        if own.objective is None or not self.training:
+            return ()
+        objective = results[own.objective]
+        return (objective.float() * self.seed if own.half else objective,)
+
+    def finish(self) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """What the user's code returns, and new values of buffers by name."""
+        own = self.program
+        values = {}
+        names = [n[0] for role, n in own.tail.placeholders if role == "combined"]
+        for i, (name, how) in enumerate(zip(names, own.combine, strict=True)):
+            parts = [result[i] for result in self.results]
+            values["combined", name] = combined(how.kind, how.dim, how.outer, parts)
+        self.results = []
+        with torch.no_grad():
+            detached = {key: leaf.detach() for key, leaf in self.leaves.items()}
+            made = self._run(own.tail, values, detached)
+        updates = dict(zip(own.tail.mutated, made[own.tail.outputs :], strict=True))
+        updates |= {name: value for (_, name), value in self.buffers.items()}
+        return made[: own.tail.outputs], updates
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of every parameter that has one, by name: the backward of the prologue."""
+        found = {
+            name: leaf.grad
+            for (role, name), leaf in self.leaves.items()
+            if role == "param" and leaf.grad is not None
+        }
+        pairs = [
+            (output, leaf.grad)
+            for output, (key, leaf) in zip(self._outputs, self.leaves.items(), strict=False)
+            if key[0] == "prepared" and leaf.grad is not None
+        ]
+        self.leaves = {}
+        wanted = {k[1]: p for k, p in self._parameters.items() if p.requires_grad}
+        if pairs and wanted:
+            outputs, gradients = zip(*pairs, strict=True)
+            made = torch.autograd.grad(outputs, list(wanted.values()), gradients, allow_unused=True)
+            for name, gradient in zip(wanted, made, strict=True):
+                if gradient is not None:
+                    found[name] = found[name] + gradient if name in found else gradient
+        self._outputs = ()
+        return found
+
+
+class Step:
+    """One rank's step: the pieces that it has, and the engine that runs them.
+
+    `loss` says which of the user's results is the loss (None without gradients), and
+    `differentiable` which of them have a gradient on one device.
+    """
+
+    def __init__(self, parts: Sequence[PartProgram], engine: Engine, micro_batches: int) -> None:
+        self.parts, self.engine, self.micro_batches = tuple(parts), engine, micro_batches
+        self.scale = LossScale(any(part.half for part in parts))
+        self.loss, self.differentiable = parts[-1].loss, parts[-1].differentiable
+
+    @property
+    def schedule(self) -> str:
+        """Digest of the collectives of all programs: equal on all ranks that run the same ones."""
+        return " ".join(part.schedule for part in self.parts)
+
+    @property
+    def is_random(self) -> bool:
+        return any(part.is_random for part in self.parts)
+
+    def run(
+        self, parameters: Mapping[str, Tensor], given: Mapping[Key, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """What the user's code returns for a batch, and new values of buffers.
+
+        `parameters` are this rank's local tensors by name; where gradients are on, the loss has a
+        backward that gives them theirs. `given` has inputs, buffers and the seed by role and name.
+        """
+        trained = torch.is_grad_enabled() and self.loss is not None
+        if not trained:
+            with torch.no_grad():
+                return self._forward(parameters, given, training=False)[:2]
+        for value in given.values():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise UserError(
+                    "an input of the model requires a gradient, which a step on micro-batches "
+                    "does not compute",
+                    fix="detach the input, or run without micro-batches",
+                )
+        call = _Call(self, tuple(parameters), given)
+        outputs = _Whole.apply(call, *parameters.values())  # type: ignore[no-untyped-call]
+        made = tuple(outputs[call.place[i]] if i in call.place else x for i, x in call.rest)
+        return made, call.updates
+
+    def _forward(
+        self, parameters: Mapping[str, Tensor], given: Mapping[Key, Any], training: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs, new buffers and gradients (times the internal scale)."""
+        known = {**given, **{("param", name): p for name, p in parameters.items()}}
+        seed = self.scale.seed()
+        runs = [PartRun(p, known, self.micro_batches, seed, training) for p in self.parts]
+        device = next((p.device.type for p in parameters.values()), "cpu")
+        with torch.autocast(device, enabled=False):  # the programs have their casts
+            for run in runs:
+                run.prepare()
+            bodies = [run.body() for run in runs]
+            with torch.set_grad_enabled(training):
+                engine = self.engine
+                (engine.train if training else engine.evaluate)(bodies, self.micro_batches)
+            del bodies
+            outputs, updates = self.finish(runs)
+            gradients = self.gradients(runs) if training else {}
+        return outputs, updates, gradients
+
+    def gradients(self, runs: Sequence[PartRun]) -> dict[str, Tensor]:
+        """The gradient of every parameter of this rank that has one, by name."""
+        found: dict[str, Tensor] = {}
+        for run in runs:
+            for name, gradient in run.gradients().items():
+                found[name] = found[name] + gradient if name in found else gradient
+        return found
+
+    def finish(self, runs: Sequence[PartRun]) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """Results of the last piece; new buffers of all of them."""
+        outputs: tuple[Any, ...] = ()
+        updates: dict[str, Tensor] = {}
+        for run in runs:
+            outputs, new = run.finish()
+            updates |= new
+        return outputs, updates
+
+
+@dataclass
+class _Call:
+    """One call of a step: what goes into its autograd node beside tensors, and what comes out."""
+
+    step: Step
+    names: tuple[str, ...]
+    given: Mapping[Key, Any]
+    rest: list[tuple[int, Any]] = field(default_factory=list)
+    place: dict[int, int] = field(default_factory=dict)
+    updates: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Whole(torch.autograd.Function):
+    """All of a step as one node of the user's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *parameters: Tensor) -> tuple[Tensor, ...]:
+        step = call.step
+        named = dict(zip(call.names, parameters, strict=True))
+        with torch.enable_grad():
+            outputs, call.updates, gradients = step._forward(named, call.given, training=True)
+        call.rest = list(enumerate(outputs))
+        tensors: list[Tensor] = []
+        for i, value in call.rest:
+            if isinstance(value, Tensor):
+                call.place[i] = len(tensors)
+                tensors.append(value.detach())
+        assert step.loss is not None
+        ctx.step, ctx.loss = step, call.place[step.loss]
+        ctx.has = tuple(name in gradients for name in call.names)
+        ctx.scale = step.scale.seed()
+        ctx.save_for_backward(*(gradients[name] for name in call.names if name in gradients))
+        ctx.set_materialize_grads(False)
+        fixed = [tensors[at] for i, at in call.place.items() if not step.differentiable[i]]
+        ctx.mark_non_differentiable(*fixed)
+        return tuple(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        seed = given[ctx.loss]
+        if any(g is not None for i, g in enumerate(given) if i != ctx.loss):
+            raise UserError(
+                "a gradient arrives for a result that is not the loss, and the backward of the "
+                "micro-batches is over",
+                fix="call backward on the loss that forward returns first, and add its other terms "
+                "inside forward",
+            )
+        gradients = list(ctx.saved_tensors)
+        if seed is None:
+            return None, *(None for _ in ctx.has)
+        ctx.step.scale.seen(seed, gradients)
+        _scale(gradients, seed, ctx.scale, in_place=not keeps_graph())
+        queue = iter(gradients)
+        return None, *(next(queue) if has else None for has in ctx.has)
+
+
+def _scale(gradients: list[Tensor], seed: Tensor, scale: Tensor | float, in_place: bool) -> None:
+    """Multiply gradients by `seed / scale`; what is kept for another backward is not written."""
+    factor = seed.double() / scale
+    on_cpu = factor.device.type == "cpu"
+    if on_cpu and float(factor) == 1.0 and in_place:
+        return
+    for i, gradient in enumerate(gradients):
+        ratio: Any = float(factor) if on_cpu else factor.to(gradient.dtype)
+        gradients[i] = gradient.mul_(ratio) if in_place else gradient * ratio
