@@ -30,17 +30,29 @@ def check_same(what: str, mine: str, fix: str) -> None:
     """Raise UserError on every rank unless all ranks give the same text; collective."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    for rank, other in enumerate(gathered):
-        if other != gathered[0]:
+    check_told(what, gathered, fix)
+
+
+def check_told(what: str, texts: Sequence[str], fix: str) -> None:
+    """Raise UserError unless all texts, those of ranks in order, are the same."""
+    for rank, other in enumerate(texts):
+        if other != texts[0]:
             raise UserError(
                 f"{what} on rank {rank} differs from rank 0's: {_short(other)} against "
-                f"{_short(gathered[0])}",
+                f"{_short(texts[0])}",
                 fix=fix,
             )
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def on_all(mine: bool) -> bool:
+    """Whether something holds on all ranks; collective."""
+    flag = torch.tensor(int(mine))
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def number(text: str) -> int:

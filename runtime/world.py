@@ -83,8 +83,19 @@ def groups_of(
         for node in graph.calls()
         for arg in (*node.args, *node.kwargs.values())
     ]
-    wanted = {arg.axes for arg in arguments if isinstance(arg, GroupRef)}
-    for axes in sorted(wanted - set(known)):
+    return make_groups(
+        {a.axes for a in arguments if isinstance(a, GroupRef)}, mesh, known, traceable
+    )
+
+
+def make_groups(
+    wanted: Iterable[tuple[str, ...]],
+    mesh: DeviceMesh,
+    known: dict[tuple[str, ...], Group],
+    traceable: bool = False,
+) -> dict[tuple[str, ...], Group]:
+    """Live groups for axes of the mesh; `known` is extended and returned. Collective."""
+    for axes in sorted(set(wanted) - set(known)):
         found = _process_group(mesh, axes)
         known[axes] = ProcessGroupGroup(found) if traceable else make_group(found)
     return known
