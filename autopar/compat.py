@@ -316,6 +316,13 @@ def dtensor_of(
     return kind(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
+def become(tensor: DTensor, local: torch.Tensor, placements: Sequence[Placement]) -> None:
+    """Give a DTensor another local tensor and other placements, in place."""
+    meta = tensor._spec.tensor_meta
+    tensor._spec = DTensorSpec(tensor.device_mesh, tuple(placements), tensor_meta=meta)
+    tensor._local_tensor = local
+
+
 def local_shape_of(
     shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
 ) -> tuple[int, ...]:

@@ -25,6 +25,22 @@ from autopar.compat import StridedShard, local_of
 from .stage_placement import is_here
 
 
+class ExactPieces:
+    """For subclasses of DTensor: the protocol by which checkpoints ask a tensor for its pieces."""
+
+    __slots__ = ()
+
+    def __create_write_items__(self: Any, fqn: str, object: Any) -> list[WriteItem]:
+        del object
+        return write_items(fqn, self)
+
+    def __create_chunk_list__(self: Any) -> list[ChunkStorageMetadata]:
+        return chunks(self)
+
+    def __get_tensor_shard__(self: Any, index: MetadataIndex) -> Tensor:
+        return chunk_data(self, index)
+
+
 def write_items(name: str, tensor: DTensor) -> list[WriteItem]:
     """What this rank writes of a tensor: one item for each box of elements that it holds."""
     properties = TensorProperties.create_from_tensor(local_of(tensor))

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from autopar.compat import dtensor_like, dtensor_of, let_dispatch, local_of
 
-from .checkpoint_pieces import chunk_data, chunks, write_items
+from .checkpoint_pieces import ExactPieces
 from .on_stage_ops import run
 from .stage_gather import gathered
 from .stage_placement import (
@@ -34,6 +34,7 @@ from .stage_placement import (
     kept_on_stage,
     stage_of,
 )
+from .strided_tensor import StridedTensor, as_strided_tensor
 
 __all__ = [
     "OnStage",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-class StagedTensor(DTensor):
+class StagedTensor(ExactPieces, DTensor):
     """A DTensor with an `OnStage` placement on one mesh axis."""
 
     __slots__ = ()
@@ -98,18 +99,6 @@ class StagedTensor(DTensor):
         )
         made.requires_grad_(spec[-1])
         return made
-
-    # -- torch.distributed.checkpoint -------------------------------------------------------------
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
-        del object
-        return write_items(fqn, self)
-
-    def __create_chunk_list__(self) -> list[Any]:
-        return chunks(self)
-
-    def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return chunk_data(self, index)
 
 
 let_dispatch(StagedTensor)
@@ -166,7 +155,8 @@ def placed_like(tensor: DTensor, parameter: DTensor) -> DTensor:
     """A DTensor on the same mesh, placed as a parameter is; collective where that takes it."""
     axis, stage = axis_of(parameter), stage_of(parameter)
     if axis is None or isinstance(tensor, StagedTensor):
-        return tensor.redistribute(parameter.device_mesh, parameter.placements)
+        placed = tensor.redistribute(parameter.device_mesh, parameter.placements)
+        return as_strided_tensor(placed) if isinstance(parameter, StridedTensor) else placed
     assert stage is not None
     placements = everywhere(parameter.placements, axis)
     return on_stage(tensor.redistribute(parameter.device_mesh, placements), axis, stage)

@@ -22,18 +22,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from autopar.compat import dtensor_like, dtensor_of, local_of, local_shape_of
+from autopar.compat import become, dtensor_like, dtensor_of, local_of, local_shape_of
 from autopar.errors import UserError
 
 from .stage_gather import gathered
 from .stage_placement import axis_of, empty_piece, everywhere, is_here, stage_mesh, stage_of
 
 aten = torch.ops.aten
-_ON_ALL_RANKS = (
-    torch.Tag.data_dependent_output,
-    torch.Tag.dynamic_output_shape,
-    torch.Tag.nondeterministic_seeded,
-)
+_READ_BY_PYTHON = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_ON_ALL_RANKS = (*_READ_BY_PYTHON, torch.Tag.nondeterministic_seeded)
 _ELEMENTWISE = {
     aten.clone.default,
     aten.copy_.default,
@@ -238,26 +235,30 @@ class _Described:
     stride: tuple[int, ...]
     dtype: torch.dtype
     placements: tuple[Placement, ...]  # on the mesh of the stage
+    piece: tuple[int, ...]  # the shape of this rank's peer's piece
 
 
 def _on_stage(kind: Any, func: Any, args: Any, kwargs: Any, axis: int, stage: int) -> Any:
     like = _staged(args, kwargs)[0]
     args, kwargs = tree_map(functools.partial(_on_every_stage, axis=axis), (args, kwargs))
+    written = _written(func, args, kwargs)
+    for tensor in _staged(written):
+        _reduce_partial(tensor)
     if is_here(like):
         return _run_here(kind, func, args, kwargs, like)
-    written = _written(func, args, kwargs)
-    if len(written) == len(func._schema.returns) or (written and not func._schema.returns):
+    device = kwargs.get("device") or like.device
+    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    # Also of an op that returns nothing new: it may raise, and then has to on all ranks.
+    found, tree = _described_results(func, args, kwargs, stage_mesh(like.device_mesh, axis), axis)
+    if written:
         if not func._schema.returns:
             return None
         return written[0] if len(written) == 1 else tuple(written)
-    device = kwargs.get("device") or like.device
-    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
-    found, tree = _described_results(func, args, kwargs, stage_mesh(like.device_mesh, axis), axis)
 
     def empty(result: Any) -> Any:
         if not isinstance(result, _Described):
             return result
-        local = empty_piece(result.shape, result.dtype, torch.device(device))
+        local = empty_piece(result.piece, result.dtype, torch.device(device))
         return _as_staged(kind, local, result, like)
 
     return tree_unflatten([empty(result) for result in found], tree)
@@ -270,6 +271,25 @@ def _on_every_stage(value: Any, axis: int) -> Any:
     if value.placements[axis].is_replicate():
         return value
     return value.redistribute(value.device_mesh, everywhere(value.placements, axis))
+
+
+def _reduce_partial(tensor: DTensor) -> None:
+    """Sum up what the ranks of the stage have parts of, in place: it is about to be written to."""
+    if not any(p.is_partial() for p in tensor.placements):
+        return
+    axis = axis_of(tensor)
+    assert axis is not None
+    local = local_of(tensor)
+    if is_here(tensor):
+        mesh, parts = stage_mesh(tensor.device_mesh, axis), _stage_placements(tensor, axis)
+        assert mesh is not None
+        inner: DTensor = dtensor_of(local, mesh, parts, tensor.shape, tensor.stride())
+        local = local_of(inner.redistribute(mesh, [_reduced(p) for p in parts]))
+    become(tensor, local, [_reduced(p) for p in tensor.placements])
+
+
+def _reduced(placement: Placement) -> Placement:
+    return Replicate() if placement.is_partial() else placement
 
 
 def _stage_placements(tensor: DTensor, axis: int) -> tuple[Placement, ...]:
@@ -317,11 +337,12 @@ def _run_here(kind: Any, func: Any, args: Any, kwargs: Any, like: DTensor) -> An
 
 
 def _describe(value: Tensor, mesh: DeviceMesh | None) -> _Described:
+    shape, stride = tuple(value.shape), tuple(value.stride())
     if isinstance(value, DTensor):
-        placements = tuple(value.placements)
+        placements, piece = tuple(value.placements), tuple(local_of(value).shape)
     else:
-        placements = () if mesh is None else (Replicate(),) * mesh.ndim
-    return _Described(tuple(value.shape), tuple(value.stride()), value.dtype, placements)
+        placements, piece = () if mesh is None else (Replicate(),) * mesh.ndim, shape
+    return _Described(shape, stride, value.dtype, placements, piece)
 
 
 def _described_results(
@@ -333,7 +354,7 @@ def _described_results(
         if not isinstance(value, DTensor):
             return value
         placements = _stage_placements(value, axis)
-        return _Described(tuple(value.shape), value.stride(), value.dtype, placements)
+        return _Described(tuple(value.shape), value.stride(), value.dtype, placements, ())
 
     leaves, tree = tree_flatten((args, kwargs))
     described = tuple(describe(leaf) for leaf in leaves)
@@ -378,6 +399,9 @@ def _results(
 def _on_all_ranks(func: Any, args: Any, kwargs: Any) -> Any:
     staged = _staged(args, kwargs)
     whole = {id(t): w for t, w in zip(staged, gathered(staged), strict=True)}
+    if any(tag in func.tags for tag in _READ_BY_PYTHON):
+        for key, tensor in whole.items():  # DTensor would give Python its own part of a sum
+            whole[key] = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
     outer = {id(whole[id(t)]): t for t in staged}
     written = _staged(_written(func, args, kwargs))
     args, kwargs = tree_map(lambda v: whole.get(id(v), v), (args, kwargs))

@@ -15,6 +15,7 @@ from autopar.ir.sharding import Sharding
 from autopar.plan import PIPELINE_AXIS
 
 from .on_stage import OnStage, StagedTensor, empty_piece
+from .strided_tensor import as_strided_tensor
 
 
 def placements_of(
@@ -101,7 +102,7 @@ def wrap(
         placements = placements_of(sharding, mesh, stage)
         made: DTensor = dtensor_of(local, live, placements, shape, stride, StagedTensor)
         return made
-    return DTensor.from_local(
+    plain = DTensor.from_local(
         local,
         live,
         placements_of(sharding, mesh),
@@ -109,3 +110,4 @@ def wrap(
         shape=shape,
         stride=stride,
     )
+    return as_strided_tensor(plain)
