@@ -18,7 +18,7 @@ from autopar.ir.sharding import Sharding
 from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy, overlap_of
 from .columns import Columns, Edge, Flow, build_columns, copies_of, reading_patterns, times_read
 from .grid import Grid, GridPricer, Layouts, OptionPrices
-from .moves import MovePrices, Moves, moves_of, price_moves
+from .moves import MovePrices, Moves, Ways, moves_of, price_moves
 from .options import Option
 from .price import Pricer
 from .priced_columns import PricedColumns, copies_kept, priceable
@@ -99,6 +99,7 @@ class Frame:
     patterns: Mapping[frozenset[Edge], int]
     shrinks: Callable[[Sharding, Sharding], bool]
     saves: Callable[[Node, int], bool]
+    ways: Ways = field(default_factory=dict)
     layouts: dict[Node, Layouts] = field(init=False, default_factory=dict)
     built: dict[bool, _Built] = field(init=False, default_factory=dict)
 
@@ -114,7 +115,7 @@ class Frame:
 
     @cached_property
     def moves(self) -> Moves:
-        return moves_of(times_read(self.patterns), self.options, self.reference)
+        return moves_of(times_read(self.patterns), self.options, self.reference, self.ways)
 
     @cached_property
     def number(self) -> Mapping[Node, Ints]:
@@ -144,7 +145,9 @@ class Frame:
             if node.op != "output"
         }
         nothing = np.zeros((1, len(grid)))
-        free = OptionPrices(*([nothing] * 4), np.ones((1, len(grid)), dtype=np.bool_))
+        free = OptionPrices(
+            nothing, nothing, nothing, nothing, np.ones((1, len(grid)), dtype=np.bool_)
+        )
         all_ = [options.get(node, free) for node in self.options]
         return Priced(
             pricer,
@@ -237,12 +240,14 @@ class Frame:
             if both.sum() <= LARGER * uses.sum():
                 reach, uses = reach | before.options, both
         kept = {node: np.flatnonzero(reach[numbers]) for node, numbers in self.number.items()}
-        options = {node: [self.options[node][i] for i in found] for node, found in kept.items()}
-        number = self.moves.uses
+        options = {
+            node: [self.options[node][i] for i in found.tolist()] for node, found in kept.items()
+        }
+        edges = self.moves.edges
+        allowed = np.append(uses, False)  # the last stands for what is no use at all
 
         def admits(edge: Edge, source: Sharding, want: Sharding, regather: bool) -> bool:
-            at = number.get((edge, source, want, regather))
-            return at is not None and bool(uses[at])
+            return bool(allowed[edges[edge].use(source, want, regather)])
 
         def holds(edge: Edge) -> bool:
             if several and edge.producer.meta.get("role") == "param":
@@ -288,8 +293,13 @@ class _Often:
     made: Array
 
 
-def build_frame(problem: Problem, roles: Mapping[str, str], family: str = "auto") -> Frame:
-    """The frame of a problem for axes with roles; made on a mesh whose axes have size two."""
+def build_frame(
+    problem: Problem, roles: Mapping[str, str], family: str = "auto", ways: Ways | None = None
+) -> Frame:
+    """The frame of a problem for axes with roles; made on a mesh whose axes have size two.
+
+    `ways` are what other frames with axes of these names know of resharding, and learn.
+    """
     cluster = problem.cluster
     small = cluster.resized(*_least_hosts(cluster, 2 ** len(roles)))
     reference = make_mesh(small, dict.fromkeys(roles, 2))
@@ -317,6 +327,7 @@ def build_frame(problem: Problem, roles: Mapping[str, str], family: str = "auto"
         reading_patterns(problem.graph, problem.blocks),
         pricer.shrinks,
         pricer.saves_input,
+        {} if ways is None else ways,
     )
 
 

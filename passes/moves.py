@@ -35,39 +35,59 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Step = tuple[Collective, str, tuple[str, ...]]
 Way = tuple[Step, ...]  # collective, axis, other axes that split the value
-Use = tuple[Edge, Sharding, Sharding, bool]
+Ways = dict[tuple[Sharding, Sharding], Way | None]
+
+
+@dataclass(frozen=True)
+class EdgeMoves:
+    """The uses of one edge: `number[give, want]`, -1 where there is none.
+
+    Gives are by (identity of the sharding, regather), wants by the identity of theirs.
+    """
+
+    number: Ints
+    gives: Mapping[tuple[int, bool], int]
+    wants: Mapping[int, int]
+
+    def use(self, source: Sharding, want: Sharding, regather: bool) -> int:
+        return int(self.number[self.gives[id(source), regather], self.wants[id(want)]])
 
 
 @dataclass(frozen=True)
 class Moves:
-    """The uses of a frame.
+    """The uses of a frame, whose equal shardings are one object.
 
     `given[node]` lists (options, gives) of every edge that leaves a node, `wanted[node]` (options,
     wants) of every edge that enters it: which of the frame's gives and wants an option is. Of every
-    use: its edge's number, give, want, pair, how often it is read, whether it gathers again.
-    `pairs` numbers (producer, port, source, want); `values` the values of the pairs (`late`: a
-    parameter, `grad`: its gradient returns), `steps` what their ways are made of, `first` where a
-    pair's steps begin in `step_of`.
+    use: its give, want, pair, how often it is read, whether it gathers again. `values` are those of
+    the pairs (`late`: a parameter, `grad`: its gradient returns). `codes` are the pairs' values and
+    ways as one number, in order; `way` numbers the ways by their shardings' identities. A pair's
+    steps are a row of `step_of`, filled up with the number after the last of `steps`.
     """
 
+    edges: Mapping[Edge, EdgeMoves]
     given: Mapping[Node, Sequence[Ints]]
     wanted: Mapping[Node, Sequence[Ints]]
     gives: int
     wants: int
-    uses: Mapping[Use, int]
     give: Ints
     want: Ints
     pair: Ints
     times: Array
     again: Flags
-    pairs: Mapping[tuple[Node, int, Sharding, Sharding], int]
+    codes: Ints
+    way: Mapping[tuple[int, int], int]
     value: Ints
-    values: Sequence[tuple[Node, int]]
+    values: Mapping[tuple[Node, int], int]
     late: Flags
     grad: Flags
     steps: Sequence[Step]
-    first: Ints
     step_of: Ints
+
+    def pair_of(self, node: Node, port: int, source: Sharding, want: Sharding) -> int:
+        """The number of a pair that some edge uses."""
+        code = self.values[node, port] * len(self.way) + self.way[id(source), id(want)]
+        return int(np.searchsorted(self.codes, code))
 
     def within(
         self,
@@ -108,86 +128,118 @@ class MovePrices:
     gather_s: Array
 
 
+class _Ways:
+    """Numbers of (source, want), and the numbers of their steps; None where there is no way."""
+
+    def __init__(self, known: Ways, mesh: Mesh) -> None:
+        self.known, self.mesh = known, mesh
+        self.number: dict[tuple[int, int], int] = {}
+        self.steps: list[list[int] | None] = []
+        self.step_at: dict[Step, int] = {}
+
+    def get(self, source: Sharding, want: Sharding) -> int:
+        key = (id(source), id(want))
+        found = self.number.get(key)
+        if found is None:
+            found = self.number[key] = len(self.steps)
+            self.steps.append(self._steps(source, want))
+        return found
+
+    def _steps(self, source: Sharding, want: Sharding) -> list[int] | None:
+        if source is want:
+            return []
+        if (source, want) not in self.known:
+            self.known[source, want] = _way(source, want, self.mesh)
+        way = self.known[source, want]
+        if way is None:
+            return None
+        return [self.step_at.setdefault(step, len(self.step_at)) for step in way]
+
+
 def moves_of(
     times_read: Mapping[Edge, int],
     options: Mapping[Node, Sequence[Option]],
     mesh: Mesh,
+    known: Ways,
 ) -> Moves:
-    """The moves of a frame's options, that were made on `mesh`."""
-    ways: dict[tuple[Sharding, Sharding], int] = {}
-    way_steps: list[list[int] | None] = []
-    step_at: dict[Step, int] = {}
+    """The moves of a frame's options, that were made on `mesh`; `known` are ways on such a mesh."""
+    ways = _Ways(known, mesh)
+    edges: dict[Edge, EdgeMoves] = {}
     given: dict[Node, list[Ints]] = defaultdict(list)
     wanted: dict[Node, list[Ints]] = defaultdict(list)
-    pairs: dict[tuple[Node, int, Sharding, Sharding], int] = {}
     values: dict[tuple[Node, int], int] = {}
-    pair_way: list[int] = []
-    pair_value: list[int] = []
-    uses: dict[Use, int] = {}
-    give, want_, pair, times, again = ([] for _ in range(5))  # type: ignore[var-annotated]
-    gives = wants = 0
+    parts: list[Ints] = []
+    gives = wants = uses = 0
     for edge, often in times_read.items():
         hints = edge.producer.meta.get(MARK, ())
         value = values.setdefault((edge.producer, edge.port), len(values))
-        gave: dict[tuple[Sharding, bool], int] = {}
-        takes: dict[Sharding, int] = {}
-        which = [
-            gave.setdefault((o.gives[edge.port], o.regather), gives + len(gave))
-            for o in options[edge.producer]
-        ]
-        given[edge.producer].append(np.array(which, dtype=np.int64))
-        which = [
-            takes.setdefault(o.wants[edge.slot], wants + len(takes)) for o in options[edge.consumer]
-        ]
-        wanted[edge.consumer].append(np.array(which, dtype=np.int64))
-        gives, wants = gives + len(gave), wants + len(takes)
-        for (source, regather), from_ in gave.items():
-            for target, to in takes.items():
-                if hints and not may_reshard(hints, source, target):
-                    continue
-                way = ways.get((source, target))
-                if way is None:
-                    way = ways[source, target] = len(ways)
-                    found = () if source == target else _way(source, target, mesh)
-                    way_steps.append(
-                        None
-                        if found is None
-                        else [step_at.setdefault(s, len(step_at)) for s in found]
-                    )
-                if way_steps[way] is None:
-                    continue
-                key = (edge.producer, edge.port, source, target)
-                number = pairs.get(key)
-                if number is None:
-                    number = pairs[key] = len(pairs)
-                    pair_way.append(way)
-                    pair_value.append(value)
-                uses[edge, source, target, regather] = len(uses)
-                give.append(from_)
-                want_.append(to)
-                pair.append(number)
-                times.append(often)
-                again.append(regather)
-    steps = [way_steps[way] or [] for way in pair_way]
+        gave: dict[tuple[int, bool], int] = {}
+        takes: dict[int, int] = {}
+        sources: list[Sharding] = []
+        targets: list[Sharding] = []
+        from_, to = [], []
+        for o in options[edge.producer]:
+            source = o.gives[edge.port]
+            at = gave.setdefault((id(source), o.regather), len(gave))
+            if at == len(sources):
+                sources.append(source)
+            from_.append(at)
+        for o in options[edge.consumer]:
+            target = o.wants[edge.slot]
+            at = takes.setdefault(id(target), len(takes))
+            if at == len(targets):
+                targets.append(target)
+            to.append(at)
+        number = np.array([[ways.get(s, t) for t in targets] for s in sources], dtype=np.int64)
+        ok = np.array([[ways.steps[w] is not None for w in row] for row in number.tolist()])
+        if hints:
+            ok &= np.array([[may_reshard(hints, s, t) for t in targets] for s in sources])
+        g, w = np.nonzero(ok)
+        regather = np.array([again for _, again in gave], dtype=np.int64)
+        parts.append(
+            np.stack(
+                [
+                    g + gives,
+                    w + wants,
+                    np.full(len(g), value),
+                    number[g, w],
+                    np.full(len(g), often),
+                    regather[g],
+                ]
+            )
+        )
+        place = np.full(ok.shape, -1, dtype=np.int64)
+        place[g, w] = np.arange(uses, uses + len(g))
+        edges[edge] = EdgeMoves(place, gave, takes)
+        given[edge.producer].append(np.array(from_, dtype=np.int64) + gives)
+        wanted[edge.consumer].append(np.array(to, dtype=np.int64) + wants)
+        gives, wants, uses = gives + len(sources), wants + len(targets), uses + len(g)
+    give, want, of, way, times, again = np.concatenate(parts, axis=1)
+    codes, pair = np.unique(of * len(ways.number) + way, return_inverse=True)
+    none = len(ways.step_at)
+    longest = max((len(s) for s in ways.steps if s), default=0)
+    step_of = np.full((len(ways.steps), longest), none, dtype=np.int64)
+    for row, steps in zip(step_of, ways.steps, strict=True):
+        row[: len(steps or ())] = steps or ()
     return Moves(
+        edges,
         given,
         wanted,
         gives,
         wants,
-        uses,
-        np.array(give, dtype=np.int64),
-        np.array(want_, dtype=np.int64),
-        np.array(pair, dtype=np.int64),
-        np.array(times, dtype=np.float64),
-        np.array(again, dtype=np.bool_),
-        pairs,
-        np.array(pair_value, dtype=np.int64),
-        list(values),
+        give,
+        want,
+        pair.reshape(-1),
+        times.astype(np.float64),
+        again.astype(np.bool_),
+        codes,
+        ways.number,
+        codes // len(ways.number),
+        values,
         np.array([_is_param(node) for node, _ in values], dtype=np.bool_),
         np.array([values_of(node)[port].requires_grad for node, port in values], dtype=np.bool_),
-        list(step_at),
-        np.concatenate(([0], np.cumsum([len(s) for s in steps]))).astype(np.int64),
-        np.array([at for s in steps for at in s], dtype=np.int64),
+        list(ways.step_at),
+        step_of[codes % len(ways.number)],
     )
 
 
@@ -198,42 +250,39 @@ def price_moves(moves: Moves, grid: Grid, sizes: Array) -> MovePrices:
     """
     # Values of one size, parameters or not, cost the same.
     kinds, kind = np.unique(np.stack([sizes, moves.late]), axis=1, return_inverse=True)
-    owner = np.repeat(np.arange(len(moves.value)), np.diff(moves.first))
-    code = moves.step_of * kinds.shape[1] + kind.reshape(-1)[moves.value[owner]]
+    n = kinds.shape[1]
+    code = moves.step_of * n + kind.reshape(-1)[moves.value][:, None]
+    code[moves.step_of == len(moves.steps)] = -1  # no step
     atoms, at = np.unique(code, return_inverse=True)
+    at = at.reshape(code.shape)
     forward, backward = (np.zeros((len(atoms), len(grid))) for _ in range(2))
     groups: dict[tuple[Collective, str, bool], list[int]] = defaultdict(list)
-    for i, atom in enumerate(atoms):
-        op, axis, _ = moves.steps[atom // kinds.shape[1]]
-        groups[op, axis, bool(kinds[1, atom % kinds.shape[1]])].append(i)
+    gathers = np.zeros((len(atoms), 1))
+    for i, atom in enumerate(atoms.tolist()):
+        if atom >= 0:
+            op, axis, _ = moves.steps[atom // n]
+            groups[op, axis, bool(kinds[1, atom % n])].append(i)
+            gathers[i] = op is GATHER_VARY
     for (op, axis, late), members in groups.items():
         nbytes = np.stack(
-            [
-                kinds[0, atoms[i] % kinds.shape[1]]
-                / grid.product(moves.steps[atoms[i] // kinds.shape[1]][2])
-                for i in members
-            ]
+            [kinds[0, a % n] / grid.product(moves.steps[a // n][2]) for a in atoms[members]]
         )
         for span, some in grid.spans[axis]:
             there = np.ix_(members, some)
             forward[there], backward[there] = _collective(
                 grid.cluster, op, nbytes[:, some], span, late
             )
-    gathers = np.array([moves.steps[a // kinds.shape[1]][0] is GATHER_VARY for a in atoms])
     grad = moves.grad[moves.value][:, None]
     return MovePrices(
-        _along(forward, at, moves.first),
-        _along(backward, at, moves.first) * grad,
-        _along(forward * gathers[:, None], at, moves.first) * grad,
+        _along(forward, at), _along(backward, at) * grad, _along(forward * gathers, at) * grad
     )
 
 
-def _along(prices: Array, at: Ints, first: Ints) -> Array:
+def _along(prices: Array, at: Ints) -> Array:
     """Sums of the prices of the steps of every pair."""
-    made = np.zeros((len(first) - 1, prices.shape[1]))
-    some = np.flatnonzero(np.diff(first))
-    if len(some):
-        made[some] = np.add.reduceat(prices[at], first[some], axis=0)
+    made = np.zeros((len(at), prices.shape[1]))
+    for column in at.T:
+        made += prices[column]
     return made
 
 

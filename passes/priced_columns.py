@@ -122,7 +122,6 @@ def priceable(
     columns: Columns, regions: Regions, moves: Moves, option: Mapping[Node, Ints]
 ) -> PricedColumns:
     """The terms of columns; `option[node]` are the frame's numbers of its options."""
-    where = {value: i for i, value in enumerate(moves.values)}
     time = [
         (column, columns.flows[item], times)
         for column, item, times in columns.time.triples()
@@ -147,7 +146,7 @@ def priceable(
         np.concatenate(calls),
         np.array([column for column, _, _ in time], dtype=np.int64),
         np.array(
-            [moves.pairs[f.producer, f.port, f.source, f.want] for _, f, _ in time],
+            [moves.pair_of(f.producer, f.port, f.source, f.want) for _, f, _ in time],
             dtype=np.int64,
         ),
         np.array([times for _, _, times in time], dtype=np.float64),
@@ -159,7 +158,7 @@ def priceable(
         ),
         np.array([column for column, *_ in held], dtype=np.int64),
         tuple((f, times) for _, f, times, _, _ in held),
-        np.array([where[f.producer, f.port] for _, f, *_ in held], dtype=np.int64),
+        np.array([moves.values[f.producer, f.port] for _, f, *_ in held], dtype=np.int64),
         tuple(tuple(sorted(a for s in f.want.splits for a in s.axes)) for _, f, *_ in held),
         np.array([float(saved) for *_, saved, _ in held]),
         np.array([float(summed) for *_, summed in held]),

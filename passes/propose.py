@@ -22,6 +22,7 @@ from .accounts import FULL, NONE, SELECTIVE
 from .families import THREE_AXES
 from .frame import Frame, Priced, Table, Variant, build_frame
 from .hints import hinted_axes, role_sets_with
+from .moves import Ways
 from .problem import Problem, problem_of
 from .relax import Relaxation, Relaxed
 
@@ -43,6 +44,7 @@ class Frames:
     problem: Problem
     made: dict[Roles, Frame] = field(default_factory=dict)
     problems: dict[tuple[tuple[sympy.Symbol, int], ...], Problem] = field(default_factory=dict)
+    ways: dict[tuple[str, ...], Ways] = field(default_factory=dict)
 
     def problem_at(self, graph: Graph, symbols: Symbols, cluster: Cluster) -> Problem:
         """The problem of the same graph for other sizes or another cluster."""
@@ -57,13 +59,18 @@ class Frames:
 
     def get(self, roles: Roles) -> Frame:
         if roles not in self.made:
-            self.made[roles] = build_frame(self.problem, dict(roles))
+            names = tuple(name for name, _ in roles)
+            ways = self.ways.setdefault(names, {})
+            self.made[roles] = build_frame(self.problem, dict(roles), ways=ways)
         return self.made[roles]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan for: sizes, the cluster, bytes per device, and which variants may be tried."""
+    """What to plan for: sizes, the cluster, bytes per device, and which variants may be tried.
+
+    Candidates that take `better_than_s` seconds or more are not looked for.
+    """
 
     cluster: Cluster
     symbols: Mapping[sympy.Symbol, int]
@@ -71,6 +78,7 @@ class Request:
     micro_batches: Sequence[int] = (1,)
     modes: Sequence[str] = (NONE,)
     axes: int = 3
+    better_than_s: float = math.inf
 
     def at(self, micro_batches: int) -> dict[sympy.Symbol, int]:
         """The sizes of one micro-batch."""
@@ -146,7 +154,8 @@ class _Outer:
 
     @property
     def best_s(self) -> float:
-        return min((p.relaxed.time_s for p in self.solved if p.relaxed), default=math.inf)
+        solved = (p.relaxed.time_s for p in self.solved if p.relaxed)
+        return min(solved, default=self.request.better_than_s)
 
     def run(self) -> list[Proposal]:
         one, *others = role_sets(self.frames.problem, self.request)
