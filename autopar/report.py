@@ -14,7 +14,7 @@ from rich.text import Text
 from .cost.families import FAMILY, op_family, short_name
 from .passes.describe import collapse, pattern
 from .passes.hinted import price_text
-from .plan import Activation, Plan, Storage
+from .plan import Activation, Alternative, Plan, Storage
 from .units import bytes_text, seconds_text
 
 WIDTH = 100
@@ -31,10 +31,14 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or make_console()
     console.print()
     _header(plan, console)
-    for table in (_parameters(plan), _activations(plan), _traffic(plan), _alternatives(plan)):
+    tables = (_stages, _parameters, _activations, _traffic, _alternatives)
+    for table in (made(plan) for made in tables):
         if table is not None:
             console.print()
             console.print(table)
+    for alternative in plan.alternatives:
+        if _is_refused(alternative):
+            console.print(Text(f"no {alternative.name}: {alternative.why}"))
     for price in plan.hinted:
         console.print(Text(price_text(plan, price)))
     if plan.notes:
@@ -116,7 +120,7 @@ def _header(plan: Plan, console: Console) -> None:
             Text.assemble(
                 (seconds_text(p.time_s), "bold"),
                 f" = compute {seconds_text(p.compute_s)} + communication {seconds_text(p.comm_s)}"
-                f" + optimizer {seconds_text(p.optimizer_s)}",
+                f" + optimizer {seconds_text(p.optimizer_s)}{_bubble(plan)}",
             ),
         ),
         (
@@ -139,6 +143,42 @@ def _header(plan: Plan, console: Console) -> None:
     for name, text in rows:
         grid.add_row(name, text)
     console.print(grid)
+
+
+def _bubble(plan: Plan) -> str:
+    """The wait for other stages, of the stage that ends last."""
+    if plan.pipeline is None or plan.timeline is None:
+        return ""
+    return f" + bubble {seconds_text(plan.timeline.bubble_s)}"
+
+
+def _stages(plan: Plan) -> Table | None:
+    """The stages of a pipeline: what each holds, and how its time goes."""
+    if plan.pipeline is None or plan.timeline is None or not plan.timeline.stages:
+        return None
+    chunks = f", {plan.pipeline.chunks} pieces each" if plan.pipeline.chunks > 1 else ""
+    table = plain_table(
+        f"pipeline stages ({plan.pipeline.schedule}{chunks}, {plan.micro_batches} micro-batches)",
+        *(">stage", "*modules", ">compute", ">waits", ">bubble", ">in flight", ">memory"),
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            str(i),
+            use.what,
+            seconds_text(use.compute_s),
+            seconds_text(use.exposed_s),
+            seconds_text(use.bubble_s),
+            f"{use.in_flight:.3g}",
+            bytes_text(use.peak_bytes),
+        )
+        for i, use in enumerate(plan.timeline.stages)
+    ]
+    return fitted(table, rows)
+
+
+def _is_refused(alternative: Alternative) -> bool:
+    """Whether a kind of plan was not looked at; its reason needs more room than a table has."""
+    return alternative.mesh == "-"
 
 
 def _by_size(parts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -237,10 +277,11 @@ def _traffic(plan: Plan) -> Table | None:
 
 
 def _alternatives(plan: Plan) -> Table | None:
-    if not plan.alternatives:
+    shown = [a for a in plan.alternatives if not _is_refused(a)]
+    if not shown:
         return None
     table = plain_table("alternatives", "strategy", "mesh", ">step", ">memory", "*why not")
-    ranked = sorted(plan.alternatives, key=lambda a: math.inf if a.time_s is None else a.time_s)
+    ranked = sorted(shown, key=lambda a: math.inf if a.time_s is None else a.time_s)
     rows: list[tuple[str, ...]] = []
     for a in ranked:
         time = "-" if a.time_s is None else seconds_text(a.time_s)

@@ -24,7 +24,11 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "tensor": (("tensor",),),
     "data+tensor": (("data", "tensor"),),
     "zero+tensor": (("zero", "tensor"),),
+    "pipeline": (("stages",),),
+    "pipeline+data": (("stages", "data"),),
+    "pipeline+tensor": (("stages", "tensor"),),
 }
+PIPELINED = tuple(name for name, roles in FAMILIES.items() if roles[0][0] == "stages")
 
 
 # Roles of three axes in the automatic search, outermost first, with the names of the axes.

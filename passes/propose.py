@@ -8,31 +8,37 @@ the bounds until the least bound is above the best step found.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import sympy
+from numpy.typing import NDArray
 
 from autopar.cost.cluster import Cluster, make_mesh
 from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
 
 from .accounts import FULL, NONE, SELECTIVE
+from .columns import Columns
 from .families import THREE_AXES
 from .frame import Frame, Priced, Table, Variant, build_frame
 from .hints import hinted_axes, role_sets_with
 from .moves import Ways
 from .problem import Problem, problem_of
-from .relax import Relaxation, Relaxed
+from .relax import Relaxation, Relaxed, Weights
 
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 Progress = Callable[[str], None]
 Roles = tuple[tuple[str, str], ...]
 Symbols = Mapping[sympy.Symbol, int]
 
 LARGEST_INNER = 64  # members of an axis that communicates activations, at most
 MANY = 16  # devices from which a restricted search comes before the full one
-PROBED = 4  # meshes of a field that tell how far its bounds are from the truth
+KEPT = 24  # sets of prices of meshes
+LEARNT = 4  # relaxations of other variants whose weights bound a field
 WORTH = 1e-3  # a candidate that is closer than this to the best is not looked for
 NEAR = 1.05  # candidates this close to the best are solved until there are enough of them
 
@@ -45,6 +51,7 @@ class Frames:
     made: dict[Roles, Frame] = field(default_factory=dict)
     problems: dict[tuple[tuple[sympy.Symbol, int], ...], Problem] = field(default_factory=dict)
     ways: dict[tuple[str, ...], Ways] = field(default_factory=dict)
+    prices: dict[object, Priced] = field(default_factory=dict)
 
     def problem_at(self, graph: Graph, symbols: Symbols, cluster: Cluster) -> Problem:
         """The problem of the same graph for other sizes or another cluster."""
@@ -56,6 +63,20 @@ class Frames:
             self.problems[sizes] = problem_of(graph, symbols, cluster, first.optimizer)
         found = self.problems[sizes]
         return found if found.cluster is cluster else replace(found, cluster=cluster)
+
+    def priced(
+        self, roles: Roles, meshes: tuple[Mesh, ...], request: Request, micro_batches: int
+    ) -> Priced:
+        """Prices of meshes at the sizes of one micro-batch; the latest are kept."""
+        sizes = tuple(request.at(micro_batches).items())
+        key = (roles, meshes, sizes)
+        found = self.prices.get(key)
+        if found is None or found.pricer.grid.cluster is not request.cluster:
+            found = self.get(roles).priced(meshes, request.cluster, dict(sizes))
+            while len(self.prices) >= KEPT:
+                del self.prices[next(iter(self.prices))]
+            self.prices[key] = found
+        return found
 
     def get(self, roles: Roles) -> Frame:
         if roles not in self.made:
@@ -78,6 +99,7 @@ class Request:
     micro_batches: Sequence[int] = (1,)
     modes: Sequence[str] = (NONE,)
     axes: int = 3
+    better_than_s: float = math.inf
     better_than_s: float = math.inf
 
     def at(self, micro_batches: int) -> dict[sympy.Symbol, int]:
@@ -108,29 +130,23 @@ class Proposal:
 
 @dataclass
 class _Field:
-    """The meshes of one set of roles under one variant, with their bounds."""
+    """The meshes of one set of roles under one variant, with their bounds.
+
+    `free` are bounds of what the meshes take with any amount of memory. A relaxation knows what is
+    faster than `built_for_s`: the rest may be opened again.
+    """
 
     roles: Roles
     variant: Variant
     table: Table
-    bound_s: np.ndarray[tuple[int], np.dtype[np.float64]]
-    open: np.ndarray[tuple[int], np.dtype[np.bool_]]
-    least_bytes: np.ndarray[tuple[int], np.dtype[np.float64]]
-    lean_known: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    bound_s: Array
+    open: Flags
+    least_bytes: Array
+    lean_known: Flags
     relaxation: Relaxation | None = None
     built_for_s: float = math.inf
-    missed: dict[int, float] = field(default_factory=dict)
+    learnt: int = 0
     given_up: list[int] = field(default_factory=list)
-
-    def guess(self, at: int) -> float:
-        """A mesh's bound, times by how much solved meshes with its innermost axis missed theirs.
-
-        Before any of those is solved, by how much the best of `PROBED` others did. Meshes that are
-        left at their bound for that reason count in the gap that is reported.
-        """
-        inner = self.table.meshes[at].axes[-1].size
-        others = min(self.missed.values()) if len(self.missed) >= PROBED else 1.0
-        return float(self.bound_s[at]) * self.missed.get(inner, others)
 
 
 def propose(
@@ -140,42 +156,53 @@ def propose(
 
     None is solved where nothing fits in memory; every mesh with its least memory is in the list.
     """
-    search = _Outer(frames, request, keep, progress)
-    return search.run()
+    return Outer(frames, request, keep, progress).run()
 
 
-class _Outer:
-    def __init__(self, frames: Frames, request: Request, keep: int, progress: Progress) -> None:
+class Outer:
+    """The outer search; `run` looks for what is faster than `until_s`, and can be asked again."""
+
+    def __init__(
+        self,
+        frames: Frames,
+        request: Request,
+        keep: int = 4,
+        progress: Progress = lambda _: None,
+    ) -> None:
         self.frames, self.request, self.keep, self.progress = frames, request, keep, progress
         self.solved: list[Proposal] = []
-        self.fields: list[_Field] = []
-        self.tight = False  # some candidate did not fit
+        self.fields: dict[tuple[Roles, Variant], _Field] = {}
         self.priced: dict[tuple[Roles, int], Priced] = {}
+        self.weights: dict[Roles, list[tuple[Columns, Weights]]] = defaultdict(list)
+        self.free: dict[Roles, Array] = {}
+        self.until_s = 0.0
 
     @property
     def best_s(self) -> float:
-        solved = (p.relaxed.time_s for p in self.solved if p.relaxed)
-        return min(solved, default=self.request.better_than_s)
+        """Seconds of the best candidate so far; what is slower is not looked for."""
+        best = min((p.relaxed.time_s for p in self.solved if p.relaxed), default=math.inf)
+        return min(max(best, self.until_s), self.request.better_than_s)
 
-    def run(self) -> list[Proposal]:
+    def run(self, until_s: float = 0.0) -> list[Proposal]:
+        """Solve what may be the best, or faster than `until_s`; all candidates."""
+        self.until_s = until_s
         one, *others = role_sets(self.frames.problem, self.request)
         # One axis costs little and bounds the rest. Two axes without restriction are the largest
         # programmes: last, with the best bound.
         for roles in (one, *others[1:], *others[:1]):
+            if self.frames.get(roles).is_empty:
+                continue
             for mode in (m for m in (NONE, SELECTIVE, FULL) if m in self.request.modes):
-                shortest = math.inf
                 for k in self._micro_batches():
-                    variant = Variant(k, mode)
-                    if not self._is_short(variant):
-                        continue
-                    if self._cover(roles, variant) > self.best_s:
+                    found = self._field(roles, Variant(k, mode))
+                    if found is None:
+                        break
+                    if found.table.least_s.min() > self.best_s:
                         break  # smaller micro-batches only take longer
                     self._explore()
-                    found = self._best_of(roles, variant)
-                    if found > shortest:
-                        break  # more of them only gather parameters more often
-                    if found > 0:
-                        shortest = found
+        return self._listed()
+
+    def _listed(self) -> list[Proposal]:
         solved = {(str(p.mesh), p.variant) for p in self.solved}
         rest = [
             Proposal(
@@ -186,7 +213,7 @@ class _Outer:
                 least_bytes=float(f.least_bytes[i]),
                 left=bool(f.open[i]) or i in f.given_up,
             )
-            for f in self.fields
+            for f in self.fields.values()
             for i, mesh in enumerate(f.table.meshes)
             if (str(mesh), f.variant) not in solved
         ]
@@ -200,108 +227,93 @@ class _Outer:
         batch = next((n for s, n in self.request.symbols.items() if str(s) == "b"), 1)
         return [k for k in sorted(self.request.micro_batches) if batch % k == 0]
 
-    def _best_of(self, roles: Roles, variant: Variant) -> float:
-        """Seconds of the best solved mesh of some roles and a variant; -inf if none was."""
-        names = tuple(name for name, _ in roles)
-        solved = [
-            p.relaxed.time_s
-            for p in self.solved
-            if p.relaxed and p.variant == variant and p.mesh.names == names
-        ]
-        return min(solved, default=-math.inf)
-
-    def _is_short(self, variant: Variant) -> bool:
-        """Whether memory binds without what the variant gives up: else it can gain nothing."""
-        if variant == Variant():
-            return True
-        less = [p for p in self.solved if p.relaxed and self._gives_up_less(p.variant, variant)]
-        best = min(less, key=lambda p: p.bound_s, default=None)
-        return best is None or best.relaxed is None or best.relaxed.weights.memory > 0
-
-    def _gives_up_less(self, one: Variant, other: Variant) -> bool:
-        order = (NONE, SELECTIVE, FULL)
-        return (
-            one != other
-            and one.micro_batches <= other.micro_batches
-            and order.index(one.mode) <= order.index(other.mode)
-        )
-
-    def _cover(self, roles: Roles, variant: Variant) -> float:
-        """Open the meshes of some roles under a variant; the least seconds that any can take."""
-        frame, k = self.frames.get(roles), variant.micro_batches
-        if frame.is_empty:
-            return math.inf
-        if (roles, k) not in self.priced:
+    def _prices(self, roles: Roles, micro_batches: int) -> Priced | None:
+        """Prices of all meshes of some roles at the sizes of one micro-batch."""
+        key = (roles, micro_batches)
+        if key not in self.priced:
             meshes = tuple(meshes_of(roles, self.request.cluster))
             if not meshes:
-                return math.inf
-            sizes = self.request.at(k)
-            self.priced[roles, k] = frame.priced(meshes, self.request.cluster, sizes)
-        table = frame.table(self.priced[roles, k], variant)
-        fits = table.least_bytes <= self.request.memory_limit
-        self.fields.append(
-            _Field(
-                roles,
-                variant,
-                table,
-                table.least_s.copy(),
-                fits & (table.least_s < self.best_s),
-                table.least_bytes.copy(),
-                np.zeros(len(table.meshes), dtype=np.bool_),
-            )
+                return None
+            self.priced[key] = self.frames.priced(roles, meshes, self.request, micro_batches)
+        return self.priced[key]
+
+    def _field(self, roles: Roles, variant: Variant) -> _Field | None:
+        """The meshes of some roles under a variant."""
+        if (roles, variant) in self.fields:
+            return self.fields[roles, variant]
+        priced = self._prices(roles, variant.micro_batches)
+        if priced is None:
+            return None
+        table = self.frames.get(roles).table(priced, variant)
+        bound = table.least_s.copy()
+        if variant != Variant() and roles in self.free:
+            bound = np.maximum(bound, self.free[roles])
+        found = self.fields[roles, variant] = _Field(
+            roles,
+            variant,
+            table,
+            bound,
+            table.least_bytes <= self.request.memory_limit,
+            table.least_bytes.copy(),
+            np.zeros(len(table.meshes), dtype=np.bool_),
         )
-        return float(table.least_s.min())
+        return found
 
     def _explore(self) -> None:
         """Solve relaxations, the most promising first, until none looks better than the best."""
         while True:
-            found = [
-                (field_.guess(int(i)), field_, int(i))
-                for field_ in self.fields
-                for i in np.flatnonzero(field_.open)
-            ]
-            if not found:
+            found = None
+            least = math.inf
+            for field_ in self.fields.values():
+                bounds = np.where(field_.open, field_.bound_s, math.inf)
+                at = int(bounds.argmin())
+                if bounds[at] < least:
+                    found, least = (field_, at), float(bounds[at])
+            if found is None:
                 return
-            guess, field_, at = min(found, key=lambda entry: entry[0])
-            enough = len([p for p in self.solved if p.relaxed]) >= self.keep
-            if guess >= self.best_s * (1 - WORTH) and (enough or guess >= self.best_s * NEAR):
+            enough = len(self.solved) >= self.keep
+            best_s = self.best_s
+            if least >= best_s * (1 - WORTH) and (enough or least >= best_s * NEAR):
                 return
-            self._solve(field_, at)
+            self._solve(*found)
 
     def _solve(self, field_: _Field, at: int) -> None:
-        frame, variant = self.frames.get(field_.roles), field_.variant
-        within = self.best_s * (NEAR if len(self.solved) >= self.keep else 1.2)
-        if field_.relaxation is None or field_.built_for_s > 1.3 * within:
-            field_.built_for_s = within
-            built = frame.programme(field_.table, within)
-            if built is None:
-                field_.open[:] = False
-                return
-            field_.relaxation = Relaxation(*built)
-        field_.open[at] = False
+        """Solve the relaxation of a mesh, or raise its bound by what is known from others."""
+        if not self._build(field_) or self._learn(field_, at):
+            return
+        assert field_.relaxation is not None
         relaxed = None
-        if not self.tight or self._has_room(field_, at):
-            relaxed = field_.relaxation.solve(at, self.request.memory_limit)
-        mesh = field_.table.meshes[at]
+        if not field_.lean_known[at] and self._is_tight(field_):
+            self._has_room(field_, at)
+            if not field_.open[at] or field_.bound_s[at] >= field_.built_for_s:
+                return
+        relaxed = field_.relaxation.solve(at, self.request.memory_limit)
         if relaxed is None and field_.relaxation.stalled:
+            field_.open[at] = False
             field_.given_up.append(at)
             return
         if relaxed is None:
-            self.tight = True
-            self._has_room(field_, at)
+            self._is_slower(field_, at)
             return
-        self.progress(f"{mesh}{_label(variant)}: {relaxed.time_s * 1e3:.4g} ms")
-        bound = float(field_.bound_s[at])
-        inner, missed = mesh.axes[-1].size, relaxed.time_s / bound if bound > 0 else 1.0
-        field_.missed[inner] = min(missed, field_.missed.get(inner, math.inf))
-        # Of what is slower than the programme was built for, nothing is known.
-        bounds = np.minimum(field_.relaxation.bounds(relaxed.weights), field_.built_for_s)
-        field_.bound_s[:] = np.maximum(field_.bound_s, bounds)
+        field_.open[at] = False
+        self._add(field_, at, relaxed)
+
+    def _add(self, field_: _Field, at: int, relaxed: Relaxed) -> None:
+        assert field_.relaxation is not None
+        mesh, roles = field_.table.meshes[at], field_.roles
+        self.progress(f"{mesh}{_label(field_.variant)}: {relaxed.time_s * 1e3:.4g} ms")
+        self.weights[roles].append((field_.relaxation.columns, relaxed.weights))
+        self._bound(field_, relaxed.weights)
+        field_.learnt = len(self.weights[roles])
+        if field_.variant == Variant() and not relaxed.weights.memory:
+            # Whatever the variant, it takes no less than one micro-batch with nothing repeated.
+            free = self.free.get(roles, np.zeros(len(field_.bound_s)))
+            self.free[roles] = np.maximum(free, field_.bound_s)
         self.solved.append(
             Proposal(
-                frame,
+                self.frames.get(roles),
                 mesh,
-                variant,
+                field_.variant,
                 relaxed.time_s,
                 field_.relaxation,
                 at,
@@ -310,17 +322,63 @@ class _Outer:
             )
         )
 
-    def _has_room(self, field_: _Field, at: int) -> bool:
-        """Whether a mesh can keep to the limit at all; closes others of its field that cannot."""
+    def _build(self, field_: _Field) -> bool:
+        """Make the programme of what is fast enough to matter, unless it is there."""
+        within = self.best_s * (NEAR if len(self.solved) >= self.keep else 1.2)
+        built_for = field_.built_for_s if field_.relaxation is not None else 0.0
+        if within <= built_for <= 1.3 * within:
+            return True
+        if field_.relaxation is not None and built_for >= within:
+            return True
+        built = self.frames.get(field_.roles).programme(field_.table, within)
+        if built is None:
+            field_.bound_s = np.maximum(field_.bound_s, within)
+            if within == math.inf:
+                field_.open[:] = False
+            return False
+        field_.built_for_s = within
+        field_.relaxation = Relaxation(*built)
+        field_.lean_known[:] = False
+        return True
+
+    def _learn(self, field_: _Field, at: int) -> bool:
+        """Bounds by the weights of other variants' relaxations; whether that says enough."""
         assert field_.relaxation is not None
-        if field_.lean_known[at]:
-            return False  # asked again only after its relaxation was infeasible
+        known = self.weights[field_.roles]
+        fresh = [w for columns, w in known[field_.learnt :] if columns is field_.relaxation.columns]
+        field_.learnt = len(known)
+        before = field_.bound_s[at]
+        for weights in fresh[-LEARNT:]:
+            self._bound(field_, replace(weights, limit=self.request.memory_limit))
+        return bool(field_.bound_s[at] > before)
+
+    def _bound(self, field_: _Field, weights: Weights) -> None:
+        assert field_.relaxation is not None
+        # Of what is slower than the programme was built for, nothing is known.
+        bounds = np.minimum(field_.relaxation.bounds(weights), field_.built_for_s)
+        field_.bound_s = np.maximum(field_.bound_s, bounds)
+
+    def _is_slower(self, field_: _Field, at: int) -> None:
+        """Nothing that fits is in a mesh's programme: it may be in a larger one."""
+        field_.bound_s[at] = max(float(field_.bound_s[at]), field_.built_for_s)
+        if field_.built_for_s == math.inf:
+            field_.open[at] = False
+        elif not field_.lean_known[at]:
+            self._has_room(field_, at)
+
+    def _is_tight(self, field_: _Field) -> bool:
+        return bool(field_.lean_known.any())
+
+    def _has_room(self, field_: _Field, at: int) -> None:
+        """Find out which meshes cannot keep to the limit within what the programme is built for."""
+        assert field_.relaxation is not None
         least = field_.relaxation.least_memory(at)
-        if field_.built_for_s == math.inf:  # else it is the least of what is fast enough
-            field_.least_bytes = np.maximum(field_.least_bytes, least)
         field_.lean_known[at] = True
-        field_.open &= least <= self.request.memory_limit
-        return bool(least[at] <= self.request.memory_limit)
+        short = least > self.request.memory_limit
+        field_.bound_s[short] = np.maximum(field_.bound_s[short], field_.built_for_s)
+        if field_.built_for_s == math.inf:
+            field_.least_bytes = np.maximum(field_.least_bytes, least)
+            field_.open &= ~short
 
 
 def _label(variant: Variant) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,19 +25,30 @@ from autopar.units import bytes_text
 
 from .accounts import MODES, NONE, Accounts
 from .describe import describe_activations, describe_traffic, renamed, type_of
-from .families import FAMILIES, ROLE_OF, Factors
+from .families import FAMILIES, PIPELINED, ROLE_OF
 from .forced import check_forced, force
 from .frame import Variant
 from .hints import without_hints
 from .impossible import no_candidate
 from .options import Option, place_call
+from .pipeline_search import only_pipelines, pipelines_beside
+from .pipelined import Wanted
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
-from .programme import Assignment, edges_of, evaluate, is_getitem, solve
+from .programme import edges_of, evaluate, is_getitem, solve
 from .propose import Frames, Proposal, Request, propose
 from .rules_of import unsharded_ops
 from .same_model import parts_of
 from .settle import Settled, settle, settle_within
+from .staged import Staged
+from .staged_plan import (
+    axis_names,
+    gap_with,
+    on_stages,
+    per_stage,
+    schedule_text,
+    with_sends,
+)
 
 __all__ = ["MODES", "Frames", "Problem", "choose_for", "predict", "search"]
 
@@ -67,13 +79,15 @@ def search(
     micro_batches: Sequence[int] = (1,),
     recompute: Sequence[str] = (NONE,),
     frames: Frames | None = None,
+    pipelines: Wanted | None = None,
 ) -> Plan:
     """The cheapest plan that fits for a captured graph on a cluster.
 
     `memory_limit` is bytes per device (default: the device's memory). `micro_batches` and
     `recompute` (of `MODES`) are what may be tried. `frames`, from an earlier search of the same
-    graph, make this one fast. Raises UserError if the strategy is unknown or does not apply, or if
-    nothing fits, saying what is short and by how much.
+    graph, make this one fast. `pipelines` says which of those may be tried (None: none); where it
+    names stages, nothing else is. Raises UserError if the strategy is unknown or does not apply, or
+    if nothing fits, saying what is short and by how much.
     """
     if strategy not in FAMILIES:
         raise UserError(
@@ -85,6 +99,10 @@ def search(
     if frames is None or frames.problem.optimizer != optimizer:
         frames = Frames(problem_of(graph, symbols, cluster, optimizer))
     problem = frames.problem_at(graph, symbols, cluster)
+    if strategy in PIPELINED or (pipelines is not None and pipelines.stages is not None):
+        request = Request(cluster, symbols, limit, tuple(micro_batches), tuple(recompute))
+        only = only_pipelines(frames, graph, request, strategy, pipelines or Wanted(), progress)
+        return _finish(problem, only.tried, [], strategy, fingerprint, symbols, limit, only.left_s)
     if strategy != "auto":
         forced = force(problem, strategy, limit, progress)
         check_forced(forced, strategy, limit, cluster.size)
@@ -92,9 +110,11 @@ def search(
     # What the user recomputes stays as it is written.
     written = any(node.meta.get("region") is not None for node in problem.graph.calls())
     modes = (NONE,) if written else tuple(recompute)
+    request = Request(cluster, symbols, limit, tuple(micro_batches), modes)
+    piped = pipelines_beside(frames, graph, request, pipelines, progress)
     tightened = limit
     for _ in range(ATTEMPTS):
-        request = Request(cluster, symbols, tightened, tuple(micro_batches), modes)
+        request = replace(request, memory_limit=tightened, better_than_s=piped.best_s)
         proposals = propose(frames, request, SETTLED, progress)
         found = _settle_best(proposals, request, frames, graph, progress)
         if not found:
@@ -105,14 +125,14 @@ def search(
         # What a step needs for a moment is not in the programme: leave room for it.
         tightened *= 0.99 * limit / least
     fitting = [s for s in found if s.timeline.peak_bytes <= limit]
-    if not fitting:
+    if not fitting and not piped.best:
         fitting = [_leanest(proposals, request, frames, graph, limit)]
-    tried: list[Settled | Alternative] = list(fitting)
+    tried: list[Settled | Alternative] = [*fitting, *piped.tried]
     # They run one micro-batch and recompute nothing: not what was asked for, perhaps.
     comparable = cluster.size > 1 and 1 in micro_batches and NONE in modes
     for other in ("data", "zero", "tensor") if comparable else ():
         tried += force(problem, other, limit, progress)
-    return _finish(problem, tried, proposals, strategy, fingerprint, symbols, limit)
+    return _finish(problem, tried, proposals, strategy, fingerprint, symbols, limit, piped.left_s)
 
 
 def _settle_best(
@@ -220,13 +240,14 @@ def _finish(
     fingerprint: str,
     symbols: Mapping[sympy.Symbol, int],
     limit: float,
+    left_s: float = math.inf,
 ) -> Plan:
     settled = [s for s in tried if isinstance(s, Settled)]
     # A named strategy is a plan like any other where nothing is asked for.
     mine = [s for s in settled if strategy in ("auto", s.name)]
     best = min(mine, key=lambda s: (s.timeline.peak_bytes > limit, s.timeline.step_s))
     option, pricer = best.option, best.pricer
-    rename = _axis_names(best.mesh, best.assignment, best.problem.batch)
+    rename = axis_names(best, best.problem.batch)
     mesh = Mesh(tuple(replace(a, name=rename[a.name]) for a in best.mesh.axes))
     graph = best.problem.graph
     choices = {
@@ -250,22 +271,25 @@ def _finish(
         cluster=problem.cluster.name,
         strategy=strategy,
         choices=choices,
-        params=params,
-        predicted=predicted(best.step, best.timeline),
+        params=on_stages(params, problem.symbolic or graph, best),
+        predicted=with_sends(predicted(best.step, best.timeline), best),
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
         notes=(
             *unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer),
             *_not_run(best.variant),
         ),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
-        gap=_gap(best, proposals),
+        gap=gap_with(_gap(best, proposals), best, [left_s]),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
-        traffic=describe_traffic(graph, best.problem.rules, option, pricer, rename),
+        traffic=per_stage(
+            describe_traffic(graph, best.problem.rules, option, pricer, rename), best
+        ),
         recompute=best.recompute,
         micro_batches=best.variant.micro_batches,
         memory_limit=limit,
         timeline=summarise(best.timeline),
         model=parts_of(problem.symbolic or graph),
+        pipeline=best.pipeline if isinstance(best, Staged) else None,
     )
 
 
@@ -308,7 +332,7 @@ def _alternatives(
         found.append(
             Alternative(
                 one.name,
-                _mesh_text(one.mesh, one.variant),
+                _mesh_text(one.mesh, one.variant) + schedule_text(one),
                 one.timeline.step_s,
                 int(one.timeline.peak_bytes),
                 _why(one, best),
@@ -366,6 +390,7 @@ def _why(one: Settled, best: Settled) -> str:
         "communication": a.exposed_total_s - b.exposed_total_s,
         "compute": a.compute_s - b.compute_s,
         "optimizer": a.optimizer_s - b.optimizer_s,
+        "bubble": a.bubble_s - b.bubble_s,
     }
     reason = max(gaps, key=gaps.__getitem__)
     if gaps[reason] <= 1e-3 * b.step_s or b.step_s <= 0:
@@ -380,20 +405,6 @@ def _mesh_text(mesh: Mesh, variant: Variant) -> str:
     if variant.mode != NONE:
         parts.append(f"{variant.mode} recomputation")
     return ", ".join(parts)
-
-
-def _axis_names(mesh: Mesh, assignment: Assignment, batch: Factors) -> dict[str, str]:
-    """Call the only axis `dp` if it splits the batch, else `tp`; one with a role keeps its name."""
-    names = mesh.names
-    if len(names) != 1 or names[0] not in ("dp", "tp"):
-        return {name: name for name in names}
-    on_batch = any(
-        choice.factor in batch.get(node, ())
-        for node, option in assignment.option.items()
-        for _, choice in option.choices
-        if choice.factor
-    )
-    return {names[0]: "dp" if on_batch else "tp"}
 
 
 def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Prediction:

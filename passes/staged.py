@@ -10,8 +10,8 @@ import torch.fx
 
 from autopar.cost.pipeline import simulate_stages, transfer_s
 from autopar.cost.schedules import Schedule
-from autopar.cost.simulate import how_for
-from autopar.cost.step import Step
+from autopar.cost.simulate import Passes, how_for, passes_of
+from autopar.cost.step import Segment, Step
 from autopar.cost.timeline import StageUse, Timeline
 from autopar.ir.mesh import Mesh
 from autopar.plan import PIPELINE_AXIS, Pipeline, Recompute
@@ -127,6 +127,7 @@ class _Cutter:
     modes: tuple[str, ...]
     limit: float
     chains: dict[tuple[str, ...], Chain] = field(default_factory=dict)
+    passes: dict[tuple[Segment, ...], Passes] = field(default_factory=dict)
     misfit: Misfit | None = None
 
     def best(self, wanted: Wanted, chunks: Sequence[int] | None) -> Staged | Misfit | None:
@@ -227,7 +228,12 @@ class _Cutter:
         sent = [chain.crossing_bytes[start] for start in starts[1:]]
         level = self.mesh[PIPELINE_AXIS].level
         timeline = simulate_stages(
-            pieces, schedule, self.problem.cluster, level=level, boundary_bytes=sent
+            pieces,
+            schedule,
+            self.problem.cluster,
+            level=level,
+            boundary_bytes=sent,
+            passes=[self._passes(piece) for piece in pieces],
         )
         users = chain.users(starts, stages)
         timeline = self._with_ties(timeline, users, level)
@@ -259,6 +265,14 @@ class _Cutter:
             sent_bytes=most * chain.micro_batches,
             bound_s=self.candidate.bound_s,
         )
+
+    def _passes(self, piece: Step) -> Passes:
+        """The passes of a piece; pieces of the same ops are simulated once."""
+        if piece.segments not in self.passes:
+            alone = replace(piece, state_bytes={})
+            self.passes[piece.segments] = passes_of(alone, how_for(self.problem.cluster))
+        made = self.passes[piece.segments]
+        return replace(made, state_bytes=made.state_bytes + sum(piece.state_bytes.values()))
 
     def _with_ties(
         self, timeline: Timeline, users: Mapping[Node, tuple[int, ...]], level: int

@@ -67,17 +67,20 @@ def simulate_stages(
     level: int = -1,
     overlap_sends: bool | None = None,
     boundary_bytes: Sequence[float] | None = None,
+    passes: Sequence[Passes] | None = None,
 ) -> Timeline:
     """`simulate_pipeline` of pieces that are given: number `c * stages + s` is chunk c of stage s.
 
     `boundary_bytes[i]` goes from piece i to the next (default: what enters the next one's first
-    segment). Micro-batches are those of the first piece.
+    segment). Micro-batches are those of the first piece. `passes` are the pieces' where they are
+    known.
     """
     made = how_for(cluster, how)
     if boundary_bytes is None:
         boundary_bytes = [piece.segments[0].input_bytes for piece in pieces[1:]]
     sends = [*(transfer_s(cluster, nbytes, level) for nbytes in boundary_bytes), 0.0]
-    passes = _each(pieces, made)
+    if passes is None:
+        passes = _each(pieces, made)
     work = [_work(p, schedule, sends, i) for i, p in enumerate(passes)]
     beside = made.overlap if overlap_sends is None else overlap_sends
     executed = execute(schedule, work, pieces[0].micro_batches, beside)

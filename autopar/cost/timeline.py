@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,8 @@ class TimelineSummary:
     """A timeline in short, for plan files and reports: plain numbers and texts.
 
     `exposed_s` is by mesh axis. `spans` are those of the first copy of every segment as (name,
-    stream, start, end, phase), `memory` at most 200 points (seconds, bytes) that keep the peak.
+    stream, start, end, phase), `memory` at most 200 points (seconds, bytes) that keep the peak,
+    `stages` those of a pipeline.
     """
 
     step_s: float
@@ -103,6 +104,7 @@ class TimelineSummary:
     peak_bytes: int
     spans: tuple[tuple[str, str, float, float, str], ...] = ()
     memory: tuple[tuple[float, float], ...] = ()
+    stages: tuple[StageUse, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -114,6 +116,7 @@ class TimelineSummary:
             "peak_bytes": self.peak_bytes,
             "spans": [list(span) for span in self.spans],
             "memory": [list(point) for point in self.memory],
+            "stages": [asdict(stage) for stage in self.stages],
         }
 
     @staticmethod
@@ -128,7 +131,13 @@ class TimelineSummary:
             int(raw["peak_bytes"]),
             tuple((str(n), str(s), float(a), float(b), str(p)) for n, s, a, b, p in raw["spans"]),
             tuple((float(t), float(n)) for t, n in raw["memory"]),
+            tuple(_stage_use(stage) for stage in raw.get("stages", ())),
         )
+
+
+def _stage_use(raw: Mapping[str, Any]) -> StageUse:
+    figures = ("compute_s", "exposed_s", "bubble_s", "peak_bytes", "in_flight")
+    return StageUse(*(float(raw[name]) for name in figures), what=str(raw["what"]))
 
 
 def summarise(timeline: Timeline, most_points: int = 200, most_spans: int = 400) -> TimelineSummary:
@@ -150,6 +159,7 @@ def summarise(timeline: Timeline, most_points: int = 200, most_spans: int = 400)
             for s in sorted(spans, key=lambda s: (s.start_s, s.stream))
         ),
         tuple((float(t), float(n)) for t, n in thinned(timeline.memory, most_points)),
+        timeline.stages,
     )
 
 
