@@ -14,6 +14,7 @@ from autopar.ir.mesh import MICRO_BATCH, Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import print_node
+from autopar.ir.verify import SENDS
 
 from .options import place_call
 from .pieces import boundary_sharding
@@ -49,6 +50,7 @@ def propagate(
                 node.meta["regather"] = node.name in regather
         elif node.op == "output":
             node.meta["wants"] = _returned(new, sends)
+            node.meta[SENDS] = sends
         elif is_getitem(node):
             source, port = producer_of(node)
             node.meta["value"] = values_of(source)[port]

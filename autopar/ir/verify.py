@@ -33,6 +33,8 @@ from .text import print_argument, print_node
 
 Invariant = Callable[[Graph, Mesh | None], str | None]
 
+SENDS = "sends"  # on an output node: what is returned goes to another piece, split as it is
+
 _REDUCTION = {"psum": "sum", "scatter_sum": "sum", "pmax": "max", "pmin": "min"}
 
 
@@ -383,7 +385,8 @@ def _outputs_follow(graph: Graph, mesh: Mesh) -> str | None:
         if axis == MICRO_BATCH:
             continue
         for value in values_of(result):
-            if _kind(value, axis) != "R":
+            allowed = "RS" if graph.output_node.meta.get(SENDS) else "R"
+            if _kind(value, axis) not in allowed:
                 return f"%{result.name} is {_kind(value, axis)} on '{axis}', but is returned"
     for name, update in zip(graph.mutated, results[graph.outputs :], strict=True):
         if name not in placeholders or not isinstance(update, torch.fx.Node):
