@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch.fx
 
+from autopar.cost import staging
 from autopar.cost.cluster import group_span
 from autopar.cost.comm import collective_time
 from autopar.cost.compute import is_noop, local_op
@@ -21,6 +22,7 @@ from autopar.ir.rule import Placed
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
+from .bucket_collectives import BUCKET_BYTES
 from .chunks import Chunk, chunks_of
 from .options import Option
 from .price import EdgeCollective, Pricer
@@ -55,12 +57,12 @@ def step_of(
         else:
             segments.append(segment)
     stored = [n for n in option if n.op == "placeholder"]
-    return Step(
-        tuple(segments),
-        sum(option[n].time_s for n in stored),
-        stored_state(stored, option, pricer),
-        micro_batches,
-    )
+    state = stored_state(stored, option, pricer)
+    if pricer.cluster.single is not None:  # ranks are processes, and share memory
+        sizes = {axis.name: axis.size for axis in pricer.mesh.axes}
+        state[staging.NAME] = staging.staged_bytes(segments, sizes, BUCKET_BYTES)
+    optimizer_s = sum(option[n].time_s for n in stored)
+    return Step(tuple(segments), optimizer_s, state, micro_batches)
 
 
 def segments_of(

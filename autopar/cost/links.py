@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 class Flow:
     """One collective in flight. `work_s` is what is left of it, in seconds of an idle link.
 
-    `nbytes` is what a device sends, `size_bytes` what a bucket of gradients holds.
+    `nbytes` is what a device sends, `size_bytes` what a bucket of so many `tensors` holds.
     `waits_for` are flows whose result it needs; it holds up its queue until they are done.
     `held_bytes` is memory that is given back when it is done, `gradient_bytes` what is there then.
     """
@@ -33,6 +33,7 @@ class Flow:
     segment: str = ""
     copy: int = 0
     size_bytes: float = 0.0
+    tensors: int = 0
     started: bool = False
     start: float = 0.0
     end: float = 0.0

@@ -21,6 +21,12 @@ class Prepared:
     freed: tuple[tuple[int, ...], ...]
     held: frozenset[int]
     buckets: tuple[tuple[int, ...], ...]
+    opens: tuple[tuple[int, ...], ...]
+    """Per part the buckets of gathered parameters that it is the first to read."""
+    closes: tuple[tuple[int, ...], ...]
+    """Per part the gathered parameters that it is the last to read."""
+    wants: tuple[frozenset[int], ...]
+    """Per part the buckets that make the largest parameter that it reads."""
 
     @property
     def mode(self) -> str:
@@ -46,6 +52,8 @@ def prepare(
     }
     for i in sorted(held):
         freed[max(i, parts[i].freed_by)].append(i)
+    buckets = _buckets(parts, bucket_bytes)
+    opens, closes, wants = _reads(parts, readers, buckets)
     return Prepared(
         segment,
         index,
@@ -54,8 +62,44 @@ def prepare(
         tuple(map(tuple, readers)),
         tuple(map(tuple, freed)),
         frozenset(held),
-        tuple(_buckets(parts, bucket_bytes)),
+        tuple(buckets),
+        opens,
+        closes,
+        wants,
     )
+
+
+Reads = tuple[tuple[int, ...], ...]
+
+
+def _reads(
+    parts: Sequence[Part], readers: Sequence[Sequence[int]], buckets: Sequence[Sequence[int]]
+) -> tuple[Reads, Reads, tuple[frozenset[int], ...]]:
+    """Per part: buckets that it reads first, parameters that it reads last, buckets it needs."""
+    opens: list[list[int]] = [[] for _ in parts]
+    closes: list[list[int]] = [[] for _ in parts]
+    bucket_of = {i: number for number, bucket in enumerate(buckets) for i in bucket}
+    read_by: dict[int, set[int]] = {}
+    for i in reversed(range(len(parts))):
+        if parts[i].param:  # what is gathered along several axes is read at the end of them
+            read_by[i] = set().union(*(read_by.get(r, {r}) for r in readers[i]), set())
+    for number, bucket in enumerate(buckets):
+        first = [min(read_by[i]) for i in bucket if read_by[i]]
+        if first:
+            opens[min(first)].append(number)
+        for i in bucket:
+            if read_by[i]:
+                closes[max(read_by[i])].append(i)
+    made_of: dict[int, frozenset[int]] = {}
+    wants: list[frozenset[int]] = []
+    for i, part in enumerate(parts):
+        chain = frozenset({bucket_of[i]}) if i in bucket_of else frozenset()
+        if part.param:
+            made_of[i] = chain.union(*(made_of.get(d, frozenset()) for d in part.deps))
+        mine = [d for d in part.deps if d in made_of]
+        largest = max(mine, key=lambda d: parts[d].output_bytes, default=-1)
+        wants.append(made_of.get(largest, frozenset()))
+    return tuple(map(tuple, opens)), tuple(map(tuple, closes)), tuple(wants)
 
 
 def _buckets(parts: Sequence[Part], limit: float) -> list[tuple[int, ...]]:

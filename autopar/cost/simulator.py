@@ -44,6 +44,7 @@ class How:
 
 
 Gathered = dict[int, Flow]
+BucketKey = tuple[str, str, bool, bool]  # collective, axis, a second step, of what is regathered
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class Machine:
     exposed: dict[tuple[str, str], float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     memory: list[tuple[float, float, float]] = field(default_factory=list)  # when, late, bytes
-    filling: dict[tuple[str, str, bool], Flow] = field(default_factory=dict)
+    filling: dict[BucketKey, Flow] = field(default_factory=dict)
     before: dict[str, Flow] = field(default_factory=dict)
     carried: tuple[Flow, ...] = ()
     phase: str = "forward"
@@ -151,7 +152,6 @@ class Machine:
             part = parts[bucket[0]]
             if (backward and not part.regather) or (part.once and not first):
                 continue
-            nbytes = sum(parts[i].output_bytes for i in bucket)
             flow = Flow(
                 _bucket_name(parts, bucket),
                 part.kind,
@@ -163,12 +163,35 @@ class Machine:
                 tuple(flows[d] for i in bucket for d in parts[i].deps if d in flows),
             )
             flows.update(dict.fromkeys(bucket, flow))
-            self.hold(nbytes)
+            if not self._lazily(unit, backward):
+                self._unpack(unit, bucket)
             self.issue(flow)
         return flows
 
+    def _lazily(self, unit: Prepared, backward: bool) -> bool:
+        """Whether a bucket is gathered right before its first use, and dropped after the last.
+
+        Not where the backward runs a copy again, which keeps what it gathers until it is through.
+        """
+        return self.how.prefetch == 0 and not (backward and unit.mode != NONE)
+
+    def _unpack(self, unit: Prepared, bucket: Sequence[int]) -> float:
+        """Hold what a message brought; several parameters are copied out of it."""
+        nbytes = sum(unit.segment.parts[i].output_bytes for i in bucket)
+        self.hold(nbytes)
+        if len(bucket) > 1:
+            self.moment(nbytes)
+        return nbytes
+
+    def moment(self, nbytes: float) -> None:
+        """Take memory and give it back at once."""
+        self.hold(nbytes)
+        self.hold(-nbytes)
+
     def _release(self, unit: Prepared, gathered: Gathered, keep: bool) -> None:
         """Give back what was gathered for one copy; `keep`: what is saved stays."""
+        if self._lazily(unit, backward=not keep):
+            return
         parts = unit.segment.parts
         self.hold(
             -sum(parts[i].output_bytes - (parts[i].saved_bytes if keep else 0.0) for i in gathered)
@@ -193,10 +216,15 @@ class Machine:
         pending: dict[int, tuple[Flow, ...]] = {i: (flow,) for i, flow in gathered.items()}
         pending[-1] = self.carried if only is None else ()
         leaving: list[Flow] = []
+        lazily = only is None and self.phase == "forward" and self._lazily(unit, backward=False)
         for i, part in enumerate(parts):
             if part.param or (only is not None and i not in only):
                 self._free(unit, i, only)
                 continue
+            if lazily:
+                for bucket in unit.opens[i]:
+                    if unit.buckets[bucket][0] in gathered:
+                        self._unpack(unit, unit.buckets[bucket])
             before = tuple(f for d in part.deps for f in pending.get(d, ()) if not f.done)
             held = part.output_bytes if i in unit.held else 0.0
             if part.is_compute:
@@ -213,6 +241,9 @@ class Machine:
                 pending[i] = before
             if part.leaves:
                 leaving.extend(pending.get(i, ()))
+            if lazily:
+                read = [j for j in unit.closes[i] if j in gathered]
+                self.hold(-sum(parts[j].output_bytes - parts[j].saved_bytes for j in read))
             self._free(unit, i, only)
         self._free(unit, len(parts), only)
         return tuple(f for f in leaving if not f.done)
@@ -259,6 +290,8 @@ class Machine:
         if last:  # what stayed gathered over the micro-batches
             self.hold(-sum(p.saved_bytes for p in parts if p.param and p.once))
         self._release(unit, gathered, keep=False)
+        if self.how.prefetch == 0:  # what is gathered for a block is also reduced with it
+            self.flush(only_regathered=True)
         self.settle()
 
     def _backward_parts(self, unit: Prepared, gathered: Gathered, first: bool, last: bool) -> None:
@@ -267,8 +300,12 @@ class Machine:
         open_readers = [len(readers) for readers in unit.readers]
         issued: set[int] = set()
         gradients: dict[int, float] = {}  # of outputs, held until their part has run
+        lazily = self._lazily(unit, backward=True)
+        there: dict[int, float] = {}
         for i in reversed(range(len(parts))):
             part = parts[i]
+            if lazily and part.is_compute and part.backward_s:
+                there = self._gather_again(unit, i, gathered, there)
             if part.leaves:
                 waits.setdefault(i, []).extend(self.carried)
             if part.param:
@@ -282,8 +319,18 @@ class Machine:
             elif i not in issued:
                 self._backward_collective(part, i, waits)
             self.hold(-gradients.pop(i, 0.0))
-        self.hold(-sum(gradients.values()))
+        self.hold(-sum(gradients.values()) - sum(there.values()))
         self.carried = tuple(f for f in waits.get(-1, ()) if not f.done)
+
+    def _gather_again(
+        self, unit: Prepared, i: int, gathered: Gathered, there: dict[int, float]
+    ) -> dict[int, float]:
+        """The buckets (and bytes) that are there while part `i` runs: one chain at a time."""
+        wanted = [b for b in sorted(unit.wants[i]) if unit.buckets[b][0] in gathered]
+        if not wanted:
+            return there
+        self.hold(-sum(n for b, n in there.items() if b not in wanted))
+        return {b: there[b] if b in there else self._unpack(unit, unit.buckets[b]) for b in wanted}
 
     def _backward_compute(
         self,
@@ -344,7 +391,7 @@ class Machine:
             self.hold(part.output_bytes)
         if part.backward_s == 0 or not (every or last):
             return
-        key = (part.backward_kind, part.axis, bool(part.deps))
+        key = (part.backward_kind, part.axis, bool(part.deps), part.regather)
         bucket = self.filling.get(key)
         if bucket is not None and bucket.size_bytes + part.output_bytes > self.how.bucket_bytes:
             self._send(key)
@@ -355,6 +402,7 @@ class Machine:
             )
         bucket.work_s += part.backward_s
         bucket.size_bytes += part.output_bytes
+        bucket.tensors += 1
         bucket.nbytes += part.backward_sent_bytes
         if not in_place:
             bucket.held_bytes += part.output_bytes
@@ -366,18 +414,22 @@ class Machine:
         if bucket.size_bytes >= self.how.bucket_bytes:
             self._send(key)
 
-    def _send(self, key: tuple[str, str, bool]) -> None:
+    def _send(self, key: BucketKey) -> None:
         flow = self.filling.pop(key)
         for waited in flow.waits_for:
             for other, filling in list(self.filling.items()):
                 if filling is waited:
                     self._send(other)
+        # A message of several tensors is a copy of them; a sum of one is not made in its place.
+        if flow.tensors > 1 or flow.kind == "all_reduce":
+            self.moment(flow.size_bytes)
         self.issue(flow)
 
-    def flush(self) -> None:
+    def flush(self, only_regathered: bool = False) -> None:
         """Send every bucket that is not full."""
-        while self.filling:
-            self._send(next(iter(self.filling)))
+        for key in list(self.filling):
+            if key in self.filling and (key[-1] or not only_regathered):
+                self._send(key)
 
     def drain(self) -> None:
         """Wait for everything that is in flight."""

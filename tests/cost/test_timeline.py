@@ -273,8 +273,8 @@ def test_gathered_parameters_come_and_go() -> None:
     """One block's parameters, and those of the next one: never all of them."""
     made = simulate(step(block(gathered(0.25, 1000.0), op("a", deps=(0,)), copies=8)))
     whole = 1000.0
-    # In the backward also gradients that are not reduced yet.
-    assert made.peak_bytes <= 340.0 + 2 * whole + 8 * whole
+    # In the backward also gradients that are not reduced yet, then the message of them.
+    assert made.peak_bytes <= 340.0 + 2 * whole + 16 * whole
     assert made.memory[-1, 1] == 340.0
     forward = made.memory[made.memory[:, 0] < 8 * 1.0][:, 1].max()
     assert forward == 340.0 + 2 * whole
@@ -385,3 +385,11 @@ def test_summary_round_trip() -> None:
     ]  # fmt: skip
     times = np.array([t for t, _ in short.memory])
     assert (np.diff(times) >= 0).all()
+
+
+def test_without_overlap_one_bucket_of_parameters_is_there_at_a_time() -> None:
+    """Each is gathered right before its reader and dropped after it, forward and backward."""
+    parts = [gathered(0.25, 1000.0), op("a", deps=(0,)), gathered(0.25, 1000.0), op("b", deps=(2,))]
+    made = simulate(step(block(*parts)), how=How(overlap=False, prefetch=0, bucket_bytes=1000.0))
+    # Beside one whole parameter: its gradient before it is reduced.
+    assert 2000.0 <= made.peak_bytes < 3000.0
