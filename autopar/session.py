@@ -16,29 +16,32 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .capture import Capture, CaptureMismatchError, capture
-from .cost.cluster import Cluster
 from .errors import ShardingWarning, UserError
+from .first_plan import fitted, searched
 from .hints import hints_of
 from .ir.rule import Choice
 from .ir.text import parse_sharding
-from .passes.edits import illegal_edits, missing_sizes, reprice
-from .passes.hinted import hints_of_plan, search_hinted
+from .options import Options
+from .passes.follow_micro_batches import BATCH
+from .passes.hinted import hints_of_plan
 from .passes.hints import with_hints
-from .passes.mark_recompute import matching_recompute
-from .passes.pipeline import Stage, lowering, run_passes
+from .passes.pipeline import Stage
 from .passes.prepare import prepare
-from .passes.rank_program import storage_of
 from .passes.rules_of import rules_of
-from .passes.same_model import check_model
-from .passes.search import MODES, choose_for
+from .passes.search import choose_for
 from .passes.specialise import specialise
-from .plan import Plan, Recompute, plan_from_json
+from .plan import Plan, plan_from_json
+from .programs import SEED, Loader, Runnable
 from .runtime import agree, world
 from .runtime.group import Group
 from .runtime.locals import local_tensors
-from .runtime.materialise import agree_on_values, realise_others, shard_deferred
+from .runtime.materialise import (
+    agree_on_values,
+    check_values,
+    realise_others,
+    shard_deferred,
+)
 from .runtime.optimizer import LocalSteps
-from .runtime.program import Program, load_program
 from .runtime.random import draw_seed
 from .runtime.shared_memory import make_group
 from .runtime.state import (
@@ -49,29 +52,6 @@ from .runtime.state import (
     take_rank_zeros,
 )
 from .runtime.step_clock import StepClock
-from .units import bytes_text
-
-
-@dataclass
-class Options:
-    """What the user asked of `parallelize`."""
-
-    strategy: str = "auto"
-    cluster: Cluster | None = None
-    plan: Plan | None = None
-    memory_limit: float | None = None
-    optimizer: str = "adamw"
-    backend: str | None = None
-
-
-def check_runnable(plan: Plan) -> None:
-    """Raise UserError for a plan that is for predictions only."""
-    if plan.micro_batches > 1:
-        raise UserError(
-            f"the plan has {plan.micro_batches} micro-batches per step, and a run has one",
-            fix="make it with `autopar plan --micro-batches 1`, or set micro_batches to 1 in the "
-            "file and look at `autopar check`",
-        )
 
 
 @dataclass
@@ -80,7 +60,7 @@ class _Captured:
 
     capture: Capture
     choices: Mapping[str, Mapping[str, Choice]]
-    programs: dict[tuple[int, ...], Program] = field(default_factory=dict)
+    programs: dict[tuple[int, ...], Runnable] = field(default_factory=dict)
 
 
 class Session:
@@ -117,7 +97,6 @@ class Session:
         weakref.finalize(self, steps.close)
         self._hints = hints_of(module)  # before the parameters that have them are replaced
         if self.plan is not None:
-            check_runnable(self.plan)
             self._hints += hints_of_plan(self.plan)
         agree_on_values(module)
         realise_others(module)
@@ -142,10 +121,11 @@ class Session:
         program = self._program(captured, sizes)
         if not program.is_random:  # one device would not have drawn a seed
             torch.set_rng_state(generator)
-        outputs = program.run(*self._arguments(program, inputs, seed))
-        self._write_buffers(program, outputs[program.outputs :])
-        captured.capture.assign(self.module, outputs[: program.outputs])
-        return captured.capture.unflatten(outputs[: program.outputs])
+        given = self._given(captured.capture, inputs, seed)
+        outputs, updates = program.run(self._parameters(program), given)
+        self._write_buffers(updates)
+        captured.capture.assign(self.module, outputs)
+        return captured.capture.unflatten(outputs)
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """All that a call does before it runs: capture, plan, shard, load the program."""
@@ -159,37 +139,33 @@ class Session:
         shapes = ", ".join(f"{list(t.shape)} {str(t.dtype)[6:]}" for t in tensors)
         return f"{shapes} ({mode}{'' if torch.is_grad_enabled() else ', no grad'})"
 
-    def _arguments(self, program: Program, inputs: Sequence[Tensor], seed: int) -> list[Any]:
+    def _parameters(self, program: Runnable) -> dict[str, Tensor]:
+        """This rank's pieces of the parameters that a program reads."""
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        wanted = [parameters[names[0]] for role, names in program.placeholders if role == "param"]
-        locals_ = iter(local_tensors(wanted))
-        queue = iter(inputs)
-        found: list[Any] = []
-        for role, names in program.placeholders:
-            if role == "param":
-                found.append(next(locals_))
-            elif role == "buffer":
-                found.append(buffers[names[0]])
-            elif role == "constant":
-                found.append(program.constants[names[0]])
-            elif role == "seed":
-                found.append(seed)
-            else:
-                found.append(next(queue))
-        return found
+        wanted = [parameters[name] for name in program.parameters]
+        return dict(zip(program.parameters, local_tensors(wanted), strict=True))
+
+    def _given(self, made: Capture, inputs: Sequence[Tensor], seed: int) -> dict[Any, Any]:
+        """What a program reads beside parameters, by role and name."""
+        buffers = self.module.named_buffers(remove_duplicate=False)
+        names = [node.meta["fqns"][0] for node in made.graph.placeholders("input")]
+        return {
+            **{("buffer", name): buffer for name, buffer in buffers},
+            **{("input", name): x for name, x in zip(names, inputs, strict=True)},
+            SEED: seed,
+        }
 
     def _device(self) -> torch.device:
         if self.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device(self.device_type)
 
-    def _write_buffers(self, program: Program, values: Sequence[Tensor]) -> None:
+    def _write_buffers(self, values: Mapping[str, Tensor]) -> None:
         if not values:
             return
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         with torch.no_grad():
-            for name, value in zip(program.mutated, values, strict=True):
+            for name, value in values.items():
                 buffers[name].copy_(value)
 
     # -- captures and programs --------------------------------------------------------------------
@@ -216,6 +192,8 @@ class Session:
             sizes = captured.capture.bind(inputs)
             if sizes is not None:
                 return captured, inputs, sizes
+        if not self._groups_ready:
+            check_values(self.module)
         fresh = self._capture(args, kwargs, self.module.training, torch.is_grad_enabled())
         if self.plan is None or not self._groups_ready:
             self._make_plan(fresh, args, kwargs)
@@ -262,9 +240,15 @@ class Session:
             trained.fingerprint,
             "run the same script with the same model on every rank",
         )
-        given = self.plan
-        make = self._search if given is None else lambda made: self._fitted(given, made)
-        self.plan = plan_from_json(self._on_rank_zero(lambda: make(trained).to_json()))
+        given, options = self.plan, self.options
+        hints = [*self._hints, *(h for h in hints_of(self.module) if h not in self._hints)]
+
+        def make() -> str:
+            if given is None:
+                return searched(trained, options, hints).to_json()
+            return fitted(given, trained, options, self.world_size).to_json()
+
+        self.plan = plan_from_json(self._on_rank_zero(make))
         if self.rank == 0:
             for note in self.plan.notes:
                 warnings.warn(note, ShardingWarning, stacklevel=2)
@@ -296,42 +280,6 @@ class Session:
             raise RuntimeError(f"rank 0 failed: {answer['bug']}")
         return str(answer["ok"])
 
-    def _search(self, captured: Capture) -> Plan:
-        options = self.options
-        assert options.cluster is not None
-        given = [h for h in hints_of(self.module) if h not in self._hints]
-        return search_hinted(
-            captured.graph,
-            captured.fingerprint,
-            captured.symbols,
-            options.cluster,
-            [*self._hints, *given],
-            each=False,
-            strategy=options.strategy,
-            memory_limit=options.memory_limit,
-            optimizer=options.optimizer,
-            recompute=MODES,
-        )
-
-    def _fitted(self, plan: Plan, captured: Capture) -> Plan:
-        """A plan that the user gave, checked against the model and priced for this batch."""
-        graph, cluster = captured.graph, self.options.cluster
-        assert cluster is not None
-        check_model(plan, graph, captured.fingerprint, self.world_size)
-        arguments = (graph, captured.symbols, cluster, self.options.optimizer)
-        if missing_sizes(plan, captured.symbols) and illegal_edits(plan, *arguments):
-            # A batch of one row, say, is captured with its size: its ops have other factors.
-            chosen = choose_for(graph, captured.symbols, cluster, plan, self.options.optimizer)
-            plan = replace(plan, choices=chosen, recompute=())
-        fitted = reprice(plan, *arguments)
-        limit, needs = fitted.memory_limit, fitted.predicted.memory_bytes
-        if limit is not None and needs > limit >= plan.predicted.memory_bytes:
-            more = f"{bytes_text(needs)} per device, its limit is {bytes_text(limit)}"
-            fitted = replace(
-                fitted, notes=(*plan.notes, f"for this batch the plan is predicted to need {more}")
-            )
-        return fitted
-
     def _choices_for(self, captured: Capture) -> Mapping[str, Mapping[str, Choice]]:
         """Choices of a capture's ops: the plan's own, or new ones with the plan's storage."""
         assert self.plan is not None and self.options.cluster is not None
@@ -352,59 +300,34 @@ class Session:
     def _has_planned_rules(self, captured: Capture) -> bool:
         """Whether the plan's choices mean the same in this capture: factors are named by rules.
 
-        A batch of one row is captured with its size, and its dims of one have no factor.
+        A batch of one row has dims of one, which have no factor: one that is captured with its
+        size, or a micro-batch of one.
         """
-        if self._planned is None or self._planned is captured:
-            self._planned = captured
+        assert self.plan is not None
+        self._planned = self._planned or captured
+        planned, count = self._planned, self.plan.micro_batches
+        sizes = {s: n // count if str(s) == BATCH else n for s, n in planned.symbols.items()}
+        if planned is captured and 1 not in sizes.values():
             return True
-        mine, planned = (
-            {name: str(rule) for name, rule in rules_of(specialise(c.graph, c.symbols)).items()}
-            for c in (captured, self._planned)
+        mine, theirs = (
+            {name: str(rule) for name, rule in rules_of(specialise(graph, at)).items()}
+            for graph, at in ((captured.graph, captured.symbols), (planned.graph, sizes))
         )
-        assert self.plan is not None
-        return all(mine.get(name) == planned.get(name) for name in self.plan.choices)
+        return all(mine.get(name) == theirs.get(name) for name in self.plan.choices)
 
-    def _recompute(self, made: Capture, sizes: Mapping[Any, int]) -> tuple[Recompute, ...]:
-        """What of a capture the backward computes again: the plan names blocks of its own.
-
-        Other sizes may make ops alike that were not, and blocks begin elsewhere.
-        """
-        assert self.plan is not None
-        plan = self.plan
-        hints = {str(symbol): size for symbol, size in sizes.items()}
-        if not plan.recompute or (made.fingerprint == plan.fingerprint and hints == plan.hints):
-            return plan.recompute
-        return matching_recompute(specialise(made.graph, sizes), plan.recompute)
-
-    def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
+    def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Runnable:
         key = tuple(sizes[symbol] for symbol in captured.capture.symbols)
         if key not in captured.programs:
-            captured.programs[key] = self._load(captured, sizes)
+            assert self.plan is not None
+            loader = Loader(
+                self.plan,
+                self.rank,
+                self._live,
+                self._groups,
+                self._device(),
+                self.options.backend,
+                self.options.micro_batch_statistics,
+            )
+            captured.programs[key] = loader.load(captured.capture, sizes, captured.choices)
+            self.stages = loader.stages
         return captured.programs[key]
-
-    def _load(self, captured: _Captured, sizes: Mapping[Any, int]) -> Program:
-        assert self.plan is not None
-        graph, plan = captured.capture.graph, self.plan
-        storage, regather = storage_of(graph, plan)
-        passes = lowering(
-            plan.mesh,
-            self.rank,
-            sizes,
-            rules_of,
-            captured.choices,
-            storage,
-            regather,
-            self._recompute(captured.capture, sizes),
-            ahead=self._device().type != "cpu",  # gloo's collectives do not run beside compute
-        )
-        self.stages = run_passes(graph, passes, plan.mesh)
-        lowered = self.stages[-1].graph
-        compiled = self.options.backend not in (None, "eager")
-        world.groups_of([lowered], self._live, self._groups, traceable=compiled)
-        program = load_program(lowered, self._groups, self.options.backend, self._device())
-        agree.check_same(
-            "the program's schedule of collectives",
-            program.schedule,
-            "this is a bug in autopar: please report it with the model",
-        )
-        return program

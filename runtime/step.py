@@ -253,6 +253,16 @@ class Step:
         self.loss, self.differentiable = parts[-1].loss, parts[-1].differentiable
 
     @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that the pieces of this rank read."""
+        found: dict[str, None] = {}
+        for part in self.parts:
+            for program in (part.prologue, part.body, part.tail):
+                named = (n[0] for role, n in program.placeholders if role == "param")
+                found.update(dict.fromkeys(named))
+        return tuple(found)
+
+    @property
     def schedule(self) -> str:
         """Digest of the collectives of all programs: equal on all ranks that run the same ones."""
         return " ".join(part.schedule for part in self.parts)
