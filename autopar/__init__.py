@@ -9,10 +9,19 @@ from autopar.errors import UserError
 if TYPE_CHECKING:
     from autopar.api import parallelize
     from autopar.hints import hint
+    from autopar.runtime.checkpoint import load_checkpoint, save_checkpoint
     from autopar.runtime.deferred import deferred
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "deferred", "hint", "parallelize"]
+__all__ = [
+    "UserError",
+    "__version__",
+    "deferred",
+    "hint",
+    "load_checkpoint",
+    "parallelize",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from autopar.runtime.deferred import deferred
 
         return deferred
+    if name in ("load_checkpoint", "save_checkpoint"):
+        from autopar.runtime import checkpoint
+
+        return getattr(checkpoint, name)
     raise AttributeError(f"module 'autopar' has no attribute {name!r}")
 
 
