@@ -10,7 +10,7 @@ import typer
 
 from autopar import __version__
 from autopar.errors import UserError
-from autopar.nodes import check_nodes
+from autopar.nodes import check_nodes, meet
 
 app = typer.Typer(
     name="autopar",
@@ -152,15 +152,30 @@ def check(
 @app.command()
 def run(
     script: Annotated[Path, typer.Argument(help="The Python script to run on every rank.")],
-    nproc: Annotated[int, typer.Option("--nproc", "-n", help="Processes on this machine.")],
+    nproc: Annotated[
+        int,
+        typer.Option("--nproc", "-n", "--nproc-per-node", help="Processes on this machine."),
+    ],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- ARGS]", help="The script's own arguments.")
     ] = None,
+    nnodes: NNODES = 1,
+    node_rank: NODE_RANK = None,
+    rdzv_endpoint: ENDPOINT = "",
+    rdzv_backend: Annotated[
+        str, typer.Option(help="static, or c10d, which needs no --node-rank.")
+    ] = "",
+    rdzv_id: Annotated[str, typer.Option(help="Name of the run, the same on all.")] = "autopar",
+    rdzv_timeout: Annotated[int, typer.Option(help="Seconds to wait for the other hosts.")] = 300,
 ) -> None:
-    """Run a script on several ranks of this machine."""
+    """Run a script on several ranks of this machine, or of several hosts.
+
+    For several hosts, start it on each, with options as torchrun has them.
+    """
     from autopar.cli_run import run_script
 
-    raise typer.Exit(run_script(script, nproc, arguments or []))
+    nodes = check_nodes(nnodes, node_rank, rdzv_endpoint, rdzv_backend, rdzv_id)
+    raise typer.Exit(run_script(script, nproc, arguments or [], nodes, rdzv_timeout))
 
 
 @app.command()
@@ -192,6 +207,7 @@ def calibrate(
         from autopar.runtime.calibrate import calibrate as measure
 
         place = check_nodes(nnodes, node_rank, rdzv_endpoint, "static")
+        meet(place, 300)
         hosts = Hosts(place.count, place.this or 0, place.endpoint)
         measure(nproc, device, out=out, quick=quick, hosts=hosts)
     print(f"wrote {out}; set AUTOPAR_CLUSTER={out} to plan with it, or name it as --cluster")

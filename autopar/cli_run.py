@@ -11,9 +11,15 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .launch import FAILURES, LAUNCHER
+from .nodes import MEET_FIX, Nodes, first_line, meet
+
+if TYPE_CHECKING:  # torch takes long to load
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
 
 # Page faults otherwise dominate: a 64 MB clone takes 60 to 205 ms instead of 14 to 20. The store
 # that torch shares by default breaks restarts on gloo.
@@ -23,6 +29,7 @@ RANK_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+MEET_S = 300  # in which all hosts of a run must have been started
 GRACE_S = 5  # between SIGTERM and SIGKILL for ranks whose sibling failed
 
 
@@ -36,12 +43,23 @@ class _Failure:
     time: float
 
 
-def run_script(script: Path, nproc: int, arguments: list[str]) -> int:
+def run_script(
+    script: Path,
+    nproc: int,
+    arguments: list[str],
+    nodes: Nodes | None = None,
+    timeout_s: int = MEET_S,
+) -> int:
     """Run `script` on `nproc` ranks of this machine; the exit code that the command ends with.
 
-    It is 0, the script's own, 2 for a UserError, and 128 + n where signal n ended a rank or this
-    command. Raises UserError for a script or a number of processes that cannot be started.
+    With several `nodes`, each of them makes the same call, and has `timeout_s` to do so. The code
+    is 0, the script's own, 2 for a UserError, and 128 + n where signal n ended a rank or this
+    command. Raises UserError for a script or a number of processes that cannot be started, and for
+    hosts that do not come.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+
+    nodes = nodes or Nodes()
     if not script.is_file():
         raise UserError(f"there is no script {script}", fix="give the path of a Python file")
     if nproc < 1:
@@ -49,37 +67,63 @@ def run_script(script: Path, nproc: int, arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="autopar-run-") as folder:
         failures = Path(folder, "failures")
         failures.mkdir()
-        code, rank = _launch(script, nproc, arguments, failures, Path(folder, "logs"))
+        logs = DefaultLogsSpecs(log_dir=str(Path(folder, "logs")))
+        config = _config(nproc, nodes, timeout_s, logs)
+        code, rank = _launch(config, script, arguments, failures, nodes, timeout_s)
         if code:
-            _show(_read(failures), code, rank)
+            left = _read(failures)
+            _show(left, code, rank)
+            if nodes.count > 1 and rank >= 0 and all(f.kind != "user" for f in left):
+                print("autopar: the other hosts may have said more", file=sys.stderr)
     return code
 
 
+def _config(nproc: int, nodes: Nodes, timeout_s: int, logs: DefaultLogsSpecs) -> LaunchConfig:
+    """How torch's launcher starts the ranks, and where they meet."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    several = nodes.count > 1
+    meeting: dict[str, Any] = {}
+    if several and nodes.backend == "static":
+        meeting = {"rank": nodes.this, "timeout": timeout_s}
+    elif several:
+        meeting = {"join_timeout": timeout_s, "timeout": timeout_s}
+    return LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=nproc,
+        run_id=nodes.run_id if several else uuid.uuid4().hex,
+        rdzv_backend=nodes.backend if several else "c10d",
+        rdzv_endpoint=nodes.endpoint if several else "127.0.0.1:0",
+        rdzv_configs=meeting,
+        local_addr=None if several else "127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=logs,
+        shutdown_timeout=GRACE_S,
+    )
+
+
 def _launch(
-    script: Path, nproc: int, arguments: list[str], failures: Path, logs: Path
+    config: LaunchConfig,
+    script: Path,
+    arguments: list[str],
+    failures: Path,
+    nodes: Nodes,
+    timeout_s: int,
 ) -> tuple[int, int]:
     """Start the ranks and wait for them: (exit code, the rank that failed first)."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
 
     for name, value in RANK_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ |= {FAILURES: str(failures), LAUNCHER: str(os.getpid())}
     logging.disable(logging.CRITICAL)  # of this process: the agent's own reports
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
-        shutdown_timeout=GRACE_S,
-    )
+    meet(nodes, timeout_s)
     try:
         elastic_launch(config, sys.executable)("-m", "autopar.launch", str(script), *arguments)
     except ChildFailedError as error:
@@ -89,6 +133,13 @@ def _launch(
         return 128 + stop.sigval, -1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, -1
+    except (DistError, RendezvousError) as error:
+        if nodes.count == 1:
+            raise
+        raise UserError(
+            f"the {nodes.count} hosts did not meet at {nodes.endpoint}: {first_line(error)}",
+            fix=MEET_FIX,
+        ) from None
     return 0, -1
 
 

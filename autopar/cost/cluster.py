@@ -199,10 +199,11 @@ _SPEC = re.compile(r"(?:(\d+)x)?(\d+)x([a-z][a-z0-9-]*)", re.IGNORECASE)
 
 
 def parse_cluster(spec: str) -> Cluster:
-    """`cpu:4`, `8xH100`, `2x8xH100` (hosts × devices per host), or the path of a JSON profile.
+    """`cpu:4`, `8xH100`, `2xcpu:2` or `2x8xH100` (hosts × devices per host), or a profile's path.
 
     Raises UserError with what is accepted where the spec is none of these.
     """
+    from .ethernet import ethernet
     from .profile import load_profile, shipped_profile, shipped_profiles
 
     text = spec.strip()
@@ -210,12 +211,12 @@ def parse_cluster(spec: str) -> Cluster:
         return load_profile(Path(text))
     devices = ", ".join(sorted(name.upper() for name in shipped_profiles() if "cpu" not in name))
     accepted = (
-        "write `cpu:4`, `8xH100` or `2x8xH100` (hosts x devices per host) with one of "
+        "write `cpu:4`, `2xcpu:2`, `8xH100` or `2x8xH100` (hosts x devices per host) with one of "
         f"{devices}, or the path of a profile (`.json`)"
     )
-    match = re.fullmatch(r"cpu:(\d+)", text, re.IGNORECASE)
+    match = re.fullmatch(r"(?:(\d+)x)?cpu:(\d+)", text, re.IGNORECASE)
     if match:
-        hosts, per_host, device = 1, int(match.group(1)), "cpu-gloo"
+        hosts, per_host, device = int(match.group(1) or 1), int(match.group(2)), "cpu-gloo"
     else:
         match = _SPEC.fullmatch(text)
         if match is None or match.group(3).lower() not in shipped_profiles():
@@ -232,7 +233,10 @@ def parse_cluster(spec: str) -> Cluster:
         # Ranks share the host's memory; rates stay those measured with every core busy.
         share = cluster.host_size / per_host
         shared = replace(cluster.device, memory_bytes=cluster.device.memory_bytes * share)
-        return replace(cluster, device=shared).resized(per_host, name=text.lower())
+        host = replace(cluster, device=shared).resized(per_host, name=text.lower())
+        return (
+            host if hosts == 1 else replace(host, levels=(*host.levels, ethernet(per_host, hosts)))
+        )
     if per_host > cluster.host_size:
         raise UserError(
             f"the cluster {spec!r} has {per_host} devices in one host, but a host of "

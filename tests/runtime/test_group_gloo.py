@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from autopar.errors import UserError
 from autopar.ir.lowered import ShardSpec
 from autopar.runtime.calibrate_clock import Clock
 from autopar.runtime.calibrate_collectives import (
@@ -24,6 +25,7 @@ from autopar.runtime.calibrate_collectives import (
 )
 from autopar.runtime.collectives import apply, close, open_
 from autopar.runtime.group import SMALL_ALL_REDUCE_BYTES, Group, ProcessGroupGroup
+from autopar.runtime.hosts import ranks_per_host
 from autopar.runtime.shared_memory import (
     ONE_ROUND_BYTES,
     SLOTS,
@@ -175,6 +177,11 @@ def worker(rank: int, port: int, kind: str, answers: Any) -> None:
         check_collectives(half, 2, rank // 2)
         if kind == "two hosts":
             check_calibration(rank)
+            assert ranks_per_host() == 2
+            for hosts, told in (("abbb", "different numbers"), ("abab", "follow each other")):
+                os.environ["AUTOPAR_HOST"] = hosts[rank]
+                with pytest.raises(UserError, match=told):
+                    ranks_per_host()
         dist.barrier()
         dist.destroy_process_group()
         answers.put((rank, ""))
