@@ -14,11 +14,12 @@ from .controller import Controller
 from .cost.cluster import Cluster, parse_cluster
 from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
+from .options import Options
 from .passes.families import FAMILIES
 from .plan import Plan, load_plan
 from .runtime import world
+from .runtime.checkpoint import load_checkpoint
 from .runtime.deferred import deferred
-from .session import Options
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -37,6 +38,8 @@ def parallelize(
     memory_limit: float | str | None = ...,
     optimizer: str | type[torch.optim.Optimizer] | None = ...,
     backend: str | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    micro_batch_statistics: bool = ...,
 ) -> Callable[[Any], Any]: ...
 
 
@@ -50,6 +53,8 @@ def parallelize(
     memory_limit: float | str | None = ...,
     optimizer: str | type[torch.optim.Optimizer] | None = ...,
     backend: str | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    micro_batch_statistics: bool = ...,
 ) -> M: ...
 
 
@@ -62,6 +67,8 @@ def parallelize(
     memory_limit: float | str | None = None,
     optimizer: str | type[torch.optim.Optimizer] | None = None,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    micro_batch_statistics: bool = False,
 ) -> Any:
     """Make a module (or a module class, as a decorator) train on all devices of this run.
 
@@ -81,6 +88,11 @@ def parallelize(
         optimizer: what the memory and time of the update are priced as (a `torch.optim` class or
             its name; default AdamW).
         backend: "eager" (ATen calls) or "inductor"; default eager on CPU, inductor on CUDA.
+        checkpoint: a safetensors file, an index or a folder with either, whose values the model
+            starts with; every process reads its own slices. See `load_checkpoint`.
+        micro_batch_statistics: whether batch normalisation in training may take the statistics of
+            each micro-batch, where the plan has several, instead of the batch's; without it such
+            models run in one micro-batch.
 
     Raises:
         UserError: for anything above that cannot be done, and on the first call for models that
@@ -99,6 +111,8 @@ def parallelize(
         memory_limit=parse_bytes(memory_limit) if memory_limit is not None else None,
         optimizer=optimizer_name(optimizer),
         backend=backend,
+        checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
+        micro_batch_statistics=micro_batch_statistics,
     )
     if module is None:
         return lambda target: _decorate(target, options)
@@ -163,6 +177,8 @@ def _decorate(target: Any, options: Options) -> Any:
     if isinstance(target, nn.Module):
         if isinstance(getattr(target, "autopar", None), Controller):
             raise UserError("the module is parallelized already")
+        if options.checkpoint is not None:
+            load_checkpoint(target, options.checkpoint)
         original = type(target)
         target.__class__ = _with_forward(original, options)
         target.__class__.__reduce_ex__ = _reduce(original, options)  # type: ignore[method-assign]
@@ -184,6 +200,8 @@ def _parallel_class(original: type[nn.Module], options: Options) -> type[nn.Modu
             return
         with deferred() if world.world_size() > 1 else contextlib.nullcontext():
             original.__init__(self, *args, **kwargs)
+        if options.checkpoint is not None:
+            load_checkpoint(self, options.checkpoint)
         _attach(self, original, options)
 
     parallel.__init__ = init  # type: ignore[method-assign]
