@@ -7,11 +7,13 @@ one device must agree on.
 from __future__ import annotations
 
 import copy
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from autopar.compat import local_of
+from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
 from autopar.ir.text import parse_sharding
 from autopar.runtime import world
-from autopar.runtime.on_stage import StagedTensor, is_here
+from autopar.runtime.locals import local_tensors
+from autopar.runtime.on_stage import StagedTensor, is_here, stage_gradients
 from autopar.runtime.optimizer import LocalSteps
 from autopar.runtime.state import (
     like,
@@ -128,6 +133,20 @@ def clipped(norm_type: float, foreach: bool | None) -> Callable[[str | None], Va
         return {"norm": whole(norm), "after": whole(again), **gradients}
 
     return case
+
+
+def clipped_otherwise(mesh: str | None) -> Values:
+    """Values clipped; a norm that is not finite because of one stage raises on every rank."""
+    module = net(mesh)
+    give_gradients(module, 0)
+    nn.utils.clip_grad_value_(module.parameters(), 0.3)
+    found = {n: whole(p.grad) for n, p in module.named_parameters()}
+    bad = torch.zeros(7, 6, dtype=torch.float64)
+    bad[6, 1] = torch.nan
+    module.embed.grad.add_(placed(bad, module.embed))
+    with pytest.raises(RuntimeError, match="non-finite"):
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0, error_if_nonfinite=True)
+    return found
 
 
 def arithmetic(mesh: str | None) -> Values:
@@ -295,11 +314,12 @@ CASES: dict[str, Callable[[str | None], Values]] = {
     "adagrad": optimizer_case(lambda p: torch.optim.Adagrad(p, lr=0.1)),
     "adafactor": optimizer_case(lambda p: torch.optim.Adafactor(p, lr=0.1)),
     "muon": optimizer_case(lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.1)),
-    "lbfgs": optimizer_case(lambda p: Momentum(p, lr=0.1)),
+    "own_optimizer": optimizer_case(lambda p: Momentum(p, lr=0.1)),
     "clip_2": clipped(2.0, None),
     "clip_2_foreach": clipped(2.0, True),
     "clip_1": clipped(1.0, None),
     "clip_inf": clipped(torch.inf, False),
+    "clip_otherwise": clipped_otherwise,
     "arithmetic": arithmetic,
     "gradients_flow": gradients_flow,
     "states": states,
@@ -330,6 +350,48 @@ def run_case(name: str, mesh: str | None) -> Values:
 
 
 def holds(mesh: str) -> dict[str, tuple[int, bool]]:
-    """Elements that this rank stores of each parameter, and whether it owns it."""
+    """Elements that this rank stores of each parameter, and whether it is on its stage."""
     module = net(mesh)
-    return {n: (p.to_local().numel(), is_here(p)) for n, p in module.named_parameters()}
+    return {n: (local_of(p).numel(), is_here(p)) for n, p in module.named_parameters()}
+
+
+def misused() -> list[str]:
+    """The messages of what cannot be done with a parameter of a stage."""
+    module = net("stages and tensor")
+    said = []
+    for misuse in (
+        lambda: module.qkv.detach() + torch.ones(12, 6),
+        lambda: module.out.detach().t_(),
+    ):
+        try:
+            misuse()
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def traded_state() -> dict[str, Any]:
+    """What torch.save and torch.load make of a parameter of a stage."""
+    module = net("stages and tensor")
+    file = io.BytesIO()
+    torch.save({"qkv": module.qkv, "placed": module.qkv.placements}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded["placed"] == module.qkv.placements and type(loaded["qkv"]) is StagedTensor
+    return {"same": torch.equal(local_of(loaded["qkv"]), local_of(module.qkv))}
+
+
+def present_gradients() -> list[tuple[bool, bool]]:
+    """Which local gradients there are, and which parameters then have one."""
+    module = net("stages and tensor")
+    parameters = list(module.parameters())
+    locals_ = local_tensors(parameters)
+    given = [
+        torch.ones_like(x) if is_here(p) else None for x, p in zip(locals_, parameters, strict=True)
+    ]
+    given[1] = None  # takes no part
+    takes_part = [i != 1 for i in range(len(given))]
+    ready = stage_gradients(parameters, given, takes_part)
+    some = [(x, g) for x, g in zip(locals_, ready, strict=True) if g is not None]
+    torch.autograd.backward([x for x, _ in some], [g for _, g in some])
+    return [(g is not None, p.grad is not None) for g, p in zip(given, parameters, strict=True)]
