@@ -59,7 +59,7 @@ def units_of(graph: Graph, blocks: Blocks, pieces: int | None = None) -> list[Un
 
 
 def units_at(graph: Graph, blocks: Blocks, cuts: Sequence[str]) -> list[Unit]:
-    """The pieces of a graph between cuts, given as the first node of every piece but the first.
+    """The chain of a graph cut at nodes (the first of every piece but the first) and at blocks.
 
     Raises ValueError where a cut is not the name of an op, or they are not in the graph's order.
     """
@@ -74,7 +74,9 @@ def units_at(graph: Graph, blocks: Blocks, cuts: Sequence[str]) -> list[Unit]:
             raise ValueError(f"the cut at {name} is not after the one before it")
         if is_getitem(calls[start]):
             raise ValueError(f"{name} takes one of the outputs of the op before: cut before that")
-    return _units(graph, blocks, starts, crossing_values(graph))
+    crossing = crossing_values(graph)
+    coarse = _block_bounds(calls, blocks) & set(_narrow(calls, crossing))
+    return _units(graph, blocks, sorted(coarse | set(starts)), crossing)
 
 
 def crossing_values(graph: Graph) -> list[tuple[Node, ...]]:

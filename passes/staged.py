@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch.fx
 
-from autopar.cost.pipeline import simulate_stages, transfer_s
 from autopar.cost.schedules import Schedule
-from autopar.cost.simulate import Passes, how_for, passes_of
-from autopar.cost.step import Segment, Step
-from autopar.cost.timeline import StageUse, Timeline
+from autopar.cost.simulate import how_for
 from autopar.ir.mesh import Mesh
 from autopar.plan import PIPELINE_AXIS, Pipeline, Recompute
 
 from .accounts import FULL, NONE, SELECTIVE, Accounts, overlap_of
 from .cut_points import Unit, units_of
-from .describe import collapse
 from .frame import Variant
 from .pipelined import Candidate, Wanted, role_map, runs
 from .price import Pricer
@@ -26,7 +22,8 @@ from .problem import Problem, options_of
 from .programme import Assignment, solve
 from .rounded import round_off
 from .settle import Settled
-from .stage_cuts import TooFull, bounds_of, cut_chain
+from .simulate_cuts import CutSimulator
+from .stage_cuts import TooFull, cut_chain
 from .stage_steps import Chain, Shares, chain_of
 
 Node = torch.fx.Node
@@ -41,12 +38,11 @@ LEVELS = 8  # steps between no recomputation and the most that is allowed
 class Staged(Settled):
     """A pipeline that can be run.
 
-    `step` is that of the fullest stage, all its pieces together. `users` are the stages that use
-    each parameter, its owner first. `bound_s` is below every pipeline of these stages' kind.
+    `step` is that of the fullest stage, all its pieces together; `sent_bytes` is the most that one
+    device sends to other stages. `bound_s` is below every pipeline of this kind.
     """
 
     pipeline: Pipeline = field(default_factory=lambda: Pipeline("1f1b", ()))
-    users: Mapping[Node, tuple[int, ...]] = field(default_factory=dict)
     sent_bytes: float = 0.0
     bound_s: float = 0.0
 
@@ -127,8 +123,12 @@ class _Cutter:
     modes: tuple[str, ...]
     limit: float
     chains: dict[tuple[str, ...], Chain] = field(default_factory=dict)
-    passes: dict[tuple[Segment, ...], Passes] = field(default_factory=dict)
+    simulator: CutSimulator = field(init=False)
     misfit: Misfit | None = None
+
+    def __post_init__(self) -> None:
+        level = self.mesh[PIPELINE_AXIS].level
+        self.simulator = CutSimulator(self.problem.cluster, level)
 
     def best(self, wanted: Wanted, chunks: Sequence[int] | None) -> Staged | Misfit | None:
         found: Staged | None = None
@@ -222,32 +222,15 @@ class _Cutter:
     def _simulated(
         self, chain: Chain, schedule: Schedule, starts: Sequence[int], shares: Shares
     ) -> Staged:
-        stages, chunks = schedule.stages, schedule.chunks
-        bounds = bounds_of(starts, len(chain))
-        pieces = [chain.piece(start, end) for start, end in bounds]
-        sent = [chain.crossing_bytes[start] for start in starts[1:]]
-        level = self.mesh[PIPELINE_AXIS].level
-        timeline = simulate_stages(
-            pieces,
-            schedule,
-            self.problem.cluster,
-            level=level,
-            boundary_bytes=sent,
-            passes=[self._passes(piece) for piece in pieces],
-        )
-        users = chain.users(starts, stages)
-        timeline = self._with_ties(timeline, users, level)
-        named = _named(chain, bounds, timeline, stages)
-        timeline = replace(timeline, stages=named)
-        fullest = max(range(stages), key=lambda s: named[s].peak_bytes)
+        made = self.simulator.simulate(chain, schedule, starts)
         regions = self.problem.blocks.regions
         recompute = tuple(
             Recompute(regions[r][0].name, regions[r][2], full, selective)
             for r, (full, selective) in shares.items()
             if full or selective
         )
-        most = max(_sent_by_stage(sent, stages, chunks), default=0.0)
         mode = FULL if any(f for f, _ in shares.values()) else SELECTIVE if recompute else NONE
+        cuts = tuple(chain.units[start].name for start in starts[1:])
         return Staged(
             self.name,
             self.problem,
@@ -256,49 +239,12 @@ class _Cutter:
             Variant(self.candidate.micro_batches, mode),
             self.assignment,
             recompute,
-            _together(pieces[fullest::stages]),
-            timeline,
-            pipeline=Pipeline(
-                schedule.kind, tuple(chain.units[start].name for start in starts[1:]), chunks
-            ),
-            users=users,
-            sent_bytes=most * chain.micro_batches,
+            made.step,
+            made.timeline,
+            pipeline=Pipeline(schedule.kind, cuts, schedule.chunks),
+            sent_bytes=made.sent_bytes,
             bound_s=self.candidate.bound_s,
         )
-
-    def _passes(self, piece: Step) -> Passes:
-        """The passes of a piece; pieces of the same ops are simulated once."""
-        if piece.segments not in self.passes:
-            alone = replace(piece, state_bytes={})
-            self.passes[piece.segments] = passes_of(alone, how_for(self.problem.cluster))
-        made = self.passes[piece.segments]
-        return replace(made, state_bytes=made.state_bytes + sum(piece.state_bytes.values()))
-
-    def _with_ties(
-        self, timeline: Timeline, users: Mapping[Node, tuple[int, ...]], level: int
-    ) -> Timeline:
-        """With what parameters of several stages take: their value goes out, gradients return."""
-        seconds = 0.0
-        for node, stages in users.items():
-            if len(stages) > 1:
-                value, option = node.meta["value"], self.assignment.option[node]
-                nbytes = self.pricer.local_bytes(value, option.gives[0])
-                seconds += 2 * (len(stages) - 1) * transfer_s(self.problem.cluster, nbytes, level)
-        if not seconds:
-            return timeline
-        exposed = {**timeline.exposed_s, f"send {PIPELINE_AXIS}": seconds}
-        return replace(timeline, step_s=timeline.step_s + seconds, exposed_s=exposed)
-
-
-def _sent_by_stage(sent: Sequence[float], stages: int, chunks: int) -> Iterator[float]:
-    """Bytes that each stage sends per micro-batch: outputs forward, gradients back."""
-    pieces = stages * chunks
-    for stage in range(stages):
-        total = 0.0
-        for piece in range(stage, pieces, stages):
-            total += sent[piece] if piece < pieces - 1 else 0.0
-            total += sent[piece - 1] if piece else 0.0
-        yield total
 
 
 def schedules_of(
@@ -315,47 +261,3 @@ def schedules_of(
     if "gpipe" in wanted.schedules and not found:
         found.append(Schedule(p, 1, "gpipe"))
     return found
-
-
-def _together(pieces: Sequence[Step]) -> Step:
-    """The pieces of one stage as one step."""
-    names = dict.fromkeys(name for piece in pieces for name in piece.state_bytes)
-    return Step(
-        tuple(segment for piece in pieces for segment in piece.segments),
-        sum(piece.optimizer_s for piece in pieces),
-        {name: sum(p.state_bytes.get(name, 0.0) for p in pieces) for name in names},
-        pieces[0].micro_batches,
-    )
-
-
-def _named(
-    chain: Chain, bounds: Sequence[tuple[int, int]], timeline: Timeline, stages: int
-) -> tuple[StageUse, ...]:
-    """What every stage did, with the modules that it holds."""
-    found = []
-    for stage, use in enumerate(timeline.stages):
-        texts = [what_of(chain.units[start:end]) for start, end in bounds[stage::stages]]
-        found.append(replace(use, what="; ".join(texts)))
-    return tuple(found)
-
-
-def what_of(units: Sequence[Unit]) -> str:
-    """The modules of some units, in short: `embed, layers.{0..7}`."""
-    names: dict[str, None] = {}
-    for unit in units:
-        for node in unit.nodes:
-            module = str(node.meta.get("module", ""))
-            if module:
-                names.setdefault(_layer(module))
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        stem, _, last = name.rpartition(".")
-        groups.setdefault(stem if last.isdigit() else name, []).append(name)
-    return ", ".join(collapse(found) for found in groups.values())
-
-
-def _layer(module: str) -> str:
-    """A module's path up to the first number in it, that included."""
-    parts = module.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return module if at is None else ".".join(parts[: at + 1])
