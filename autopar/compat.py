@@ -409,3 +409,13 @@ def wrapper_tensor(cls: type[torch.Tensor], like: torch.Tensor, device: torch.de
 def keeps_graph() -> bool:
     """Inside a backward: whether its caller retains the graph for another one."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def take_hooks(parameter: torch.Tensor, source: torch.Tensor) -> None:
+    """Give a parameter the gradient hooks of another one, whose handles then remove them there."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(source, name)
+        if hooks:
+            if source is not parameter:
+                setattr(source, name, None)
+            setattr(parameter, name, hooks)

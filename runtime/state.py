@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from autopar.compat import swap_tensors
+from autopar.compat import swap_tensors, take_hooks
 from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
@@ -44,6 +44,7 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
             new = nn.Parameter(whole, requires_grad=parameter.requires_grad)
             if parameter.grad is not None:
                 new.grad = DTensor.from_local(parameter.grad, live, placements, run_check=False)
+            take_hooks(new, parameter)
             made[id(parameter)] = (parameter, new)
         owner._parameters[name] = made[id(parameter)][1]
     news = {key: new for key, (_, new) in made.items()}
@@ -133,6 +134,7 @@ def become(name: str, parameter: nn.Parameter, new: nn.Parameter) -> None:
     """Make `parameter` what `new` is, for everybody who holds it."""
     try:
         swap_tensors(parameter, new)  # type: ignore[no-untyped-call]
+        take_hooks(parameter, parameter)  # autograd's part of them went with what it was
     except RuntimeError as error:
         raise UserError(
             f"the parameter {name} cannot be distributed while something else holds on to it: "
