@@ -100,7 +100,6 @@ class Request:
     modes: Sequence[str] = (NONE,)
     axes: int = 3
     better_than_s: float = math.inf
-    better_than_s: float = math.inf
 
     def at(self, micro_batches: int) -> dict[sympy.Symbol, int]:
         """The sizes of one micro-batch."""
@@ -325,10 +324,7 @@ class Outer:
     def _build(self, field_: _Field) -> bool:
         """Make the programme of what is fast enough to matter, unless it is there."""
         within = self.best_s * (NEAR if len(self.solved) >= self.keep else 1.2)
-        built_for = field_.built_for_s if field_.relaxation is not None else 0.0
-        if within <= built_for <= 1.3 * within:
-            return True
-        if field_.relaxation is not None and built_for >= within:
+        if field_.relaxation is not None and within <= field_.built_for_s <= 1.3 * within:
             return True
         built = self.frames.get(field_.roles).programme(field_.table, within)
         if built is None:

@@ -36,10 +36,11 @@ from .pipelined import Wanted
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
 from .programme import edges_of, evaluate, is_getitem, solve
-from .propose import Frames, Proposal, Request, propose
+from .propose import Frames, Proposal, Request
 from .rules_of import unsharded_ops
 from .same_model import parts_of
-from .settle import Settled, settle, settle_within
+from .settle import Settled, settle
+from .settle_best import settle_best
 from .staged import Staged
 from .staged_plan import (
     axis_names,
@@ -112,54 +113,35 @@ def search(
     modes = (NONE,) if written else tuple(recompute)
     request = Request(cluster, symbols, limit, tuple(micro_batches), modes)
     piped = pipelines_beside(frames, graph, request, pipelines, progress)
-    tightened = limit
-    for _ in range(ATTEMPTS):
-        request = replace(request, memory_limit=tightened, better_than_s=piped.best_s)
-        proposals = propose(frames, request, SETTLED, progress)
-        found = _settle_best(proposals, request, frames, graph, progress)
-        if not found:
-            break
-        least = min(s.timeline.peak_bytes for s in found)
-        if least <= limit:
-            break
-        # What a step needs for a moment is not in the programme: leave room for it.
-        tightened *= 0.99 * limit / least
-    fitting = [s for s in found if s.timeline.peak_bytes <= limit]
+    found = settle_best(frames, graph, replace(request, better_than_s=piped.best_s), progress)
+    fitting = found.fitting
     if not fitting and not piped.best:
-        fitting = [_leanest(proposals, request, frames, graph, limit)]
-    tried: list[Settled | Alternative] = [*fitting, *piped.tried]
+        fitting = [_leanest(found.proposals, request, frames, graph, limit)]
+    above = _above([one for one in found.above if not _has(fitting, one)], limit)
+    tried: list[Settled | Alternative] = [*fitting, *above, *piped.tried]
     # They run one micro-batch and recompute nothing: not what was asked for, perhaps.
     comparable = cluster.size > 1 and 1 in micro_batches and NONE in modes
     for other in ("data", "zero", "tensor") if comparable else ():
         tried += force(problem, other, limit, progress)
-    return _finish(problem, tried, proposals, strategy, fingerprint, symbols, limit, piped.left_s)
+    lefts = (piped.left_s, found.left_s)
+    return _finish(problem, tried, found.proposals, strategy, fingerprint, symbols, limit, *lefts)
 
 
-def _settle_best(
-    proposals: Sequence[Proposal],
-    request: Request,
-    frames: Frames,
-    graph: Graph,
-    progress: Progress,
-) -> list[Settled]:
-    """The best few candidates, solved exactly and simulated."""
-    found = []
-    distinct = _distinct(proposals)
-    # The programme takes collectives of parameters to overlap as well as they can; where they
-    # cannot, what takes least without overlap may be better.
-    serial = sorted(distinct, key=lambda p: p.relaxed.serial_s if p.relaxed else 0.0)
-    for proposal in dict.fromkeys((*distinct[:SETTLED], *serial[:SERIAL])):
-        sizes = request.at(proposal.variant.micro_batches)
-        problem = frames.problem_at(graph, sizes, request.cluster)
-        family = problem.family("auto", proposal.frame.roles)
-        limit = request.memory_limit
-        made = settle_within(
-            "auto", problem, proposal.mesh, family, proposal.variant, limit, near=proposal
-        )
-        progress(f"{proposal.mesh}: solved exactly")
-        if made is not None:
-            found.append(made)
-    return found
+def _has(fitting: Sequence[Settled], one: Settled) -> bool:
+    return any(str(f.mesh) == str(one.mesh) and f.variant == one.variant for f in fitting)
+
+
+def _above(settled: Sequence[Settled], limit: float) -> list[Alternative]:
+    """Candidates whose steps take more than the limit for a moment."""
+    least: dict[str, float] = {}
+    for one in settled:
+        text, needs = _mesh_text(one.mesh, one.variant), one.timeline.peak_bytes
+        least[text] = min(needs, least.get(text, needs))
+    there = f"per device for a moment, {bytes_text(limit)} are there"
+    return [
+        Alternative("auto", text, None, int(needs), f"needs {bytes_text(needs)} {there}")
+        for text, needs in least.items()
+    ]
 
 
 def _leanest(
@@ -208,30 +190,6 @@ def _faster(least: Settled, limit: float) -> Settled:
     return replace(best, assignment=replace(best.assignment, gap=1.0))
 
 
-def _distinct(proposals: Sequence[Proposal]) -> list[Proposal]:
-    """Solved candidates; of those that do the same on more axes and on fewer, the latter."""
-    kept: list[Proposal] = []
-    for p in proposals:
-        if p.relaxed is None:
-            continue
-        twin = next((i for i, q in enumerate(kept) if _alike(p, q)), None)
-        if twin is None:
-            kept.append(p)
-        elif len(p.mesh.axes) < len(kept[twin].mesh.axes):
-            kept[twin] = p
-    return kept
-
-
-def _alike(p: Proposal, q: Proposal) -> bool:
-    if p.relaxed is None or q.relaxed is None or p.variant != q.variant:
-        return False
-    a, b = p.relaxed, q.relaxed
-    return (
-        abs(a.time_s - b.time_s) < 1e-3 * a.time_s
-        and abs(a.memory_bytes - b.memory_bytes) < 1e-2 * a.memory_bytes
-    )
-
-
 def _finish(
     problem: Problem,
     tried: Sequence[Settled | Alternative],
@@ -241,6 +199,7 @@ def _finish(
     symbols: Mapping[sympy.Symbol, int],
     limit: float,
     left_s: float = math.inf,
+    unsettled_s: float = math.inf,
 ) -> Plan:
     settled = [s for s in tried if isinstance(s, Settled)]
     # A named strategy is a plan like any other where nothing is asked for.
@@ -279,7 +238,7 @@ def _finish(
             *_not_run(best.variant),
         ),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
-        gap=gap_with(_gap(best, proposals), best, [left_s]),
+        gap=gap_with(_gap(best, unsettled_s), best, [left_s]),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
         traffic=per_stage(
             describe_traffic(graph, best.problem.rules, option, pricer, rename), best
@@ -338,12 +297,15 @@ def _alternatives(
                 _why(one, best),
             )
         )
-    # Bounds are of blocking times: compare them with the best relaxation, not its timeline.
-    least = min((p.relaxed.time_s for p in proposals if p.relaxed), default=best_s)
+    # Bounds are of the programme: compare them with what it says of the best, not its timeline.
+    least = best.programme_s or best_s
+    told = {one.mesh for one in found}
     for p in proposals:
         if len(found) >= SHOWN:
             break
         if (str(p.mesh), p.variant) in shown or (p.relaxed is None and p.bound_s <= 0):
+            continue
+        if _mesh_text(p.mesh, p.variant) in told:
             continue
         shown.add((str(p.mesh), p.variant))
         ratio = p.bound_s / least if least > 0 else 1.0
@@ -377,11 +339,11 @@ def _not_run(variant: Variant) -> list[str]:
     ]
 
 
-def _gap(best: Settled, proposals: Sequence[Proposal]) -> float:
-    """How much less than the best relaxation a candidate that was not solved could take."""
-    least = min((p.relaxed.time_s for p in proposals if p.relaxed), default=0.0)
-    left = min((p.bound_s for p in proposals if p.left), default=least)
-    return min(1.0, max(best.assignment.gap, 1 - left / least if least > 0 else 0.0))
+def _gap(best: Settled, unsettled_s: float) -> float:
+    """How much less than the plan's programme a candidate that was not settled could take."""
+    programme_s = best.programme_s or best.timeline.step_s
+    left = 1 - unsettled_s / programme_s if programme_s > 0 else 0.0
+    return min(1.0, max(best.assignment.gap, left))
 
 
 def _why(one: Settled, best: Settled) -> str:
