@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agree
-from .loss_scale import LossScale
 from .messages import empty_messages, pack, unpack
-from .step import Key, PartProgram, Step
+from .step import FIRST_SCALE, Key, PartProgram, Step
 from .step_parts import Crossing, Engine
 from .tied_parameters import TiedParameters
 
@@ -39,7 +37,8 @@ class PipelinedStep(Step):
     """The step of one rank of a pipeline.
 
     `line` holds the ranks with this rank's place in every stage. `owners` are the stages that store
-    the parameters, by name; what is not in it, all stages store.
+    the parameters, by name; what is not in it, all stages store. `parameters` are those that some
+    stage reads.
     """
 
     def __init__(
@@ -51,22 +50,24 @@ class PipelinedStep(Step):
         results: Results,
         owners: Mapping[str, int],
         tied: TiedParameters,
+        parameters: Sequence[str],
     ) -> None:
         super().__init__(parts, engine, micro_batches)
+        self._parameters = tuple(parameters)
         self.line, self.results, self.owners, self.tied = line, results, owners, tied
         self.stage, self.stages = dist.get_rank(line), dist.get_world_size(line)
         mine = {
             "loss": self.loss,
             "differentiable": self.differentiable,
-            "half": self.scale.half,
+            "half": self.half,
             "random": any(p.is_random for p in self.parts),
         }
         told = self._told(mine)
         self.loss, self.differentiable = told[-1]["loss"], told[-1]["differentiable"]
         self._is_random = any(t["random"] for t in told)
-        half = any(t["half"] for t in told)
-        self.parts = tuple(replace(part, half=half) for part in self.parts)
-        self.scale = LossScale(half, agree.on_all)
+        self.half = any(t["half"] for t in told)
+        self.parts = tuple(replace(part, half=self.half) for part in self.parts)
+        self.scale = FIRST_SCALE if self.half else 1.0
         self._takers: tuple[str, ...] | None = None
 
     def _told(self, mine: Any) -> list[Any]:
@@ -74,6 +75,16 @@ class PipelinedStep(Step):
         told: list[Any] = [None] * self.stages
         dist.all_gather_object(told, mine, group=self.line)
         return told
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that some stage reads."""
+        return self._parameters
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is a loss that gradients are wanted of."""
+        return self.loss is not None
 
     @property
     def is_random(self) -> bool:

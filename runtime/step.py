@@ -8,6 +8,7 @@ one gradient per step, and a second backward raises what it raises for any graph
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,6 @@ from autopar.ir.graph import Graph, value_of, values_of
 from autopar.ir.step import Combine, StepGraphs
 
 from .group import Group
-from .loss_scale import LossScale
 from .micro_batches import combined
 from .program import Program, load_program
 from .step_parts import BodyPart, Crossing, Engine
@@ -31,6 +31,8 @@ from .step_parts import BodyPart, Crossing, Engine
 Node = torch.fx.Node
 Groups = Mapping[tuple[str, ...], Group]
 Key = tuple[str, str]  # role and name of a placeholder
+
+FIRST_SCALE = 65536.0  # what torch.amp.GradScaler begins with
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class PartRun:
     program: PartProgram
     given: Mapping[Key, Any]
     micro_batches: int
-    seed: Tensor | float = 1.0
+    scale: float = 1.0
     training: bool = False
     leaves: dict[Key, Tensor] = field(default_factory=dict)
     buffers: dict[Key, Any] = field(default_factory=dict)
@@ -198,7 +200,7 @@ class PartRun:
         if own.objective is None or not self.training:
             return ()
         objective = results[own.objective]
-        return (objective.float() * self.seed if own.half else objective,)
+        return (objective.float() * self.scale if own.half else objective,)
 
     def finish(self) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         """What the user's code returns, and new values of buffers by name."""
@@ -244,12 +246,16 @@ class Step:
     """One rank's step: the pieces that it has, and the engine that runs them.
 
     `loss` says which of the user's results is the loss (None without gradients), and
-    `differentiable` which of them have a gradient on one device.
+    `differentiable` which of them have a gradient on one device. `scale` is the gradient that the
+    backwards inside begin with: 1, unless half precision could lose small gradients. Then it is
+    what the user's last backward began with (a GradScaler's scale, say), and where that changes the
+    step is run again with it, so that it overflows where one device overflows.
     """
 
     def __init__(self, parts: Sequence[PartProgram], engine: Engine, micro_batches: int) -> None:
         self.parts, self.engine, self.micro_batches = tuple(parts), engine, micro_batches
-        self.scale = LossScale(any(part.half for part in parts))
+        self.half = any(part.half for part in parts)
+        self.scale = FIRST_SCALE if self.half else 1.0
         self.loss, self.differentiable = parts[-1].loss, parts[-1].differentiable
 
     @property
@@ -293,6 +299,7 @@ class Step:
         call = _Call(self, tuple(parameters), given)
         outputs = _Whole.apply(call, *parameters.values())  # type: ignore[no-untyped-call]
         made = tuple(outputs[call.place[i]] if i in call.place else x for i, x in call.rest)
+        call.rest = []  # the call may live as long as the loss
         return made, call.updates
 
     def _forward(
@@ -300,8 +307,7 @@ class Step:
     ) -> tuple[tuple[Any, ...], dict[str, Tensor], dict[str, Tensor]]:
         """Outputs, new buffers and gradients (times the internal scale)."""
         known = {**given, **{("param", name): p for name, p in parameters.items()}}
-        seed = self.scale.seed()
-        runs = [PartRun(p, known, self.micro_batches, seed, training) for p in self.parts]
+        runs = [PartRun(p, known, self.micro_batches, self.scale, training) for p in self.parts]
         device = next((p.device.type for p in parameters.values()), "cpu")
         with torch.autocast(device, enabled=False):  # the programs have their casts
             for run in runs:
@@ -363,7 +369,8 @@ class _Whole(torch.autograd.Function):
         assert step.loss is not None
         ctx.step, ctx.loss = step, call.place[step.loss]
         ctx.has = tuple(name in gradients for name in call.names)
-        ctx.scale = step.scale.seed()
+        ctx.scale, ctx.names = step.scale, call.names
+        ctx.again = (named, call.given) if step.half else None
         ctx.save_for_backward(*(gradients[name] for name in call.names if name in gradients))
         ctx.set_materialize_grads(False)
         fixed = [tensors[at] for i, at in call.place.items() if not step.differentiable[i]]
@@ -384,13 +391,20 @@ class _Whole(torch.autograd.Function):
         gradients = list(ctx.saved_tensors)
         if seed is None:
             return None, *(None for _ in ctx.has)
-        ctx.step.scale.seen(seed, gradients)
-        _scale(gradients, seed, ctx.scale, in_place=not keeps_graph())
+        step: Step = ctx.step
+        asked = float(seed) if step.half else ctx.scale
+        if asked != ctx.scale and math.isfinite(asked) and asked != 0.0:
+            step.scale = asked
+            with torch.enable_grad():
+                _, _, found = step._forward(*ctx.again, training=True)
+            gradients = [found[name] for name in ctx.names if name in found]
+        else:
+            _scale(gradients, seed, ctx.scale, in_place=not keeps_graph())
         queue = iter(gradients)
         return None, *(next(queue) if has else None for has in ctx.has)
 
 
-def _scale(gradients: list[Tensor], seed: Tensor, scale: Tensor | float, in_place: bool) -> None:
+def _scale(gradients: list[Tensor], seed: Tensor, scale: float, in_place: bool) -> None:
     """Multiply gradients by `seed / scale`; what is kept for another backward is not written."""
     factor = seed.double() / scale
     on_cpu = factor.device.type == "cpu"
