@@ -10,25 +10,29 @@ import torch.fx
 
 from autopar.cost.cluster import Cluster, make_mesh
 from autopar.cost.simulate import simulate
-from autopar.cost.timeline import summarise
+from autopar.cost.step import Step
+from autopar.cost.timeline import Timeline, summarise
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, value_of
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule, choices
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
-from autopar.plan import Plan, Storage
+from autopar.plan import Plan
 
 from .assignment_of import assignment_of
 from .blocks import find_blocks
-from .case import make_case
+from .case import Case, make_case
 from .columns import edges_of, is_getitem
 from .describe import describe_activations, describe_traffic, type_of
 from .hints import hints_at, nearest
 from .options import Option, place_call, storable
+from .pipeline_plan import stages_of
 from .price import Pricer
 from .rules_of import rules_of
 from .search import predicted
 from .specialise import specialise
+from .staged_case import illegal_cuts, simulate_case
+from .staged_plan import messages_of, per_stage, with_sends
 from .step_formula import BATCH
 from .timeline_of import step_of_case
 
@@ -48,9 +52,8 @@ def reprice(
     plan = _on(plan, cluster)
     check_edits(plan, graph, symbols, cluster, optimizer)
     case = make_case(graph, symbols, plan, cluster, optimizer)
-    step = step_of_case(case)
-    timeline = simulate(step, cluster)
-    prediction = predicted(step, timeline)
+    step, timeline, sent = simulated(case)
+    prediction = with_sends(predicted(step, timeline), sent)
     option, pricer = case.option, case.pricer
     rename = {name: name for name in plan.mesh.names}
     params = dict(plan.params)
@@ -58,9 +61,7 @@ def reprice(
         name = next(n for n in node.meta["fqns"] if n in plan.params)
         local = int(pricer.local_bytes(value_of(node), option[node].gives[0]))
         stored = plan.params[name]
-        params[name] = Storage(
-            stored.sharding, stored.regather, type_of(value_of(node)), local_bytes=local
-        )
+        params[name] = replace(stored, type=type_of(value_of(node)), local_bytes=local)
     same = abs(prediction.time_s - plan.predicted.time_s) <= 1e-6 * plan.predicted.time_s
     return replace(
         plan,
@@ -70,7 +71,12 @@ def reprice(
         alternatives=plan.alternatives if same else (),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         activations=describe_activations(case.concrete, case.rules, option, pricer, rename),
-        traffic=describe_traffic(case.concrete, case.rules, option, pricer, rename),
+        traffic=per_stage(
+            describe_traffic(case.concrete, case.rules, option, pricer, rename),
+            plan.stages,
+            messages_of(plan.pipeline, plan.micro_batches),
+            sent,
+        ),
         timeline=summarise(timeline),
     )
 
@@ -108,7 +114,31 @@ def illegal_edits(
         if not is_getitem(node):
             found += _chosen(node, rules[node.name], plan.choices.get(node.name, {}), pricer)
     found += _recomputed(plan, concrete)
+    found += [*illegal_cuts(plan, concrete, find_blocks(concrete)), *_on_stages(plan, graph)]
     return found or list(_edges(plan, concrete, rules, pricer))
+
+
+def simulated(case: Case) -> tuple[Step, Timeline, float | None]:
+    """The step of a plan's fullest device over time; what it sends to other stages, in bytes."""
+    if case.plan.pipeline is not None:
+        made = simulate_case(case)
+        return made.step, made.timeline, made.sent_bytes
+    step = step_of_case(case)
+    return step, simulate(step, case.cluster), None
+
+
+def _on_stages(plan: Plan, graph: Graph) -> Iterator[str]:
+    """What is wrong with the stages that the plan's parameters are on."""
+    if plan.pipeline is None:
+        return
+    try:
+        used = stages_of(graph, plan.pipeline.cuts, plan.stages)
+    except UserError:
+        return  # the cuts are wrong, and said to be
+    for name, stages in used.items():
+        if name in plan.params and set(plan.params[name].stages) != set(stages):
+            at = list(plan.params[name].stages)
+            yield f"params: {name} is on the stages {at}, and the cuts use it on {list(stages)}"
 
 
 def broken_hints(plan: Plan, graph: Graph, symbols: Sizes, cluster: Cluster) -> list[str]:

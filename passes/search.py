@@ -45,9 +45,11 @@ from .staged import Staged
 from .staged_plan import (
     axis_names,
     gap_with,
+    messages_of,
     on_stages,
     per_stage,
     schedule_text,
+    sent_bytes_of,
     with_sends,
 )
 
@@ -209,6 +211,7 @@ def _finish(
     rename = axis_names(best, best.problem.batch)
     mesh = Mesh(tuple(replace(a, name=rename[a.name]) for a in best.mesh.axes))
     graph = best.problem.graph
+    pipeline = best.pipeline if isinstance(best, Staged) else None
     choices = {
         node.name: {rename[axis]: str(choice) for axis, choice in o.choices}
         for node, o in option.items()
@@ -231,7 +234,7 @@ def _finish(
         strategy=strategy,
         choices=choices,
         params=on_stages(params, problem.symbolic or graph, best),
-        predicted=with_sends(predicted(best.step, best.timeline), best),
+        predicted=with_sends(predicted(best.step, best.timeline), sent_bytes_of(best)),
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
         notes=(
             *unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer),
@@ -241,14 +244,17 @@ def _finish(
         gap=gap_with(_gap(best, unsettled_s), best, [left_s]),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
         traffic=per_stage(
-            describe_traffic(graph, best.problem.rules, option, pricer, rename), best
+            describe_traffic(graph, best.problem.rules, option, pricer, rename),
+            mesh.axes[0].size if pipeline is not None else 1,
+            messages_of(pipeline, best.variant.micro_batches),
+            sent_bytes_of(best),
         ),
         recompute=best.recompute,
         micro_batches=best.variant.micro_batches,
         memory_limit=limit,
         timeline=summarise(best.timeline),
         model=parts_of(problem.symbolic or graph),
-        pipeline=best.pipeline if isinstance(best, Staged) else None,
+        pipeline=pipeline,
     )
 
 

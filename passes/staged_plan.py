@@ -9,7 +9,7 @@ import torch.fx
 
 from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
-from autopar.plan import PIPELINE_AXIS, Prediction, Storage, Traffic
+from autopar.plan import PIPELINE_AXIS, Pipeline, Prediction, Storage, Traffic
 
 from .families import Factors
 from .pipeline_plan import stages_of
@@ -53,25 +53,38 @@ def on_stages(params: Mapping[str, Storage], graph: Graph, best: Settled) -> dic
     return {name: replace(s, stages=used.get(name, (0,))) for name, s in params.items()}
 
 
-def with_sends(prediction: Prediction, best: Settled) -> Prediction:
-    """The prediction with what goes from stage to stage."""
-    if not isinstance(best, Staged):
+def sent_bytes_of(best: Settled) -> float | None:
+    """What a device sends to other stages per step, at most; None without a pipeline."""
+    return best.sent_bytes if isinstance(best, Staged) else None
+
+
+def with_sends(prediction: Prediction, sent_bytes: float | None) -> Prediction:
+    """The prediction with what a device sends to other stages; None without a pipeline."""
+    if sent_bytes is None:
         return prediction
-    sent = {**prediction.comm_bytes, SEND: int(best.sent_bytes)}
+    sent = {**prediction.comm_bytes, SEND: int(sent_bytes)}
     return replace(prediction, comm_bytes=sent)
 
 
-def per_stage(traffic: Iterable[Traffic], best: Settled) -> tuple[Traffic, ...]:
-    """Traffic of the whole model as that of one stage on average, and what stages send."""
-    if not isinstance(best, Staged):
+def per_stage(
+    traffic: Iterable[Traffic], stages: int, messages: int, sent_bytes: float | None
+) -> tuple[Traffic, ...]:
+    """Traffic of the whole model as that of one stage on average, and what stages send.
+
+    `messages` of them per step; None bytes without a pipeline.
+    """
+    if sent_bytes is None:
         return tuple(traffic)
-    stages = best.mesh[PIPELINE_AXIS].size
     made = [
         replace(t, count=-(-t.count // stages), sent_bytes=t.sent_bytes // stages) for t in traffic
     ]
-    count = 2 * best.variant.micro_batches * best.pipeline.chunks
-    between = Traffic(SEND, PIPELINE_AXIS, "activations and gradients", count, int(best.sent_bytes))
+    between = Traffic(SEND, PIPELINE_AXIS, "activations and gradients", messages, int(sent_bytes))
     return (*made, between)
+
+
+def messages_of(pipeline: Pipeline | None, micro_batches: int) -> int:
+    """Messages that a stage in the middle sends per step: outputs and gradients."""
+    return 0 if pipeline is None else 2 * micro_batches * pipeline.chunks
 
 
 def gap_with(gap: float, best: Settled, least_s: Sequence[float]) -> float:

@@ -135,6 +135,7 @@ def _timeline(
         compute = m * sum(passes[i].compute_s for i in mine)
         exposed = m * sum(sum(passes[i].exposed_s.values()) for i in mine)
         exposed += first + max(0.0, link - executed.end[stage][-1])
+        exposed = exposed if exposed > 1e-12 * done else 0.0  # of rounding
         working = max(passes[i].working_bytes for i in mine)
         state = sum(passes[i].state_bytes for i in mine)
         ends.append(done + optimizer)
