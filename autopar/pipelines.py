@@ -21,7 +21,7 @@ from .passes.rank_program import storage_of
 from .plan import PIPELINE_AXIS, Plan
 from .runtime import agree, world
 from .runtime.group import Group
-from .runtime.pipeline_engine import PipelineEngine
+from .runtime.pipeline_engine import PipelineEngine, schedule_for
 from .runtime.pipelined_step import PipelinedStep, Results
 from .runtime.stage_placement import piece_shape, stage_of
 from .runtime.step import PartProgram, load_part
@@ -79,7 +79,25 @@ def load_pipelined_step(
         if isinstance(p, DTensor) and (stage := stage_of(p)) is not None
     }
     tied = TiedParameters(line, _tied(lowered, parameters, owners), device)
-    return PipelinedStep(parts, engine, micro_batches, line, _results(lowered), owners, tied)
+    results = _results(lowered)
+    reads = tuple(lowered.parameters)
+    return PipelinedStep(parts, engine, micro_batches, line, results, owners, tied, reads)
+
+
+def another_schedule(plan: Plan, micro_batches: int) -> str | None:
+    """What to say where the plan's schedule cannot run so many micro-batches, and another one does.
+
+    That is for batches that the plan was not made for.
+    """
+    assert plan.pipeline is not None
+    kind, stages = plan.pipeline.schedule, plan.stages
+    runs = schedule_for(kind, stages, plan.pipeline.chunks, micro_batches)
+    if runs == kind:
+        return None
+    return (
+        f"{micro_batches} micro-batches on {stages} stages run with the schedule {runs}, not "
+        f"{kind}: a batch of another size than the plan's, whose bubbles are larger"
+    )
 
 
 def _cuts(graph: Graph, followed: Followed, plan: Plan) -> tuple[str, ...]:

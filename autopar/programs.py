@@ -14,13 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from .capture import Capture
 from .errors import ShardingWarning, UserError
 from .ir.rule import Choice
-from .passes.follow_micro_batches import batch_size, largest_count
+from .passes.follow_micro_batches import Followed, batch_size, largest_count
 from .passes.lower_step import lower_part, micro_batched
 from .passes.mark_recompute import matching_recompute
 from .passes.pipeline import Stage, lowering, run_passes
 from .passes.rank_program import storage_of
 from .passes.rules_of import rules_of
 from .passes.specialise import specialise
+from .pipelines import another_schedule, load_pipelined_step
 from .plan import Plan, Recompute
 from .runtime import agree, world
 from .runtime.group import Group
@@ -97,8 +98,9 @@ class OneProgram:
 class Loader:
     """Lowers and loads captures under a plan, for this rank of a live mesh.
 
-    `groups` are shared by all programs, `stages` what every pass left when the last one was
-    lowered. `statistics` says whether batch normalisation may take those of a micro-batch.
+    `parameters` are the module's by all their names. `groups` are shared by all programs, `stages`
+    what every pass left when the last one was lowered. `statistics` says whether batch
+    normalisation may take those of a micro-batch.
     """
 
     plan: Plan
@@ -108,6 +110,7 @@ class Loader:
     device: torch.device
     backend: str | None
     statistics: bool = False
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
 
     def load(self, made: Capture, sizes: Mapping[Any, int], choices: Choices) -> Runnable:
@@ -116,12 +119,14 @@ class Loader:
         found: Runnable | None = None
         while count > 1 and found is None:
             try:
-                found = self._step(made, sizes, choices, count)
+                found = self._several(made, sizes, choices, count)
             except UserError as error:
                 if self._is_promised(made, sizes):
                     raise
                 self._tell(sizes, count, error)
                 count = largest_count(count - 1, batch_size(sizes))
+        if self.plan.pipeline is not None:  # agreed on stage by stage
+            return found or self._pipelined(made, sizes, choices, 1)
         found = found or self._whole(made, sizes, choices)
         agree.check_same(
             "the program's schedule of collectives",
@@ -159,14 +164,40 @@ class Loader:
         self._start_groups(lowered)
         return OneProgram(load_program(lowered, self.groups, self.backend, self.device))
 
-    def _step(
+    def _several(
         self, made: Capture, sizes: Mapping[Any, int], choices: Choices, count: int
     ) -> Runnable:
-        graph, plan = made.graph, self.plan
-        storage, regather = storage_of(graph, plan)
-        followed = micro_batched(
-            graph,
-            plan.mesh,
+        if self.plan.pipeline is not None:
+            return self._pipelined(made, sizes, choices, count)
+        return self._step(made, sizes, choices, count)
+
+    def _pipelined(
+        self, made: Capture, sizes: Mapping[Any, int], choices: Choices, count: int
+    ) -> Runnable:
+        step = load_pipelined_step(
+            made.graph,
+            self._followed(made, sizes, choices, count),
+            self.plan,
+            count,
+            self.parameters,
+            self.live,
+            self.groups,
+            self.device,
+            self.backend,
+        )
+        if step.is_trained and self.rank == 0:
+            note = another_schedule(self.plan, count)
+            if note:
+                warnings.warn(note, ShardingWarning, stacklevel=2)
+        return step
+
+    def _followed(
+        self, made: Capture, sizes: Mapping[Any, int], choices: Choices, count: int
+    ) -> Followed:
+        storage, regather = storage_of(made.graph, self.plan)
+        return micro_batched(
+            made.graph,
+            self.plan.stage_mesh,
             count,
             sizes,
             rules_of,
@@ -174,8 +205,15 @@ class Loader:
             storage,
             regather,
             self._recompute(made, sizes),
-            self.statistics,
+            # Of one micro-batch, they are those of the batch.
+            self.statistics or count == 1,
         )
+
+    def _step(
+        self, made: Capture, sizes: Mapping[Any, int], choices: Choices, count: int
+    ) -> Runnable:
+        storage, regather = storage_of(made.graph, self.plan)
+        followed = self._followed(made, sizes, choices, count)
         found = lower_part(followed, followed.graph, self.rank, storage, regather, self._ahead)
         self.stages = list(found.stages)
         self._start_groups(found.graphs.prologue, found.graphs.body, found.graphs.tail)

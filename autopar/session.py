@@ -327,6 +327,7 @@ class Session:
                 self._device(),
                 self.options.backend,
                 self.options.micro_batch_statistics,
+                dict(self.module.named_parameters(remove_duplicate=False)),
             )
             captured.programs[key] = loader.load(captured.capture, sizes, captured.choices)
             self.stages = loader.stages

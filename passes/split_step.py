@@ -85,7 +85,7 @@ class _Splitter:
     def _collective(self, node: Node) -> None:
         arguments: Any = node.args
         op, _, source = arguments
-        if op is PVARY:
+        if op is PVARY or self.mesh[MICRO_BATCH].size == 1:
             self.same[node] = source
             self.part[node] = self.part[source]
             if source in self.reason:
@@ -110,10 +110,15 @@ class _Splitter:
             if split or cut is not None:
                 raise self._needs_others(self.reason[tails[0]])
             self.part[node], self.reason[node] = TAIL, self.reason[tails[0]]
-        elif split or any(self.part[n] == BODY for n in inputs):
+        elif split or any(self.part[n] in self.before_body for n in inputs):
             self.part[node] = BODY
         else:
             self.part[node] = PROLOGUE
+
+    @property
+    def before_body(self) -> tuple[str, ...]:
+        """Parts whose readers are in the body: also what is given, of a single micro-batch."""
+        return (BODY, GIVEN) if self.mesh[MICRO_BATCH].size == 1 else (BODY,)
 
     def _sink(self) -> None:
         """Sums over devices that only the tail reads are taken once, of the sum of all."""
@@ -210,7 +215,9 @@ class _Splitter:
             if arguments[0] is not PSUM:
                 return None
             node = arguments[2]
-        return node if self.part[node] == BODY and _on_mb(value_of(node)) == "P" else None
+        if self.part[node] != BODY:
+            return None
+        return node if _on_mb(value_of(node)) == "P" or self.mesh[MICRO_BATCH].size == 1 else None
 
     def _nonlinear(self, node: Node) -> Node:
         """The first op of the tail that leads to a node."""

@@ -48,13 +48,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def on_all(mine: bool) -> bool:
-    """Whether something holds on all ranks; collective."""
-    flag = torch.tensor(int(mine))
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)
-
-
 def number(text: str) -> int:
     """A 62-bit digest of a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2

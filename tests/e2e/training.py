@@ -22,8 +22,10 @@ from autopar.errors import UserError
 from autopar.ir.recomputed import mark_of
 from autopar.plan import plan_from_json
 from tests.zoo import LARGE_REC, ZOO, Entry
+from tests.zoo.inside import inside
 
-MODELS: Mapping[str, Entry] = {**ZOO, LARGE_REC.name: LARGE_REC}
+INSIDE = {entry.name: entry for entry in map(inside, ZOO.values()) if entry.name not in ZOO}
+MODELS: Mapping[str, Entry] = {**ZOO, LARGE_REC.name: LARGE_REC, **INSIDE}
 STRATEGIES = ("auto", "data", "zero", "tensor", "data+tensor")
 FLOOR = 1e-3
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -128,10 +130,11 @@ def train_and_compare(
         return None
     losses, gradients, state = torch.load(file, mmap=True)
     worst: dict[str, float] = {}
-    graph = model.autopar.session.stages[-1].graph
+    stages = model.autopar.session.stages
+    nodes = list(stages[-1].graph.calls()) if stages else []
     outcome = Outcome(
         mesh,
-        recomputed=len({mark_of(node) for node in graph.calls()} - {None}),
+        recomputed=len({mark_of(node) for node in nodes} - {None}),
         loss=max(abs(a - b) / abs(b) for a, b in zip(run.losses, losses, strict=True)),
         gradient=max(
             (error_of(a, b, worst) for a, b in zip(run.gradients, gradients, strict=True)),

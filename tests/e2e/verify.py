@@ -1,4 +1,4 @@
-"""`make verify`: every model of the zoo under every strategy equals one device.
+"""`make verify`: every model of the zoo under every strategy and pipeline equals one device.
 
 On 4 real gloo ranks with AdamW, against the same script in one process (which itself must equal the
 plain PyTorch model bit by bit where there is no dropout). In float64 every loss, gradient and final
@@ -23,6 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from autopar.errors import UserError
+from tests.e2e.piped_plans import PIPED, piped_case
 from tests.e2e.pool import RankFailure, RankPool
 from tests.e2e.training import (
     DTYPES,
@@ -38,6 +40,7 @@ RANKS = 4
 STEPS, LARGE_STEPS = 20, 4
 LIMIT_FLOAT64, LIMIT_LOSS_FLOAT32 = 1e-9, 5e-5
 TIMEOUT_S = 240.0
+ALL = (*STRATEGIES, *PIPED)
 
 
 @dataclass
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.e2e.verify", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--strategies", nargs="+", default=list(ALL), choices=ALL)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--jobs", type=int, default=1, help="sets of 4 ranks at a time")
@@ -85,7 +88,7 @@ def _show(row: Row) -> None:
     how = "FAILED" if row.failures else "ok"
     if not row.failures and any(o.inapplicable for o in row.outcomes.values()):
         how = "does not apply"
-    print(f"{row.model:22} {row.strategy:12} {how} ({row.time_s:.1f} s)", flush=True)
+    print(f"{row.model:22} {row.strategy:27} {how} ({row.time_s:.1f} s)", flush=True)
     for text in row.failures:
         print(text, flush=True)
 
@@ -143,9 +146,13 @@ def _verify_model(
             row = Row(name, strategy)
             start = time.monotonic()
             for dtype, file in files.items():
-                case = (name, strategy, dtype, steps, str(file))
                 try:
+                    with one_at_a_time:
+                        plan = _plan_of(name, strategy, dtype)
+                    case = (name, strategy, dtype, steps, str(file), plan)
                     outcome = pool.run(train_and_compare, *case, timeout_s=TIMEOUT_S)[0]
+                except UserError as error:
+                    outcome = Outcome(inapplicable=f"{name}: {error.what}")
                 except RankFailure as error:
                     row.failures.append(f"{dtype}: {error}")
                     continue
@@ -153,6 +160,11 @@ def _verify_model(
                 row.failures += _too_far(dtype, outcome)
             row.time_s = time.monotonic() - start
             yield row
+
+
+def _plan_of(name: str, strategy: str, dtype: str) -> str | None:
+    """The text of the plan to follow; None where the planner makes it."""
+    return piped_case(name, strategy, dtype).to_json() if strategy in PIPED else None
 
 
 def _too_far(dtype: str, outcome: Outcome) -> list[str]:
