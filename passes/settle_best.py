@@ -82,8 +82,8 @@ class _Settling:
             best, reached = found.best, self.outer.best_s
             if self.work > WORK:
                 break
-            until_s = self._worth(best) if best is not None else WIDER * reached
-            if not reached < until_s < self.request.better_than_s:
+            until_s = best.programme_s if best is not None else WIDER * reached
+            if not reached * (1 + WORTH) < until_s < self.request.better_than_s:
                 break
         # What is left counts: candidates in the queue, and those that have bounds alone.
         waiting = [p.bound_s for _, _, p, _, _ in self.queue]

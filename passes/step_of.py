@@ -23,7 +23,7 @@ from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
 from .bucket_collectives import BUCKET_BYTES
-from .chunks import Chunk, chunks_of
+from .chunks import Chunk, chunks_of, thinned
 from .options import Option
 from .price import EdgeCollective, Pricer
 from .programme import is_getitem, producer_of
@@ -49,13 +49,14 @@ def step_of(
     up to the programme's (`search.predict`), the saved bytes to its memory.
     """
     chunks = chunks_of(graph, blocks)
-    segments: list[Segment] = []
-    for i, segment in enumerate(segments_of(chunks, blocks, option, pricer)):
-        repeats = chunks[i].region >= 0 and i > 0 and chunks[i - 1].region == chunks[i].region
-        if repeats and alike(segments[-1], segment):
-            segments[-1] = replace(segments[-1], copies=segments[-1].copies + 1)
-        else:
-            segments.append(segment)
+    thin = thinned(chunks)
+    segments = _joined(
+        thin.chunks, thin.more, segments_of(thin.chunks, blocks, option, pricer, thin.alias)
+    )
+    if segments is None:  # what was left out is not like what was not
+        none = [0] * len(chunks)
+        segments = _joined(chunks, none, segments_of(chunks, blocks, option, pricer))
+    assert segments is not None
     stored = [n for n in option if n.op == "placeholder"]
     state = stored_state(stored, option, pricer)
     if pricer.cluster.single is not None:  # ranks are processes, and share memory
@@ -65,11 +66,38 @@ def step_of(
     return Step(tuple(segments), optimizer_s, state, micro_batches)
 
 
+def _joined(
+    chunks: Sequence[Chunk], more: Sequence[int], made: Sequence[Segment]
+) -> list[Segment] | None:
+    """Segments with those that are alike as copies of one; `more` of a chunk were left out.
+
+    None where copies were left out after one that is not like the one before.
+    """
+    segments: list[Segment] = []
+    for i, segment in enumerate(made):
+        repeats = chunks[i].region >= 0 and i > 0 and chunks[i - 1].region == chunks[i].region
+        if repeats and alike(segments[-1], segment):
+            copies = segments[-1].copies + 1 + more[i]
+            segments[-1] = replace(segments[-1], copies=copies)
+        elif more[i]:
+            return None
+        else:
+            segments.append(segment)
+    return segments
+
+
 def segments_of(
-    chunks: Sequence[Chunk], blocks: Blocks, option: Mapping[Node, Option], pricer: Pricer
+    chunks: Sequence[Chunk],
+    blocks: Blocks,
+    option: Mapping[Node, Option],
+    pricer: Pricer,
+    alias: Mapping[Node, Node] | None = None,
 ) -> list[Segment]:
-    """One segment per chunk; together the chunks are all ops of the graph, in order."""
-    builder = _Builder(blocks, option, pricer)
+    """One segment per chunk; together the chunks are all ops of the graph, in order.
+
+    But for copies of a block that are left out, in whose place others (`alias`) are read.
+    """
+    builder = _Builder(blocks, option, pricer, alias or {})
     made = [builder.segment(chunk, i) for i, chunk in enumerate(chunks)]
     names = [first.name for first, _, _ in blocks.regions]
     return [
@@ -108,6 +136,7 @@ class _Builder:
     blocks: Blocks
     option: Mapping[Node, Option]
     pricer: Pricer
+    alias: Mapping[Node, Node] = field(default_factory=dict)
     paid: dict[tuple[Node, int, Sharding], Place | None] = field(default_factory=dict)
     kept: set[tuple[Node, int, Sharding]] = field(default_factory=set)
     gradients: set[Node] = field(default_factory=set)
@@ -305,7 +334,7 @@ class _Builder:
         source = given.gives[port]
         key = (producer, port, want)
         if key not in self.paid:
-            at = self.place.get((producer, port))
+            at = self.place.get((self.alias.get(producer, producer), port))
             if source != want:
                 at = self._collectives(parts, index, producer, port, want, at)
             self.paid[key] = at
