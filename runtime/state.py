@@ -23,6 +23,7 @@ from autopar.ir.sharding import Sharding
 from .deferred import DeferredTensor, real_value
 from .on_stage import placed_like
 from .placements import shard
+from .scalars import read_whole_scalars
 
 
 def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.ref[nn.Parameter]]:
@@ -32,6 +33,7 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
     holds. Buffers get rank 0's values, too. Optimizers that were made before get the new
     parameters; the result are those that were replaced, which nothing should hold any more.
     """
+    read_whole_scalars()
     take_rank_zeros(module)
     placements = [Replicate()] * live.ndim
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}

@@ -66,6 +66,14 @@ def _mesh(device_type: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> D
     return known[key]
 
 
+def is_of_plan(mesh: DeviceMesh) -> bool:
+    """Whether the mesh is one of those that `device_mesh` gives."""
+    world = dist.group.WORLD
+    if world is None:
+        return False
+    return any(mesh is known for known in _MESHES.get(world, {}).values())
+
+
 def groups_of(
     graphs: Iterable[Graph],
     mesh: DeviceMesh,

@@ -32,7 +32,7 @@ from tests.runtime.on_stage_cases import (
 TOLERANCE = {"overflow": 1e-6, "muon": 1e-2}  # float32; matrix products in bfloat16
 FEWER = {  # the mesh without stages: what only these tests see
     "stages": ("adamw_fused", "adafactor", "clip_2", "arithmetic", "overflow", "checkpoints"),
-    "tensor": ("overflow", "states", "clip_otherwise"),
+    "tensor": ("overflow", "arithmetic", "states", "clip_otherwise"),
 }
 
 
