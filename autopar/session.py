@@ -53,6 +53,8 @@ from .runtime.state import (
 )
 from .runtime.step_clock import StepClock
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 @dataclass
 class _Captured:
@@ -224,9 +226,12 @@ class Session:
         kept = self.module.__class__
         self.module.__class__ = self.original
         try:
-            return copy.deepcopy(self.module, memo)
+            twin = copy.deepcopy(self.module, memo)
         finally:
             self.module.__class__ = kept
+        for hooks in _HOOKS:  # the module's own call runs them, around what is captured
+            vars(twin)[hooks].clear()
+        return twin
 
     _groups_ready = False
 

@@ -395,8 +395,9 @@ class _Whole(torch.autograd.Function):
         asked = float(seed) if step.half else ctx.scale
         if asked != ctx.scale and math.isfinite(asked) and asked != 0.0:
             step.scale = asked
+            parameters, known = ctx.again
             with torch.enable_grad():
-                _, _, found = step._forward(*ctx.again, training=True)
+                _, _, found = step._forward(parameters, known, training=True)
             gradients = [found[name] for name in ctx.names if name in found]
         else:
             _scale(gradients, seed, ctx.scale, in_place=not keeps_graph())
