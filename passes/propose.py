@@ -173,7 +173,7 @@ class Outer:
         self.fields: dict[tuple[Roles, Variant], _Field] = {}
         self.priced: dict[tuple[Roles, int], Priced] = {}
         self.weights: dict[Roles, list[tuple[Columns, Weights]]] = defaultdict(list)
-        self.free: dict[Roles, Array] = {}
+        self.free: dict[Roles, list[tuple[Variant, Array]]] = defaultdict(list)
         self.until_s = 0.0
 
     @property
@@ -193,11 +193,12 @@ class Outer:
                 continue
             for mode in (m for m in (NONE, SELECTIVE, FULL) if m in self.request.modes):
                 for k in self._micro_batches():
-                    found = self._field(roles, Variant(k, mode))
-                    if found is None:
-                        break
-                    if found.table.least_s.min() > self.best_s:
+                    variant = Variant(k, mode)
+                    if self._free(roles, variant).min(initial=math.inf) > self.best_s * (1 - WORTH):
                         break  # smaller micro-batches only take longer
+                    found = self._field(roles, variant)
+                    if found is None or found.table.least_s.min() > self.best_s:
+                        break
                     self._explore()
         return self._listed()
 
@@ -236,6 +237,20 @@ class Outer:
             self.priced[key] = self.frames.priced(roles, meshes, self.request, micro_batches)
         return self.priced[key]
 
+    def _free(self, roles: Roles, variant: Variant) -> Array:
+        """Seconds below which no mesh is under a variant, from variants that give up less.
+
+        Where memory does not bind, more micro-batches and more recomputation only take longer.
+        """
+        made = np.zeros(0)
+        for other, bounds in self.free[roles]:
+            if _gives_up_less(other, variant):
+                made = np.maximum(made, bounds) if len(made) else bounds
+        return made if len(made) else np.zeros(self._meshes(roles))
+
+    def _meshes(self, roles: Roles) -> int:
+        return len(list(meshes_of(roles, self.request.cluster)))
+
     def _field(self, roles: Roles, variant: Variant) -> _Field | None:
         """The meshes of some roles under a variant."""
         if (roles, variant) in self.fields:
@@ -244,9 +259,7 @@ class Outer:
         if priced is None:
             return None
         table = self.frames.get(roles).table(priced, variant)
-        bound = table.least_s.copy()
-        if variant != Variant() and roles in self.free:
-            bound = np.maximum(bound, self.free[roles])
+        bound = np.maximum(table.least_s, self._free(roles, variant))
         found = self.fields[roles, variant] = _Field(
             roles,
             variant,
@@ -304,10 +317,8 @@ class Outer:
         self.weights[roles].append((field_.relaxation.columns, relaxed.weights))
         self._bound(field_, relaxed.weights)
         field_.learnt = len(self.weights[roles])
-        if field_.variant == Variant() and not relaxed.weights.memory:
-            # Whatever the variant, it takes no less than one micro-batch with nothing repeated.
-            free = self.free.get(roles, np.zeros(len(field_.bound_s)))
-            self.free[roles] = np.maximum(free, field_.bound_s)
+        if not relaxed.weights.memory and field_.built_for_s >= self.best_s:
+            self.free[roles].append((field_.variant, self._bounds(field_, relaxed.weights)))
         self.solved.append(
             Proposal(
                 self.frames.get(roles),
@@ -349,10 +360,13 @@ class Outer:
         return bool(field_.bound_s[at] > before)
 
     def _bound(self, field_: _Field, weights: Weights) -> None:
+        field_.bound_s = np.maximum(field_.bound_s, self._bounds(field_, weights))
+
+    def _bounds(self, field_: _Field, weights: Weights) -> Array:
         assert field_.relaxation is not None
         # Of what is slower than the programme was built for, nothing is known.
-        bounds = np.minimum(field_.relaxation.bounds(weights), field_.built_for_s)
-        field_.bound_s = np.maximum(field_.bound_s, bounds)
+        made: Array = np.minimum(field_.relaxation.bounds(weights), field_.built_for_s)
+        return made
 
     def _is_slower(self, field_: _Field, at: int) -> None:
         """Nothing that fits is in a mesh's programme: it may be in a larger one."""
@@ -375,6 +389,12 @@ class Outer:
         if field_.built_for_s == math.inf:
             field_.least_bytes = np.maximum(field_.least_bytes, least)
             field_.open &= ~short
+
+
+def _gives_up_less(one: Variant, other: Variant) -> bool:
+    order = (NONE, SELECTIVE, FULL)
+    fewer = one.micro_batches <= other.micro_batches
+    return fewer and order.index(one.mode) <= order.index(other.mode)
 
 
 def _label(variant: Variant) -> str:
