@@ -28,6 +28,7 @@ COPIES = {
     "one process": (6, 6),
     "DDP": (21, 18),
     "FSDP2": (40, 11),
+    "FSDP2 hybrid": (40, 14),
     "hand TP": (8, 6),
     "autopar": (12, 8),
 }

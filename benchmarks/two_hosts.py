@@ -4,10 +4,12 @@
 
 Needs root: the hosts are namespaces of this machine (`benchmarks.network`), each with half of its
 cores and two ranks of one thread, and the link carries so many Mbit/s in each direction. For every
-rate the cluster is calibrated by `autopar calibrate` on both hosts, then the contenders take turns
-of a few whole training steps, one at a time. A step that takes longer than `--long` is timed once,
-with what the first step needs more than others; one that takes longer than `--limit` is ended, and
-counts as that limit.
+rate the cluster is calibrated by `autopar calibrate` on both hosts. Then the contenders take turns
+of a few whole training steps, one at a time; those that do not all fit in memory have one turn.
+
+At the fastest rate every contender runs, and what it sends per step is counted. At the others, one
+whose bytes alone take longer than a baseline's step that was timed is not run (`--all` runs it):
+its step is given as at least so long.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,11 +37,10 @@ from autopar.cost.profile import load_profile
 from .baselines import SEVERAL_HOSTS
 from .models import MODELS
 from .network import INTERFACE, TwoHosts, missing
-from .workers import MALLOC, RANKS, ContenderError, Pool
+from .speed import free_bytes, memory_bytes
+from .workers import MALLOC, RANKS, Block, ContenderError, Pool
 
-BASELINES = ("DDP", "FSDP2", "FSDP2 hybrid")
-LOSS_TOLERANCE = 5e-5
-START_S = 120.0  # in which processes start, capture and plan, beside their first step
+BASELINES = ("FSDP2 hybrid", "DDP", "FSDP2")
 console = Console()
 
 
@@ -46,7 +48,8 @@ console = Console()
 class Result:
     """What a contender did: seconds of every timed step, first losses, bytes over the link.
 
-    `over_s` is the limit where a step was ended at it. `sent_bytes` is per step and host.
+    `sent_bytes` is per step and host. `at_least_s`: what these bytes alone take, of a contender
+    that was not run.
     """
 
     step_s: list[float] = field(default_factory=list)
@@ -54,84 +57,114 @@ class Result:
     sent_bytes: float | None = None
     predicted_s: float | None = None
     plan: dict[str, Any] | None = None
-    over_s: float | None = None
+    at_least_s: float | None = None
     failure: str = ""
 
     @property
     def median_s(self) -> float | None:
-        """Seconds of a step; the limit where it was ended there."""
+        """Seconds of a step; the least that it can take where it was not run."""
         if self.failure:
             return None
-        return statistics.median(self.step_s) if self.step_s else self.over_s
+        return statistics.median(self.step_s) if self.step_s else self.at_least_s
 
 
 @dataclass(frozen=True)
 class Race:
-    """How long the contenders run: `turn_s` each of `rounds` times, at most `steps` steps."""
+    """One model on one link; each of `rounds` turns takes about `turn_s`, and 1 to `steps` steps.
 
+    A first step that takes longer than `long_s` is all that is timed. `sent_bytes` are known from
+    another rate.
+    """
+
+    model: str
+    hosts: TwoHosts
+    profile: Path
+    bytes_per_s: float
     rounds: int
     steps: int
     turn_s: float
     long_s: float
-    limit_s: float
+    sent_bytes: Mapping[str, float]
 
-
-def race(
-    model: str, contenders: list[str], hosts: TwoHosts, profile: Path, settings: Race
-) -> dict[str, Result]:
-    """Let the contenders take turns."""
-    results = {name: Result() for name in contenders}
-    with ExitStack() as alive:
-        pools: dict[str, Pool] = {}
-        for number in range(settings.rounds):
+    def run(self, contenders: list[str]) -> dict[str, Result]:
+        """Let the contenders take turns."""
+        results = {name: Result() for name in contenders}
+        together = sum(memory_bytes(self.model, name) for name in contenders) < free_bytes()
+        if together:
+            with ExitStack() as alive:
+                pools: dict[str, Pool] = {}
+                for _ in range(self.rounds):
+                    for name, result in results.items():
+                        if not self._decided(name, results):
+                            self._take_turn(name, result, pools, alive, self.steps)
+        else:
             for name, result in results.items():
-                if result.failure or result.over_s or (number and name not in pools):
-                    continue
-                try:
-                    if name not in pools:
-                        pools[name] = alive.enter_context(_start(model, name, hosts, profile))
-                    _turn(pools[name], hosts, result, settings)
-                except ContenderError as error:
-                    result.failure = str(error)
-                if result.failure or result.over_s or result.step_s[0] > settings.long_s:
-                    pools.pop(name).close() if name in pools else None
-            console.print(f"[dim]{model}: round {number + 1} of {settings.rounds}[/dim]")
-    return results
+                if not self._decided(name, results):
+                    with ExitStack() as alone:
+                        self._take_turn(name, result, {}, alone, self.steps * self.rounds)
+        return results
 
+    def _decided(self, name: str, results: dict[str, Result]) -> bool:
+        """Whether nothing is left to be timed, or nothing needs to be."""
+        result = results[name]
+        if result.failure or result.at_least_s or (result.step_s and self._is_long(result)):
+            return True
+        timed = [r.median_s for n, r in results.items() if n in BASELINES and r.step_s]
+        least_s = self.sent_bytes.get(name, 0.0) / self.bytes_per_s
+        if not result.step_s and timed and least_s > min(t for t in timed if t is not None):
+            result.at_least_s, result.sent_bytes = least_s, self.sent_bytes[name]
+        return result.at_least_s is not None
 
-def _start(model: str, name: str, hosts: TwoHosts, profile: Path) -> Pool:
-    return Pool(model, name, hosts=hosts.hosts, environment={"AUTOPAR_CLUSTER": str(profile)})
+    def _is_long(self, result: Result) -> bool:
+        return result.step_s[0] > self.long_s
 
-
-def _turn(pool: Pool, hosts: TwoHosts, result: Result, settings: Race) -> None:
-    """One contender's turn; its first step ever says how many steps a turn has."""
-    if not pool.step:
-        pool.timeout_s = settings.limit_s + START_S
+    def _take_turn(
+        self, name: str, result: Result, pools: dict[str, Pool], alive: ExitStack, steps: int
+    ) -> None:
         try:
-            before = hosts.sent_bytes()
-            first = pool.run(1, untimed=0)
-            sent = max(b - a for a, b in zip(before, hosts.sent_bytes(), strict=True))
+            if name not in pools:
+                pools[name] = alive.enter_context(self._start(name))
+            self._time(pools[name], result, steps)
         except ContenderError as error:
-            if not str(error).startswith("no answer"):
-                raise
-            result.over_s = settings.limit_s
-            return
-        result.losses = first.losses
-        text = pool.plan()
-        if text:
-            result.plan = json.loads(text)
-            result.predicted_s = float(result.plan["predicted"]["time_s"])
-        elif first.step_s[0] > settings.long_s:
-            result.step_s, result.sent_bytes = first.step_s, float(sent)
-            return
-    second = pool.run(1, untimed=0)
-    steps = min(max(round(settings.turn_s / second.step_s[0]), 1), settings.steps)
-    before, last = hosts.sent_bytes(), pool.run(steps, untimed=0)
-    sent = max(b - a for a, b in zip(before, hosts.sent_bytes(), strict=True))
-    result.step_s += last.step_s
-    result.sent_bytes = sent / steps
-    if len(result.losses) == 1:
-        result.losses += [*second.losses, *last.losses]
+            result.failure = str(error)
+        console.print(f"[dim]{self.model}: {name} has {len(result.step_s)} steps[/dim]")
+
+    def _start(self, name: str) -> Pool:
+        """Start a contender, in the faster way if it fits in memory."""
+        free = free_bytes()
+        for keep in (True, False):
+            if memory_bytes(self.model, name, keep) < free:
+                environment = {"AUTOPAR_CLUSTER": str(self.profile)}
+                return Pool(self.model, name, keep, self.hosts.hosts, environment)
+        raise ContenderError(f"{free / 2**30:.0f} GiB of memory are too few")
+
+    def _time(self, pool: Pool, result: Result, steps: int) -> None:
+        """A turn: its first step ever and one more are timed only where they are long."""
+        if not pool.step:
+            first, sent = self._counted(pool, 1)
+            result.losses = first.losses
+            text = pool.plan()
+            if text:
+                result.plan = json.loads(text)
+                assert result.plan is not None
+                result.predicted_s = float(result.plan["predicted"]["time_s"])
+            elif first.step_s[0] > self.long_s:
+                result.step_s, result.sent_bytes = first.step_s, sent
+                return
+        warm = pool.run(1, untimed=0)
+        fitting = max(round(self.turn_s / warm.step_s[-1]), 1)
+        last, sent = self._counted(pool, min(fitting, steps))
+        result.step_s += last.step_s
+        result.sent_bytes = sent
+        if len(result.losses) == 1:
+            result.losses += [*warm.losses, *last.losses]
+
+    def _counted(self, pool: Pool, steps: int) -> tuple[Block, float]:
+        """Steps, and the bytes that the host which sends more has sent per step."""
+        before = self.hosts.sent_bytes()
+        block = pool.run(steps, untimed=0)
+        after = self.hosts.sent_bytes()
+        return block, max(b - a for a, b in zip(before, after, strict=True)) / steps
 
 
 def calibrate(hosts: TwoHosts, out: Path, quick: bool) -> None:
@@ -178,7 +211,7 @@ def show(model: str, mbit: float, results: dict[str, Result]) -> None:
             table.add_row(name, "failed")
             table.caption = f"{table.caption or ''}{name}: {result.failure}\n"
             continue
-        over = "> " if result.over_s else ""
+        over = "≥ " if result.at_least_s else ""
         table.add_row(
             name,
             f"{over}{median:.3f}",
@@ -222,10 +255,10 @@ def main() -> int:
         "--contenders", nargs="+", choices=SEVERAL_HOSTS, default=list(SEVERAL_HOSTS)
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per turn, at most")
-    parser.add_argument("--turn", type=float, default=6.0, help="seconds of a turn")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per turn, at most")
+    parser.add_argument("--turn", type=float, default=5.0, help="seconds of a turn")
     parser.add_argument("--long", type=float, default=30.0, help="seconds of a step timed once")
-    parser.add_argument("--limit", type=float, default=100.0, help="seconds of a step")
+    parser.add_argument("--all", action="store_true", help="run what cannot be the best, too")
     parser.add_argument("--profile", type=Path, help="take MBIT.json of this folder, or make it")
     parser.add_argument("--quick", action="store_true", help="calibrate quickly")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -235,11 +268,9 @@ def main() -> int:
         console.print(f"skipped: {reason}")
         return 0
     record: dict[str, Any] = {"command": f"python -m benchmarks.two_hosts {' '.join(sys.argv[1:])}"}
-    settings = Race(
-        arguments.rounds, arguments.steps, arguments.turn, arguments.long, arguments.limit
-    )
+    sent: dict[str, dict[str, float]] = {model: {} for model in arguments.models}
     with TwoHosts() as hosts, tempfile.TemporaryDirectory(prefix="autopar-hosts-") as folder:
-        for mbit in arguments.rates:
+        for mbit in sorted(arguments.rates, reverse=True):
             hosts.set_rate(mbit * 1e6)
             profile = (arguments.profile or Path(folder)) / f"{mbit:g}.json"
             if "autopar" in arguments.contenders and not profile.exists():
@@ -248,7 +279,13 @@ def main() -> int:
                 load_profile(profile)
                 console.print(f"[dim]calibrated in {time.monotonic() - start:.0f} s[/dim]")
             for model in arguments.models:
-                results = race(model, arguments.contenders, hosts, profile, settings)
+                race = Race(
+                    *(model, hosts, profile, mbit * 1e6 / 8),
+                    *(arguments.rounds, arguments.steps, arguments.turn, arguments.long),
+                    {} if arguments.all else dict(sent[model]),
+                )
+                results = race.run(arguments.contenders)
+                sent[model] |= {n: r.sent_bytes for n, r in results.items() if r.sent_bytes}
                 show(model, mbit, results)
                 answer = verdict(results)
                 console.print(answer)
