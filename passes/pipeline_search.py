@@ -59,22 +59,30 @@ class Piped:
 
 
 SETTLED = 3  # candidates that are solved exactly and simulated, by estimate
-MOST_STAGES = 1024
 SERIAL = 2  # of those that would take least if nothing overlapped
 ROLES = {"data": "dp", "tensor": "tp"}  # the axis inside a stage of a forced family
 
 
 def why_no_pipeline(graph: Graph, symbols: Symbols) -> str | None:
     """Why a captured step cannot run as a pipeline, with what to change; None if it can."""
+    return why_no_loss(graph) or why_no_micro_batches(graph, symbols)
+
+
+def why_no_loss(graph: Graph) -> str | None:
+    """What to say of a model whose loss is outside of it; None where forward returns a loss."""
     outputs = graph.output_node.args[0]
     assert isinstance(outputs, (tuple, list))
     returned = [n for n in outputs[: graph.outputs] if isinstance(n, torch.fx.Node)]
-    if not any(_is_loss(n.meta.get("value")) for n in returned):
-        return (
-            "pipelines need the loss inside of the module, and forward returns no scalar loss: "
-            "give forward the targets, `def forward(self, x, y)`, and "
-            "`return loss_fn(self.net(x), y)`"
-        )
+    if any(_is_loss(n.meta.get("value")) for n in returned):
+        return None
+    return (
+        "pipelines need the loss inside of the module, and forward returns no scalar loss: "
+        "give forward the targets, `def forward(self, x, y)`, and `return loss_fn(self.net(x), y)`"
+    )
+
+
+def why_no_micro_batches(graph: Graph, symbols: Symbols) -> str | None:
+    """What to say of a model that cannot run in micro-batches; None where it can."""
     why = why_not_micro_batched(graph, symbols)
     return f"pipelines need micro-batches, and there are none: {why}" if why else None
 
@@ -88,6 +96,19 @@ def _is_loss(value: object) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Best:
+    """Pipelines that fit, some that do not, and the least bound of those not looked at.
+
+    `why_none`: why no pipeline can run, where that was asked.
+    """
+
+    found: tuple[Staged, ...] = ()
+    misfits: tuple[Misfit, ...] = ()
+    left_s: float = math.inf
+    why_none: str | None = None
+
+
 def best_pipelines(
     frames: Frames,
     graph: Graph,
@@ -95,25 +116,30 @@ def best_pipelines(
     wanted: Wanted,
     best_s: float = math.inf,
     progress: Progress = lambda _: None,
-) -> tuple[list[Staged], list[Misfit], float]:
-    """(pipelines that fit, some that do not, the least bound of those that were not looked at).
+    check: Callable[[], str | None] = lambda: None,
+) -> Best:
+    """Pipelines that may take less than `best_s` seconds, the best few settled.
 
-    Only those that may take less than `best_s` seconds.
+    `check` says why there can be none; it is asked where there is something to settle.
     """
     problem = frames.problem_at(graph, request.symbols, request.cluster)
     most = len(units_of(problem.graph, problem.blocks))
     made = propose_pipelines(frames, request, wanted, most, best_s, progress)
+    misfits: list[Misfit] = []
+    if made.leanest is not None and not made.solved:
+        lean = made.leanest
+        misfits.append(Misfit(lean.mesh, 0, lean.least_bytes / lean.stages))
+    why = check() if made.solved else None
+    if why is not None:
+        return Best(why_none=why)
     by_serial = sorted(made.solved, key=lambda c: c.relaxed.serial_s / c.stages if c.relaxed else 0)
     chosen = dict.fromkeys((*_various(made.solved)[:SETTLED], *_various(by_serial)[:SERIAL]))
     found: list[Staged] = []
-    misfits: list[Misfit] = []
     fits: set[tuple[str, int]] = set()  # recomputation is shared out anew for every assignment
     for candidate in chosen:
         key = (str(candidate.mesh), candidate.micro_batches)
-        if key in fits:
-            continue
         best_s = min([best_s, *(one.timeline.step_s for one in found)])
-        if candidate.est_s >= best_s:
+        if key in fits or candidate.est_s >= best_s:
             continue
         one = _settled("auto", frames, graph, request, wanted, candidate)
         if isinstance(one, Misfit):
@@ -123,10 +149,7 @@ def best_pipelines(
             fits.add(key)
             progress(f"{one.mesh}, {one.pipeline.schedule}: simulated")
     left = min([made.left_s, *(c.est_s for c in made.solved if c not in chosen)])
-    if made.leanest is not None and not made.solved:
-        lean = made.leanest
-        misfits.append(Misfit(lean.mesh, 0, lean.least_bytes / lean.stages))
-    return found, misfits, left
+    return Best(tuple(found), tuple(misfits), left)
 
 
 def _various(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -267,20 +290,27 @@ def pipelines_beside(
     graph: Graph,
     request: Request,
     wanted: Wanted | None,
+    best_s: float = math.inf,
     progress: Progress = lambda _: None,
 ) -> Piped:
     """Pipelines for an automatic search; an alternative that says why where there are none."""
-    if wanted is None or request.cluster.size < 2:
+    if wanted is None or hinted_axes(graph):
         return Piped()
-    if hinted_axes(graph) or not stage_counts(request.cluster.size, MOST_STAGES, None):
+    if not stage_counts(request.cluster.size, request.cluster.size, None):
         return Piped()
-    why = why_no_pipeline(graph, request.symbols)
+    why = why_no_loss(graph)
     if why is not None:
         return Piped((Alternative("pipeline", "-", None, None, why),))
-    found, misfits, left_s = best_pipelines(frames, graph, request, wanted, math.inf, progress)
-    if found or not misfits:
-        return Piped(tuple(found), left_s)
-    return Piped((_unfit("auto", misfits, request.memory_limit),), left_s)
+
+    def check() -> str | None:
+        return why_no_micro_batches(graph, request.symbols)
+
+    made = best_pipelines(frames, graph, request, wanted, best_s, progress, check)
+    if made.why_none is not None:
+        return Piped((Alternative("pipeline", "-", None, None, made.why_none),))
+    if made.found or not made.misfits:
+        return Piped(made.found, made.left_s)
+    return Piped((_unfit("auto", made.misfits, request.memory_limit),), made.left_s)
 
 
 def only_pipelines(
@@ -300,9 +330,9 @@ def only_pipelines(
     if strategy in PIPELINED:
         piped = Piped(tuple(force_pipelines(frames, graph, request, strategy, wanted, progress)))
     else:
-        found, misfits, left_s = best_pipelines(frames, graph, request, wanted, math.inf, progress)
-        unfit = (_unfit(strategy, misfits, request.memory_limit),) if misfits else ()
-        piped = Piped((*found, *unfit), left_s)
+        made = best_pipelines(frames, graph, request, wanted, math.inf, progress)
+        unfit = (_unfit(strategy, made.misfits, request.memory_limit),) if made.misfits else ()
+        piped = Piped((*made.found, *unfit), made.left_s)
     if piped.best is None:
         reasons = [one for one in piped.tried if isinstance(one, Alternative)]
         least = min(reasons, key=lambda one: one.memory_bytes or math.inf, default=None)

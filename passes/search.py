@@ -31,12 +31,12 @@ from .frame import Variant
 from .hints import without_hints
 from .impossible import no_candidate
 from .options import Option, place_call
-from .pipeline_search import only_pipelines, pipelines_beside
+from .pipeline_search import Piped, only_pipelines, pipelines_beside
 from .pipelined import Wanted
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
 from .programme import edges_of, evaluate, is_getitem, solve
-from .propose import Frames, Proposal, Request
+from .propose import MANY, Frames, Proposal, Request
 from .rules_of import unsharded_ops
 from .same_model import parts_of
 from .settle import Settled, settle
@@ -102,21 +102,26 @@ def search(
     if frames is None or frames.problem.optimizer != optimizer:
         frames = Frames(problem_of(graph, symbols, cluster, optimizer))
     problem = frames.problem_at(graph, symbols, cluster)
+    # What the user recomputes stays as it is written.
+    written = any(node.meta.get("region") is not None for node in problem.graph.calls())
+    modes = (NONE,) if written else tuple(recompute)
+    request = Request(cluster, symbols, limit, tuple(micro_batches), modes)
     if strategy in PIPELINED or (pipelines is not None and pipelines.stages is not None):
-        request = Request(cluster, symbols, limit, tuple(micro_batches), tuple(recompute))
         only = only_pipelines(frames, graph, request, strategy, pipelines or Wanted(), progress)
         return _finish(problem, only.tried, [], strategy, fingerprint, symbols, limit, only.left_s)
     if strategy != "auto":
         forced = force(problem, strategy, limit, progress)
         check_forced(forced, strategy, limit, cluster.size)
         return _finish(problem, forced, [], strategy, fingerprint, symbols, limit)
-    # What the user recomputes stays as it is written.
-    written = any(node.meta.get("region") is not None for node in problem.graph.calls())
-    modes = (NONE,) if written else tuple(recompute)
-    request = Request(cluster, symbols, limit, tuple(micro_batches), modes)
-    piped = pipelines_beside(frames, graph, request, pipelines, progress)
+    # On few devices pipelines are rare: what else there is says which can be left out at once.
+    many, piped = cluster.size >= MANY, Piped()
+    if many:
+        piped = pipelines_beside(frames, graph, request, pipelines, progress=progress)
     found = settle_best(frames, graph, replace(request, better_than_s=piped.best_s), progress)
     fitting = found.fitting
+    if not many:
+        best_s = found.best.timeline.step_s if found.best else math.inf
+        piped = pipelines_beside(frames, graph, request, pipelines, best_s, progress)
     if not fitting and not piped.best:
         fitting = [_leanest(found.proposals, request, frames, graph, limit)]
     above = _above([one for one in found.above if not _has(fitting, one)], limit)
