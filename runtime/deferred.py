@@ -35,6 +35,7 @@ from autopar.errors import ShardingWarning, UserError
 from autopar.units import bytes_text
 
 from .replay import memory_of, value_of
+from .scratch import Scratch, trim
 from .tape import (
     Constant,
     Node,
@@ -51,6 +52,7 @@ from .tape import (
 )
 
 HELD_BYTES = 1 << 20  # parameters up to this size are kept in memory without a word
+TRIMMED_BYTES = 1 << 28  # of real tensors made, after which the heap is trimmed
 _USE_IT = "call the model that autopar.parallelize returns"
 
 
@@ -125,6 +127,9 @@ class DeferredTensor(Tensor):
         text = repr(real_value(self))
         return f"Parameter containing:\n{text}" if isinstance(self, nn.Parameter) else text
 
+    def __format__(self, spec: str) -> str:  # type: ignore[override]
+        return format(real_value(self), spec)
+
     def tolist(self) -> Any:
         return real_value(self).tolist()
 
@@ -148,6 +153,8 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._slots: dict[int, Slot] = {}  # of real memory, by its address in torch
         self._shared: set[int] = set()  # ids of the slots of parameters
+        self.scratch = Scratch()
+        self._made = 0  # bytes since the heap was trimmed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -178,6 +185,10 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if fresh or written:
             if kept is None:
                 kept = tree_map_only(Tensor, self.kept, (args, kwargs))
+            self._made += sum(x.nbytes for _, x in fresh)
+            if self._made > TRIMMED_BYTES:
+                trim()
+                self._made = 0
             outs = tuple((i, ref_of(x, self._new_slot(x))) for i, x in fresh)
             _record(func, kept, outs, [self.kept(x) for x in written], generator)
         return out
@@ -224,6 +235,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(slot) in self._shared and slot.held is None:
                 _hold(slot, "the tensor that it was made of is in use elsewhere", new=False)
         self._slots.clear()
+        trim()
 
 
 @contextlib.contextmanager
@@ -347,12 +359,13 @@ def _call_deferred(
         for x in tree_leaves((args, kwargs))
         if isinstance(x, DeferredTensor)
     }
-    fresh = [(i, x) for i, x in enumerate(tree_leaves(layouts)) if _key(x) not in slots]
+    made = [(i, x) for i, x in enumerate(tree_leaves(layouts)) if isinstance(x, Tensor)]
+    fresh = [(i, x) for i, x in made if _key(x) not in slots]
     if fresh or written:
         generator = _generator_state(func, args, kwargs)
         kept = tree_map_only(Tensor, mode.kept, (args, kwargs))
         if generator is not None:
-            _draw(func, args, kwargs)
+            _draw(func, args, kwargs, mode.scratch)
         device = kwargs.get("device") or next(iter(slots.values())).device
         for _, layout in fresh:
             slots[_key(layout)] = slot_like(layout.untyped_storage(), torch.device(device))
@@ -382,14 +395,10 @@ def _on_layouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return func(*args, **kwargs)
 
 
-def _draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Draw the random numbers of an op, for the generator's sake, and forget them."""
-
-    def memory(x: DeferredTensor) -> Tensor:
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
-
+def _draw(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scratch: Scratch) -> None:
+    """Draw the random numbers of an op on some tensor, for the generator's sake; forget them."""
     with no_dispatch_modes(), torch.no_grad():
-        args, kwargs = tree_map_only(DeferredTensor, memory, (args, kwargs))
+        args, kwargs = tree_map_only(DeferredTensor, scratch.like, (args, kwargs))
         func(*args, **kwargs)
 
 

@@ -21,11 +21,12 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 from autopar.plan import PIPELINE_AXIS
 
-from .deferred import DeferredTensor, real_value
+from .deferred import TRIMMED_BYTES, DeferredTensor, real_value
 from .on_stage import empty_piece
 from .placements import local_shape, local_shard, wrap
 from .replay import as_recorded, memory_of, needed
 from .safetensors_files import Entry, named
+from .scratch import Scratch, trim
 from .state import become, give_to_optimizers
 from .tape import Constant, Node, Ref, Slot, append, digest_of, ref_of, slot_like
 
@@ -156,6 +157,7 @@ def shard_deferred(
             stacklevel=2,
         )
     names = _all_names(module)
+    scratch, computed = Scratch(), 0
     for group in _by_slot(found.values()):
         memory: torch.UntypedStorage | None = None
         for parameter in group:
@@ -172,7 +174,9 @@ def shard_deferred(
             if alike and not elsewhere:
                 piece = _piece_of_file(parameter, sharding, mesh, rank)
             if not alike or not (elsewhere or piece is not None):
-                memory = _whole_memory(parameter._spec, alike) if memory is None else memory
+                memory = (
+                    _whole_memory(parameter._spec, alike, scratch) if memory is None else memory
+                )
             if elsewhere:
                 shape = local_shape(parameter.shape, sharding, mesh, rank)
                 piece = empty_piece(shape, parameter.dtype, parameter.device)
@@ -189,9 +193,15 @@ def shard_deferred(
             held: Any = parameter
             become(key, held, new)
             del new
-        del memory
+        if memory is not None and group[0]._spec.held is None:
+            scratch.give_back(memory)
+            computed += group[0]._spec.nbytes
+        if computed > TRIMMED_BYTES:
+            trim()
+            computed = 0
     found.clear()
     gc.collect()  # slots and nodes refer to each other, and may hold what parameters were made of
+    trim()
 
 
 def realise(module: nn.Module) -> None:
@@ -280,16 +290,15 @@ def _piece_of_file(
         return piece.to(device=slot.device, dtype=layout.dtype).contiguous()
 
 
-def _whole_memory(slot: Slot, alike: bool) -> torch.UntypedStorage:
+def _whole_memory(slot: Slot, alike: bool, scratch: Scratch) -> torch.UntypedStorage:
     """The slot's contents; rank 0's, collective, where ranks are not alike."""
     if alike:
-        return memory_of(slot)
-    if dist.get_rank() == 0:
-        storage = memory_of(slot)
-    else:
-        storage = torch.empty(slot.nbytes, dtype=torch.uint8, device=slot.device).untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8, device=slot.device).set_(storage)
-    dist.broadcast(whole, src=0)
+        return memory_of(slot, scratch)
+    storage = memory_of(slot, scratch) if dist.get_rank() == 0 else None
+    if storage is None:
+        storage = scratch.take(slot.nbytes, slot.device)
+    whole = torch.empty(0, dtype=torch.uint8, device=slot.device)
+    dist.broadcast(whole.set_(storage, 0, (slot.nbytes,)), src=0)
     return storage
 
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from autopar.compat import no_dispatch_modes
 from autopar.errors import UserError
 
-from .tape import Constant, Node, Ref, Slot, default_generator, digest_of
+from .scratch import Scratch
+from .tape import Constant, Node, Ref, Slot, default_generator, digest_of, makes_nothing
 
 _Memory = dict[int, torch.UntypedStorage]  # by id of the slot
 
@@ -43,20 +44,25 @@ def needed(slots: Sequence[tuple[Slot, int]]) -> list[Node]:
     return sorted(found.values(), key=lambda node: node.time)
 
 
-def memory_of(slot: Slot) -> torch.UntypedStorage:
-    """Memory with the slot's present contents: the held one, or new memory."""
+def memory_of(slot: Slot, scratch: Scratch | None = None) -> torch.UntypedStorage:
+    """Memory with the slot's present contents: the held one, or new memory (from `scratch`)."""
     if slot.held is not None:
         return slot.held
+    own = Scratch() if scratch is None else scratch
+    if scratch is None:
+        result = torch.empty(slot.nbytes, dtype=torch.uint8, device=slot.device).untyped_storage()
+    else:
+        result = scratch.take(slot.nbytes, slot.device)
     nodes = needed([(slot, len(slot.nodes))])
-    memory: _Memory = {}
+    memory: _Memory = {id(slot): result}
     last = {id(s): i for i, node in enumerate(nodes) for s in _touched(node)}
     with as_recorded():
         for i, node in enumerate(nodes):
-            _run(node, memory)
+            _run(node, memory, own)
             for other in _touched(node):
-                if other is not slot and last[id(other)] == i:
-                    memory.pop(id(other), None)
-    return memory[id(slot)] if id(slot) in memory else _fresh(slot)
+                if other is not slot and last[id(other)] == i and id(other) in memory:
+                    own.give_back(memory.pop(id(other)))
+    return result
 
 
 def value_of(ref: Ref) -> Tensor:
@@ -85,37 +91,31 @@ def _touched(node: Node) -> list[Slot]:
     return [*(slot for slot, _ in node.writes), *(ref.slot for ref in node.reads())]
 
 
-def _fresh(slot: Slot) -> torch.UntypedStorage:
-    return torch.empty(slot.nbytes, dtype=torch.uint8, device=slot.device).untyped_storage()
+def _run(node: Node, memory: _Memory, scratch: Scratch) -> None:
+    """Run one node in real memory, which is taken from `scratch` as it is needed."""
 
-
-def _run(node: Node, memory: _Memory) -> None:
-    """Run one node in real memory, which is allocated as it is needed."""
+    def memory_for(slot: Slot) -> torch.UntypedStorage:
+        if id(slot) not in memory:  # what `torch.empty` made, or is overwritten now
+            memory[id(slot)] = scratch.take(slot.nbytes, slot.device)
+        return memory[id(slot)]
 
     def real(x: Any) -> Tensor:
         if isinstance(x, Constant):
             return _unchanged(x)
-        if id(x.slot) not in memory:  # what `torch.empty` made, or is overwritten now
-            memory[id(x.slot)] = _fresh(x.slot)
-        tensor: Tensor = x.in_storage(memory[id(x.slot)])
+        tensor: Tensor = x.in_storage(memory_for(x.slot))
         return tensor
 
+    if makes_nothing(node.func):  # what is read of it is the same on all ranks
+        for _, ref in node.outs:
+            ref.in_storage(memory_for(ref.slot)).zero_()
+        return
     args, kwargs = tree_map_only((Ref, Constant), real, (node.args, dict(node.kwargs)))
     torch.set_default_dtype(node.dtype)
     with _generator(node, kwargs):
         result = node.func(*args, **kwargs)
     leaves = tree_leaves(result)
-    given = {
-        x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
-    }
     for position, ref in node.outs:
-        tensor = leaves[position]
-        storage = tensor.untyped_storage()
-        fits = tuple(tensor.stride()) == ref.stride and tensor.storage_offset() == ref.offset
-        if not fits or storage.nbytes() != ref.slot.nbytes or storage._cdata in given:
-            storage = _fresh(ref.slot)
-            ref.in_storage(storage).copy_(tensor)
-        memory[id(ref.slot)] = storage
+        ref.in_storage(memory_for(ref.slot)).copy_(leaves[position])
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ _OVERWRITES = frozenset(
     {"zero_", "fill_", "copy_", "normal_", "uniform_", "random_", "exponential_", "cauchy_",
      "log_normal_", "geometric_"}
 )  # fmt: skip
+_EMPTY = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"})
 # Random ops that draw as many numbers whatever the values of their arguments: how many depends on
 # shapes and strides only.
 _DRAWS_BY_SHAPE = frozenset(
@@ -187,6 +188,12 @@ def draws_by_shape(func: Any) -> bool:
     """Whether a random op uses up as many numbers whatever the values of its arguments."""
     name = func.overloadpacket.__name__
     return name in _DRAWS_BY_SHAPE or (name == "bernoulli_" and func._overloadname == "float")
+
+
+def makes_nothing(func: Any) -> bool:
+    """Whether an op only gets memory: what is in it is left open."""
+    packet = getattr(func, "overloadpacket", None)
+    return packet is not None and packet.__name__ in _EMPTY
 
 
 def is_random(func: Any) -> bool:
