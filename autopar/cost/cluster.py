@@ -122,6 +122,11 @@ class Cluster:
     def host_size(self) -> int:
         return self.levels[0].size
 
+    @property
+    def levels_in_turn(self) -> bool:
+        """Whether a collective uses one level after the other, and not all at once."""
+        return self.device.name.startswith("cpu")
+
     def device_for(self, mesh_size: int) -> Device:
         """The device that each of `mesh_size` ranks has."""
         return self.single if mesh_size == 1 and self.single is not None else self.device

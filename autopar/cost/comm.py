@@ -16,7 +16,8 @@ reduce_scatter take W, all_to_all takes W / group size.
 A group of g members moves `wire_factor(kind, g) * nbytes` per member (the bus bytes of nccl-tests),
 and takes `alpha + wire bytes / bandwidth(nbytes)`. A group that crosses hosts is priced level by
 level as a hierarchical algorithm: the latencies add, the transfers overlap (NCCL's rings pipeline
-them), so that the slowest level counts.
+them), so that the slowest level counts. On CPU they add, too: `autopar.runtime.two_level` does one
+after the other.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def collective_time(cluster: Cluster, kind: str, nbytes: Number, span: tuple[int
             share = nbytes / inner
         alpha, part = level_time(cluster.levels[i], kind, share, members)
         latency += alpha
-        transfer = np.maximum(transfer, part)
+        transfer = transfer + part if cluster.levels_in_turn else np.maximum(transfer, part)
         inner *= members
     if not crossed:
         return nbytes * 0.0

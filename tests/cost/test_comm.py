@@ -144,3 +144,12 @@ def test_h100_ring_over_hosts_matches_its_source() -> None:
     cluster = parse_cluster("4x8xH100")
     time = collective_time(cluster, "all_gather", 4e9, (8, 4))
     assert time == pytest.approx(145.6e-6 + 4e9 / 396.4e9, rel=0.15)
+
+
+def test_levels_of_cpu_ranks_follow_each_other() -> None:
+    cluster = parse_cluster("2xcpu:2")
+    inside = collective_time(cluster, "all_gather", 1e8, (2, 1))
+    across = collective_time(cluster, "all_gather", 0.5e8, (1, 2))
+    assert collective_time(cluster, "all_gather", 1e8, (2, 2)) == pytest.approx(inside + across)
+    # A link of 1 Gbit/s carries half of what each of the two ranks of a host needs for it.
+    assert across == pytest.approx(1e-3 + 0.5e8 / (1e9 / 8 * 1448 / 1538), rel=1e-6)
