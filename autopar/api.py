@@ -16,6 +16,7 @@ from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
 from .options import Options
 from .passes.families import FAMILIES
+from .pipeline_options import pipelines_asked
 from .plan import Plan, load_plan
 from .runtime import world
 from .runtime.checkpoint import load_checkpoint
@@ -40,6 +41,9 @@ def parallelize(
     backend: str | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     micro_batch_statistics: bool = ...,
+    stages: int | None = ...,
+    schedule: str | None = ...,
+    micro_batches: int | None = ...,
 ) -> Callable[[Any], Any]: ...
 
 
@@ -55,6 +59,9 @@ def parallelize(
     backend: str | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     micro_batch_statistics: bool = ...,
+    stages: int | None = ...,
+    schedule: str | None = ...,
+    micro_batches: int | None = ...,
 ) -> M: ...
 
 
@@ -69,6 +76,9 @@ def parallelize(
     backend: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     micro_batch_statistics: bool = False,
+    stages: int | None = None,
+    schedule: str | None = None,
+    micro_batches: int | None = None,
 ) -> Any:
     """Make a module (or a module class, as a decorator) train on all devices of this run.
 
@@ -80,7 +90,7 @@ def parallelize(
     Args:
         module: an `nn.Module`, or a class of modules; None returns a decorator.
         strategy: "auto" (search), or a family: "data", "zero", "tensor", "data+tensor",
-            "zero+tensor".
+            "zero+tensor", "pipeline", "pipeline+data", "pipeline+tensor".
         cluster: what the planner plans for: a `Cluster`, a spec ("cpu:4", "8xH100", "2x8xH100") or
             the path of a profile; by default the shipped profile of this kind of device.
         plan: a plan, or the path of a plan file, to use in place of a search.
@@ -93,6 +103,9 @@ def parallelize(
         micro_batch_statistics: whether batch normalisation in training may take the statistics of
             each micro-batch, where the plan has several, instead of the batch's; without it such
             models run in one micro-batch.
+        stages: how many stages a pipeline has; the search chooses by default.
+        schedule: "gpipe", "1f1b", "interleaved" or "zero_bubble"; the search chooses by default.
+        micro_batches: how many a step has; the search chooses by default.
 
     Raises:
         UserError: for anything above that cannot be done, and on the first call for models that
@@ -104,6 +117,8 @@ def parallelize(
         raise UserError(
             f"unknown strategy {strategy!r}", fix=f"use one of {', '.join(map(repr, FAMILIES))}"
         )
+    if micro_batches is not None and micro_batches < 1:
+        raise UserError(f"the number of micro-batches {micro_batches} is not positive")
     options = Options(
         strategy=strategy,
         cluster=parse_cluster(cluster) if isinstance(cluster, str) else cluster,
@@ -113,6 +128,14 @@ def parallelize(
         backend=backend,
         checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
         micro_batch_statistics=micro_batch_statistics,
+        micro_batches=micro_batches,
+        pipelines=pipelines_asked(
+            strategy,
+            stages,
+            schedule,
+            None if micro_batches is None else (micro_batches,),
+            micro_batch_statistics,
+        ),
     )
     if module is None:
         return lambda target: _decorate(target, options)

@@ -76,7 +76,11 @@ def plan(
         typer.Option("--input", help="An argument of forward, such as 'int64[8,1024]'; repeat."),
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="auto, data, zero, tensor, data+tensor or zero+tensor.")
+        str,
+        typer.Option(
+            help="auto, data, zero, tensor, data+tensor, zero+tensor, pipeline, pipeline+data or "
+            "pipeline+tensor."
+        ),
     ] = "auto",
     memory: Annotated[
         str | None, typer.Option(help="Limit per device, such as 80GiB; default the device's.")
@@ -88,6 +92,13 @@ def plan(
     ] = None,
     recompute: Annotated[
         str | None, typer.Option(help="What to try, of none,selective,full; default all.")
+    ] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Stages of a pipeline; default what is best.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Of a pipeline: gpipe, 1f1b, interleaved or zero_bubble; default best."),
     ] = None,
     hints: Annotated[
         Path | None, typer.Option(help="A JSON file of hints, see docs/hints_and_editing.md.")
@@ -112,6 +123,8 @@ def plan(
         micro_batches,
         recompute,
         hints,
+        stages,
+        schedule,
     )
 
 

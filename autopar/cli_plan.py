@@ -24,8 +24,9 @@ from .cli_report import check_writable
 from .cost.cluster import parse_cluster
 from .errors import UserError
 from .hints import load_hints
-from .passes.families import FAMILIES
+from .passes.families import FAMILIES, PIPELINED
 from .passes.search import MODES
+from .pipeline_options import pipelines_asked
 from .planning import make_plan
 from .report import make_console, print_plan
 
@@ -47,6 +48,8 @@ def plan_target(
     micro_batches: str | None = None,
     recompute: str | None = None,
     hints: Path | None = None,
+    stages: int | None = None,
+    schedule: str | None = None,
 ) -> None:
     """Plan `FILE.py:NAME`, print the tables and write the plan; raises UserError for bad input."""
     where = parse_cluster(cluster)
@@ -60,9 +63,11 @@ def plan_target(
         raise UserError(f"the batch size {batch} is not positive", fix="use --batch 1 or more")
     counts = parse_counts(micro_batches) if micro_batches is not None else None
     modes = parse_modes(recompute) if recompute is not None else None
-    if strategy != "auto" and (counts not in (None, [1]) or modes not in (None, ["none"])):
+    pipelines_asked(strategy, stages, schedule)
+    plain = strategy != "auto" and strategy not in PIPELINED
+    if plain and (counts not in (None, [1]) or modes not in (None, ["none"])):
         raise UserError(
-            f"--micro-batches and --recompute are for the strategy 'auto', not {strategy!r}",
+            f"--micro-batches and --recompute are for 'auto' and pipelines, not {strategy!r}",
             fix="leave them out, or use --strategy auto",
         )
     given = load_hints(hints) if hints is not None else []
@@ -85,6 +90,8 @@ def plan_target(
             micro_batches=counts,
             recompute=modes,
             hints=given,
+            stages=stages,
+            schedule=schedule,
             progress=lambda text: status.update(f"planning: {text}"),
         )
     if only_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .capture import Capture
@@ -44,8 +44,11 @@ def searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan
             optimizer=options.optimizer,
             micro_batches=counts,
             recompute=MODES,
+            pipelines=options.pipelines,
         )
 
+    if options.micro_batches is not None:
+        return _in(options.micro_batches, best, captured, options)
     plan: Plan | None = None
     failed: UserError | None = None
     try:
@@ -62,6 +65,22 @@ def searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan
         raise UserError(hint if why else failed.what, failed.where, failed.fix) from None
     assert plan is not None
     return noted(plan, captured, options.micro_batch_statistics, why)
+
+
+def _in(
+    count: int, best: Callable[[tuple[int, ...]], Plan], captured: Capture, options: Options
+) -> Plan:
+    """The best plan of so many micro-batches; raises UserError where they cannot be."""
+    batch, statistics = batch_size(captured.symbols), options.micro_batch_statistics
+    if batch is not None and batch % count:
+        raise UserError(
+            f"{count} micro-batches do not divide the batch of {batch}",
+            fix="choose a number that divides the batch",
+        )
+    why = why_not_micro_batched(captured.graph, captured.symbols, statistics)
+    if count > 1 and why is not None:
+        raise UserError(f"{count} micro-batches are asked for: {why}", fix="leave them out")
+    return noted(best((count,)), captured, statistics, None)
 
 
 def _binds(plan: Plan) -> bool:

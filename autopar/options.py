@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cost.cluster import Cluster
+from .passes.pipelined import Wanted
 from .plan import Plan
 
 
 @dataclass
 class Options:
-    """What the user asked of `parallelize`, parsed."""
+    """What the user asked of `parallelize`, parsed; `pipelines` are those that may be tried."""
 
     strategy: str = "auto"
     cluster: Cluster | None = None
@@ -20,3 +21,5 @@ class Options:
     backend: str | None = None
     checkpoint: str | None = None
     micro_batch_statistics: bool = False
+    micro_batches: int | None = None
+    pipelines: Wanted | None = None

@@ -19,6 +19,7 @@ from .ir.hint import Hint
 from .passes.hinted import search_hinted
 from .passes.prepare import prepare
 from .passes.search import MODES
+from .pipeline_options import pipelines_asked
 from .plan import Plan
 
 MOST_MICRO_BATCHES = 64  # of a step, unless others are asked for
@@ -36,6 +37,8 @@ def make_plan(
     micro_batches: Sequence[int] | None = None,
     recompute: Sequence[str] | None = None,
     hints: Sequence[Hint] = (),
+    stages: int | None = None,
+    schedule: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """The best plan for training `module(*args, **kwargs)` on a cluster.
@@ -43,7 +46,8 @@ def make_plan(
     Parameters and arguments may be on `meta`. A decorated module is planned as its original, which
     it is from then on. `memory_limit` is bytes per device, `optimizer` a name. `micro_batches`
     (default: the powers of two up to 64 that divide the batch) and `recompute` (of `MODES`; default
-    all) are what may be tried; `hints` come on top of those in the code. Raises UserError where the
+    all) are what may be tried; `hints` come on top of those in the code. With `stages` the plan has
+    a pipeline of so many, with `schedule` those that it has follow that. Raises UserError where the
     module cannot be captured, the strategy does not apply, a hint cannot be kept, or nothing fits.
     """
     for tensor in tree_flatten((tuple(args), dict(kwargs)))[0]:
@@ -52,6 +56,7 @@ def make_plan(
                 f"an input of forward is empty: its shape is {list(tensor.shape)}",
                 fix="plan for inputs whose sizes are positive",
             )
+    pipelines = pipelines_asked(strategy, stages, schedule, micro_batches)
     progress("capturing")
     hints = [*hints_of(module), *hints]
     captured = capture_training(module, args, kwargs, fold=True)
@@ -70,6 +75,7 @@ def make_plan(
         memory_limit=memory_limit,
         optimizer=optimizer,
         progress=progress,
+        pipelines=pipelines,
     )
 
 

@@ -63,9 +63,9 @@ SERIAL = 2  # of those that would take least if nothing overlapped
 ROLES = {"data": "dp", "tensor": "tp"}  # the axis inside a stage of a forced family
 
 
-def why_no_pipeline(graph: Graph, symbols: Symbols) -> str | None:
+def why_no_pipeline(graph: Graph, symbols: Symbols, statistics: bool = False) -> str | None:
     """Why a captured step cannot run as a pipeline, with what to change; None if it can."""
-    return why_no_loss(graph) or why_no_micro_batches(graph, symbols)
+    return why_no_loss(graph) or why_no_micro_batches(graph, symbols, statistics)
 
 
 def why_no_loss(graph: Graph) -> str | None:
@@ -81,9 +81,9 @@ def why_no_loss(graph: Graph) -> str | None:
     )
 
 
-def why_no_micro_batches(graph: Graph, symbols: Symbols) -> str | None:
+def why_no_micro_batches(graph: Graph, symbols: Symbols, statistics: bool = False) -> str | None:
     """What to say of a model that cannot run in micro-batches; None where it can."""
-    why = why_not_micro_batched(graph, symbols)
+    why = why_not_micro_batched(graph, symbols, statistics)
     return f"pipelines need micro-batches, and there are none: {why}" if why else None
 
 
@@ -303,7 +303,7 @@ def pipelines_beside(
         return Piped((Alternative("pipeline", "-", None, None, why),))
 
     def check() -> str | None:
-        return why_no_micro_batches(graph, request.symbols)
+        return why_no_micro_batches(graph, request.symbols, wanted.statistics)
 
     made = best_pipelines(frames, graph, request, wanted, best_s, progress, check)
     if made.why_none is not None:
@@ -324,7 +324,7 @@ def only_pipelines(
     """The pipelines that are asked for; raises UserError where there are none, and says why."""
     problem = frames.problem_at(graph, request.symbols, request.cluster)
     check_pipelines(strategy, problem, request.symbols, wanted, request.cluster.size)
-    why = why_no_pipeline(graph, request.symbols)
+    why = why_no_pipeline(graph, request.symbols, wanted.statistics)
     if why is not None:
         raise UserError(why, fix="or use strategy='auto' without --stages")
     if strategy in PIPELINED:

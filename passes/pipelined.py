@@ -42,11 +42,16 @@ LARGEST_INNER = 64  # members of the innermost axis
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which pipelines may be tried; None: all numbers of stages, micro-batches from the batch."""
+    """Which pipelines may be tried; None: all numbers of stages, micro-batches from the batch.
+
+    `statistics` says whether batch normalisation may take those of a micro-batch. Raises UserError
+    for an unknown schedule and for less than two stages.
+    """
 
     stages: Sequence[int] | None = None
     schedules: Sequence[str] = KINDS
     micro_batches: Sequence[int] | None = None
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.schedules if kind not in KINDS]
