@@ -48,6 +48,7 @@ from autopar.ir.rule import Choice, Dims, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
+from .kept import own_outputs
 from .own_formulas import own_messages
 
 Node = torch.fx.Node
@@ -171,6 +172,7 @@ class Formulas:
             rule,
             *grads,
             _reads(node),
+            own_outputs(node),
         )
 
     def _types(self, node: Node) -> list[tuple[object, ...]]:
@@ -199,8 +201,7 @@ class Formulas:
             backward = backward + (readers - 1) * accumulate_time(self._device, nbytes)
         kept: Any = 0.0
         if needed:
-            what = saved(op)
-            kept = what.own_bytes + sum(op.outputs[i].bytes for i in what.outputs)
+            kept = saved(op).own_bytes + sum(op.outputs[i].bytes for i in own_outputs(node))
         return OpFormula(
             op_family(op.name),
             expression(op_flops(op)),

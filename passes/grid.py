@@ -34,6 +34,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Dim, Dims, Placed, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding, Split
 
+from .kept import own_outputs
 from .options import Option
 from .price import message_bytes
 from .route_costs import GROUPED, SCATTERS, route_messages
@@ -246,8 +247,7 @@ class GridPricer:
             backward = backward + (readers - 1) * accumulate_time(self.device, made)
         kept: Any = 0.0
         if needs:
-            keeps = saved(op)
-            kept = keeps.own_bytes + sum(op.outputs[i].bytes for i in keeps.outputs)
+            kept = saved(op).own_bytes + sum(op.outputs[i].bytes for i in own_outputs(node))
         for i, option in enumerate(options if rule.comm or rule.routes else ()):
             first, second = self._own_times(node, rule, option)
             forward[i] += first

@@ -41,6 +41,7 @@ from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
 
 from .bucket_collectives import BUCKET_BYTES
+from .kept import own_outputs
 from .route_costs import route_messages
 
 Node = torch.fx.Node
@@ -97,6 +98,7 @@ class Pricer:
         self._step_time_s = lru_cache(maxsize=None)(self._find_step_time_s)
         self._edge_times: dict[tuple[Any, ...], float] = {}
         self._saved: dict[Node, frozenset[int]] = {}
+        self._own_outputs: dict[Node, tuple[int, ...]] = {}
         self._value_bytes: dict[int, tuple[float, Value]] = {}
 
     # -- ops ----------------------------------------------------------------------------------
@@ -185,7 +187,9 @@ class Pricer:
             return 0.0
         op = local_op(node, inputs, outputs)
         kept = saved(op)
-        return float(kept.own_bytes + sum(op.outputs[i].bytes for i in kept.outputs))
+        if node not in self._own_outputs:
+            self._own_outputs[node] = own_outputs(node)
+        return float(kept.own_bytes + sum(op.outputs[i].bytes for i in self._own_outputs[node]))
 
     # -- parameters ---------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from autopar.cost.cluster import group_span
 from autopar.cost.comm import collective_time
 from autopar.cost.compute import is_noop, local_op
 from autopar.cost.families import canonical_name, op_family, op_name
-from autopar.cost.memory import saved
 from autopar.cost.step import COMPUTE, Part, Segment, Step
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import GATHER_VARY
@@ -24,6 +23,7 @@ from autopar.ir.sharding import Sharding
 from .blocks import Blocks
 from .bucket_collectives import BUCKET_BYTES
 from .chunks import Chunk, chunks_of, thinned
+from .kept import own_outputs
 from .options import Option
 from .price import EdgeCollective, Pricer
 from .programme import is_getitem, producer_of
@@ -219,7 +219,7 @@ class _Builder:
                 op_family(op_name(node.target)),
                 view,
                 made,
-                bool(values[0].requires_grad and saved(local_op(node)).outputs),
+                bool(own_outputs(node)),
             )
         return self.facts[key]
 
