@@ -6,10 +6,10 @@ Every case is a model under a plan, in 4 processes of its own that train a few s
 the most bytes that a rank's tensors take at once during a step after the first (parameters,
 gradients, optimizer state, the batch, everything that ops make: `autopar.runtime.live_memory`), and
 the memory in which it leaves what its peers have yet to read. That is what a plan decides, and what
-a GPU's allocator counts. `resident` is how far the process's resident memory grew in the same steps,
-over what it had at rest beside those tensors: the rest of it is what kernels use inside themselves
-and what the allocator keeps in free lists, on CPU by choice (a page that is given back has to be
-cleared when it is asked for again).
+a GPU's allocator counts. `resident` is by how much resident memory grows in such steps, over what
+the process has at rest beside those tensors: what it is more than measured is what kernels use
+inside themselves, and what the allocator keeps in free lists, on CPU by choice (a page that is
+given back has to be cleared when it is asked for again).
 
 Goals: measured within 10 % of predicted in every case, and never above a limit that is given. Exits
 with 1 when one is missed.
@@ -119,9 +119,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> Row | str:
                     json.dumps(
                         {
                             **asdict(case),
-                            "cluster": str(arguments.profile.resolve())
-                            if arguments.profile
-                            else None,
+                            "cluster": profile,
                             "steps": arguments.steps,
                             "out": f"{folder}/out.json",
                         }

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import autopar
-from autopar.controller import default_cluster
+from autopar.clusters import cluster_of_run
 from autopar.cost.cluster import parse_cluster
 from autopar.errors import UserError
 from autopar.plan import Plan
@@ -45,8 +45,7 @@ def plan_of(job: dict[str, Any], model: MemoryModel, batch: tuple[Tensor, ...]) 
     """A plan with the recomputation or micro-batches of the job; None where it asks for none."""
     if job["recompute"] is None and job["micro_batches"] is None:
         return None
-    name = job["cluster"]
-    cluster = parse_cluster(name) if name else default_cluster("cpu", dist.get_world_size())
+    cluster = cluster_of_run("cpu", parse_cluster(job["cluster"]) if job["cluster"] else None)
     return make_plan(
         model.build(),
         batch,
