@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+
+import sympy
 
 from .capture import Capture
 from .errors import UserError
+from .ir.graph import Graph
 from .ir.hint import Hint
 from .options import Options
 from .passes.edits import illegal_edits, missing_sizes, reprice
@@ -19,7 +22,6 @@ from .plan import Plan
 from .units import bytes_text
 
 MOST_MICRO_BATCHES = 64
-ROOM = 0.8  # of the limit: a plan that needs less was not driven to what it does by memory
 
 STATISTICS = (
     "batch normalisation takes the statistics of each micro-batch, not of the batch "
@@ -28,7 +30,7 @@ STATISTICS = (
 
 
 def searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan:
-    """The best plan of one micro-batch, or of several where memory makes that one slower."""
+    """The best plan for training, with several micro-batches where memory or a pipeline asks so."""
 
     def best(counts: tuple[int, ...]) -> Plan:
         assert options.cluster is not None
@@ -47,72 +49,60 @@ def searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan
             pipelines=options.pipelines,
         )
 
+    counts = powers_of_two(batch_size(captured.symbols))
     if options.micro_batches is not None:
-        return _in(options.micro_batches, best, captured, options)
-    plan: Plan | None = None
-    failed: UserError | None = None
+        counts = (options.micro_batches,)
+    return that_runs(best, captured.graph, captured.symbols, counts, options.micro_batch_statistics)
+
+
+def powers_of_two(batch: int | None) -> tuple[int, ...]:
+    """How many micro-batches a step may have: powers of two that divide the batch."""
+    powers = (2**i for i in range(MOST_MICRO_BATCHES.bit_length()))
+    return tuple(k for k in powers if k == 1 or (batch is not None and batch % k == 0))
+
+
+def that_runs(
+    best: Callable[[tuple[int, ...]], Plan],
+    graph: Graph,
+    sizes: Mapping[sympy.Symbol, int],
+    counts: tuple[int, ...],
+    statistics: bool = False,
+) -> Plan:
+    """The best plan of so many micro-batches that the model can run; its notes say what was not.
+
+    Raises UserError as `best` does, and where the counts leave nothing: they do not divide the
+    batch, or a model that cannot be run in micro-batches is asked to.
+    """
+    batch = batch_size(sizes)
+    divide = tuple(k for k in counts if k == 1 or (batch is not None and batch % k == 0))
+    if not divide:
+        of = "of a size that forward fixes" if batch is None else f"of {batch}"
+        raise UserError(
+            f"{', '.join(map(str, counts))} micro-batches do not divide the batch {of}",
+            fix="choose numbers that divide the batch",
+        )
+    plan = best(divide)
+    if plan.micro_batches == 1:
+        return plan
+    why = why_not_micro_batched(graph, sizes, statistics)
+    if why is None:
+        return _noted(plan, graph, sizes, statistics)
+    if 1 not in divide:
+        raise UserError(f"several micro-batches are asked for: {why}", fix="leave them out")
+    left_out = f"micro-batches are left out: {why}"
     try:
         plan = best((1,))
     except UserError as error:
-        failed = error
-    if plan is not None and not _binds(plan):
-        return plan
-    counts, why = micro_batch_counts(captured, options.micro_batch_statistics)
-    if len(counts) > 1 and options.strategy == "auto":
-        plan = best(counts)
-    elif failed is not None:
-        hint = f"{failed.what} (micro-batches, which need less, are left out: {why})"
-        raise UserError(hint if why else failed.what, failed.where, failed.fix) from None
-    assert plan is not None
-    return noted(plan, captured, options.micro_batch_statistics, why)
+        raise UserError(f"{error.what} ({left_out})", error.where, error.fix) from None
+    return replace(plan, notes=(*plan.notes, left_out))
 
 
-def _in(
-    count: int, best: Callable[[tuple[int, ...]], Plan], captured: Capture, options: Options
-) -> Plan:
-    """The best plan of so many micro-batches; raises UserError where they cannot be."""
-    batch, statistics = batch_size(captured.symbols), options.micro_batch_statistics
-    if batch is not None and batch % count:
-        raise UserError(
-            f"{count} micro-batches do not divide the batch of {batch}",
-            fix="choose a number that divides the batch",
-        )
-    why = why_not_micro_batched(captured.graph, captured.symbols, statistics)
-    if count > 1 and why is not None:
-        raise UserError(f"{count} micro-batches are asked for: {why}", fix="leave them out")
-    return noted(best((count,)), captured, statistics, None)
-
-
-def _binds(plan: Plan) -> bool:
-    """Whether the limit on memory may have kept a plan from being faster."""
-    limit = plan.memory_limit
-    return bool(plan.recompute) or (
-        limit is not None and plan.predicted.memory_bytes > ROOM * limit
-    )
-
-
-def micro_batch_counts(captured: Capture, statistics: bool) -> tuple[tuple[int, ...], str | None]:
-    """How many micro-batches a step may have, and why only one where that is so.
-
-    They are the powers of two that divide the batch.
-    """
-    why = why_not_micro_batched(captured.graph, captured.symbols, statistics)
-    batch = batch_size(captured.symbols)
-    if why is not None or batch is None:
-        return (1,), why
-    powers = (2**i for i in range(MOST_MICRO_BATCHES.bit_length()))
-    return tuple(k for k in powers if batch % k == 0), None
-
-
-def noted(plan: Plan, captured: Capture, statistics: bool, why: str | None) -> Plan:
+def _noted(plan: Plan, graph: Graph, sizes: Mapping[sympy.Symbol, int], statistics: bool) -> Plan:
     """The plan with what a user should know of its micro-batches among its notes."""
-    notes = list(plan.notes)
-    if why is not None:
-        notes.append(f"micro-batches are left out of the search: {why}")
     several = plan.micro_batches > 1 and statistics
-    if several and why_not_micro_batched(captured.graph, captured.symbols) is not None:
-        notes.append(STATISTICS)
-    return replace(plan, notes=tuple(dict.fromkeys(notes)))
+    if several and why_not_micro_batched(graph, sizes) is not None:
+        return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, STATISTICS))))
+    return plan
 
 
 def fitted(plan: Plan, captured: Capture, options: Options, world_size: int) -> Plan:
@@ -139,5 +129,5 @@ def fitted(plan: Plan, captured: Capture, options: Options, world_size: int) -> 
         notes.append(f"for this batch the plan is predicted to need {more}")
     made = replace(made, notes=tuple(notes), micro_batches=wanted)
     if wanted > 1:
-        made = noted(made, captured, options.micro_batch_statistics, None)
+        made = _noted(made, graph, captured.symbols, options.micro_batch_statistics)
     return made

@@ -14,6 +14,7 @@ from .capture import Capture, capture
 from .collector import collector_paused
 from .cost.cluster import Cluster
 from .errors import UserError
+from .first_plan import powers_of_two, that_runs
 from .hints import hints_of
 from .ir.hint import Hint
 from .passes.hinted import search_hinted
@@ -21,8 +22,6 @@ from .passes.prepare import prepare
 from .passes.search import MODES
 from .pipeline_options import pipelines_asked
 from .plan import Plan
-
-MOST_MICRO_BATCHES = 64  # of a step, unless others are asked for
 
 
 def make_plan(
@@ -63,20 +62,25 @@ def make_plan(
     batch = next((size for symbol, size in captured.symbols.items() if symbol.name == "b"), None)
     counts = micro_batch_counts(batch, micro_batches)
     progress("searching")
-    return search_hinted(
-        prepare(captured.graph),
-        captured.fingerprint,
-        captured.symbols,
-        cluster,
-        hints,
-        micro_batches=counts,
-        recompute=MODES if recompute is None else tuple(recompute),
-        strategy=strategy,
-        memory_limit=memory_limit,
-        optimizer=optimizer,
-        progress=progress,
-        pipelines=pipelines,
-    )
+    graph = prepare(captured.graph)
+
+    def best(counts: tuple[int, ...]) -> Plan:
+        return search_hinted(
+            graph,
+            captured.fingerprint,
+            captured.symbols,
+            cluster,
+            hints,
+            micro_batches=counts,
+            recompute=MODES if recompute is None else tuple(recompute),
+            strategy=strategy,
+            memory_limit=memory_limit,
+            optimizer=optimizer,
+            progress=progress,
+            pipelines=pipelines,
+        )
+
+    return that_runs(best, graph, captured.symbols, counts)
 
 
 def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -85,8 +89,7 @@ def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) ->
     Raises UserError where one that is asked for is not positive or does not divide the batch.
     """
     if asked is None:
-        powers = (2**i for i in range(MOST_MICRO_BATCHES.bit_length()))
-        return tuple(k for k in powers if k == 1 or (batch is not None and batch % k == 0))
+        return powers_of_two(batch)
     for k in asked:
         if k < 1:
             raise UserError(f"the number of micro-batches {k} is not positive")

@@ -241,10 +241,7 @@ def _finish(
         params=on_stages(params, problem.symbolic or graph, best),
         predicted=with_sends(predicted(best.step, best.timeline), sent_bytes_of(best)),
         alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
-        notes=(
-            *unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer),
-            *_not_run(best.variant),
-        ),
+        notes=tuple(unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=gap_with(_gap(best, unsettled_s), best, [left_s]),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
@@ -339,15 +336,6 @@ def _alternatives(
     if problem.cluster.size > 1:
         found.append(_one_process(problem, best_s))
     return found
-
-
-def _not_run(variant: Variant) -> list[str]:
-    if variant.micro_batches == 1:
-        return []
-    return [
-        f"{variant.micro_batches} micro-batches are planned, and not run yet: "
-        "for a plan to run, plan with --micro-batches 1"
-    ]
 
 
 def _gap(best: Settled, unsettled_s: float) -> float:

@@ -153,8 +153,13 @@ def hooked(plan: str | None) -> Values:
 
     model.head.weight.register_hook(halved)
     model.norm.weight.register_post_accumulate_grad_hook(after)
+
+    def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        calls.append("after")
+        return output * 2
+
     model.register_forward_pre_hook(lambda *_: calls.append("before"))
-    model.register_forward_hook(lambda _module, _inputs, out: calls.append("after") or out * 2)
+    model.register_forward_hook(doubled)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = steps(model, optimizer, 2)
     return {"losses": losses, "norms": norms, "calls": " ".join(sorted(calls)), **state(model)}
@@ -311,7 +316,7 @@ def normed(plan: str | None, micro_batches: int) -> Values:
                 model(a, b) / micro_batches
                 for a, b in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)
             ]
-            sum(parts).backward()  # type: ignore[union-attr]
+            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
             losses.append(sum(part.item() for part in parts))
         optimizer.step()
         optimizer.zero_grad()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from autopar.cost.cluster import parse_cluster
-from autopar.errors import UserError
 from autopar.passes.search import search
 from autopar.plan import Plan, plan_from_json
-from autopar.session import check_runnable
 from tests.passes.test_propose import stack
 
 
@@ -63,12 +60,3 @@ def test_a_plan_says_what_it_is(name: str) -> None:
         made.micro_batches,
         made.recompute,
     )
-
-
-def test_micro_batches_do_not_run_yet() -> None:
-    """Such a plan is for predictions: a run refuses it, and says what to do."""
-    made = replace(planned("cpu:4"), micro_batches=4)
-    with pytest.raises(UserError, match="4 micro-batches per step") as caught:
-        check_runnable(made)
-    assert "micro_batches" in str(caught.value)
-    check_runnable(free())
