@@ -159,6 +159,7 @@ def shard_deferred(
     names = _all_names(module)
     scratch, computed = Scratch(), 0
     for group in _by_slot(found.values()):
+        slot = group[0]._spec
         memory: torch.UntypedStorage | None = None
         for parameter in group:
             key = next((n for n in names[id(parameter)] if n in storage), names[id(parameter)][0])
@@ -174,9 +175,7 @@ def shard_deferred(
             if alike and not elsewhere:
                 piece = _piece_of_file(parameter, sharding, mesh, rank)
             if not alike or not (elsewhere or piece is not None):
-                memory = (
-                    _whole_memory(parameter._spec, alike, scratch) if memory is None else memory
-                )
+                memory = _whole_memory(slot, alike, scratch) if memory is None else memory
             if elsewhere:
                 shape = local_shape(parameter.shape, sharding, mesh, rank)
                 piece = empty_piece(shape, parameter.dtype, parameter.device)
@@ -193,9 +192,9 @@ def shard_deferred(
             held: Any = parameter
             become(key, held, new)
             del new
-        if memory is not None and group[0]._spec.held is None:
+        if memory is not None and slot.held is None:
             scratch.give_back(memory)
-            computed += group[0]._spec.nbytes
+            computed += slot.nbytes
         if computed > TRIMMED_BYTES:
             trim()
             computed = 0
