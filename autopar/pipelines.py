@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .errors import UserError
 from .ir.graph import Graph, Value
 from .ir.lowered import GroupRef
 from .ir.step import StepGraphs
@@ -51,15 +52,17 @@ def load_pipelined_step(
     assert plan.pipeline is not None
     storage, regather = storage_of(graph, plan)
     rank = dist.get_rank()
-    lowered = lower_pieces(
-        followed,
-        _cuts(graph, followed, plan),
-        plan.stages,
-        plan.stage_mesh,
-        rank,
-        storage,
-        regather,
-        ahead=device.type != "cpu",
+    lowered = _on_all_or_none(
+        lambda: lower_pieces(
+            followed,
+            _cuts(graph, followed, plan),
+            plan.stages,
+            plan.stage_mesh,
+            rank,
+            storage,
+            regather,
+            ahead=device.type != "cpu",
+        )
     )
     compiled = backend not in (None, "eager")
     graphs = [made.graphs for _, made in lowered.mine]
@@ -82,6 +85,29 @@ def load_pipelined_step(
     results = _results(lowered)
     reads = tuple(lowered.parameters)
     return PipelinedStep(parts, engine, micro_batches, line, results, owners, tied, reads)
+
+
+def _on_all_or_none(make: Callable[[], LoweredPieces]) -> LoweredPieces:
+    """What `make` returns; where it raises on one rank, all raise: pieces differ between stages."""
+    found, error = None, None
+    try:
+        found = make()
+    except Exception as raised:
+        error = raised
+    is_users = isinstance(error, UserError)
+    mine = (error.what, error.where, error.fix) if isinstance(error, UserError) else str(error)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (error is None, is_users, mine))
+    if error is not None and not is_users:
+        raise error
+    for fine, of_user, text in told:
+        if of_user:
+            what, where, fix = text
+            raise UserError(what, where=where, fix=fix)
+        if not fine:
+            raise RuntimeError(f"another stage failed: {text}")
+    assert found is not None
+    return found
 
 
 def another_schedule(plan: Plan, micro_batches: int) -> str | None:

@@ -51,7 +51,10 @@ def piped_case(name: str, strategy: str, dtype: str, ranks: int = 4) -> Plan:
         raise UserError("the loss is computed outside of the model")
     captured = zoo_capture(name, dtype)
     whole = why_not_micro_batched(prepare(captured.graph), captured.symbols) is not None
-    micro_batches = 1 if whole else MICRO_BATCHES
+    if whole:
+        schedule, micro_batches = "gpipe", 1
+    else:
+        micro_batches = MICRO_BATCHES
     return piped_plan(captured, min(stages, ranks), ranks, family, schedule, micro_batches)
 
 
