@@ -22,9 +22,19 @@ from .variant import ILLEGAL_S, Prices
 
 Array = NDArray[np.float64]
 
-# Solvers of HiGHS with the seconds that each is given: a relaxation takes the simplex a fifth of a
-# second, but for one in a hundred on which it stalls.
-METHODS = (("simplex", 2.0), ("ipm", 6.0))
+# How HiGHS is asked, and the seconds that each way is given: a relaxation takes the simplex a tenth
+# of a second, twice as long with presolve.
+METHODS: tuple[tuple[tuple[tuple[str, str], ...], float], ...] = (
+    ((("solver", "simplex"), ("presolve", "off")), 4.0),
+    ((("solver", "simplex"), ("presolve", "on")), 4.0),
+    ((("solver", "ipm"), ("presolve", "on")), 8.0),
+)
+QUIET = (("output_flag", False), ("threads", 1))
+DECIDED = (
+    highspy.HighsModelStatus.kOptimal,
+    highspy.HighsModelStatus.kInfeasible,
+    highspy.HighsModelStatus.kUnboundedOrInfeasible,
+)
 
 
 @dataclass(frozen=True)
@@ -154,65 +164,62 @@ class Relaxation:
 
 
 class _Solver:
-    """The rows of a programme in HiGHS.
+    """The rows of a programme for HiGHS.
 
-    Each run starts anew, with presolve: from the basis of another mesh the simplex can stall for
-    as long as forty runs take.
+    Each run is a new solver: one that has solved other meshes, even with its basis cleared, can
+    stall for as long as forty runs take.
     """
 
     def __init__(self, columns: Columns) -> None:
         self._columns, self._rows, self.stalled = columns, len(columns.low), False
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = columns.size + 1, self._rows
-        lp.col_cost_ = np.zeros(columns.size + 1)
-        lp.col_lower_ = np.zeros(columns.size + 1)
-        lp.col_upper_ = np.concatenate((np.ones(columns.size), [highspy.kHighsInf]))
-        lp.row_lower_, lp.row_upper_ = columns.low, columns.high
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.start_ = columns.starts.astype(np.int32)
-        lp.a_matrix_.index_ = columns.index.astype(np.int32)
-        lp.a_matrix_.value_ = columns.value
-        self._solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        for option, value in (("output_flag", False), ("threads", 1)):
-            self._solver.setOptionValue(option, value)
-        if self._solver.passModel(lp) == highspy.HighsStatus.kError:
-            raise PassError("relax", "programme_is_legal", "HiGHS does not take the programme")
+        self._rows_of = np.repeat(np.arange(self._rows), np.diff(columns.starts))
 
     def run(
         self, cost: Array, legal: NDArray[np.bool_], rows: list[tuple[float, float, Array]]
     ) -> tuple[Array, Array, list[float]] | None:
         """(columns, weights of the rows times the columns, duals of the extra rows) of one cost."""
-        solver, n = self._solver, self._columns.size
+        columns, n = self._columns, self._columns.size
         scale = 1e3 / max(float(np.abs(cost[:-1]).max(initial=0.0)), 1e-30)
-        everything = np.arange(n + 1, dtype=np.int32)
-        solver.changeColsCost(n + 1, everything, cost * scale)
-        upper = np.append(legal.astype(np.float64), highspy.kHighsInf)
-        solver.changeColsBounds(n + 1, everything, np.zeros(n + 1), upper)
-        for low, high, row in rows:
-            at = np.flatnonzero(np.abs(row) > 1e-9).astype(np.int32)
-            solver.addRow(low, high, len(at), at, row[at])
-        for method, seconds in METHODS:
-            solver.clearSolver()
-            solver.setOptionValue("solver", method)
-            solver.setOptionValue("time_limit", solver.getRunTime() + seconds)
+        lp = self._model(cost * scale, legal, rows)
+        for how, seconds in METHODS:
+            solver = highspy.Highs()  # type: ignore[no-untyped-call]
+            asked: tuple[tuple[str, str | bool | float], ...] = (*how, *QUIET)
+            for option, value in (*asked, ("time_limit", seconds)):
+                solver.setOptionValue(option, value)
+            if solver.passModel(lp) == highspy.HighsStatus.kError:
+                raise PassError("relax", "programme_is_legal", "HiGHS does not take the programme")
             solver.run()
-            self.stalled = solver.getModelStatus() == highspy.HighsModelStatus.kTimeLimit
+            status = solver.getModelStatus()
+            self.stalled = status not in DECIDED
             if not self.stalled:
                 break
-        found = None
-        if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal:
-            solution = solver.getSolution()
-            duals = np.array(solution.row_dual) / scale
-            own = duals[: self._rows].copy()
-            own[self._columns.one_of] = 0.0  # what a node must choose is in the bound itself
-            of_columns: Array = np.bincount(
-                self._columns.index,
-                weights=self._columns.value * np.repeat(own, np.diff(self._columns.starts)),
-                minlength=n,
-            ).astype(np.float64)
-            found = np.array(solution.col_value), of_columns, list(duals[self._rows :])
-        if rows:
-            solver.deleteRows(
-                len(rows), np.arange(self._rows, self._rows + len(rows), dtype=np.int32)
-            )
-        return found
+        if status != highspy.HighsModelStatus.kOptimal:
+            return None
+        solution = solver.getSolution()
+        duals = np.array(solution.row_dual) / scale
+        own = duals[: self._rows].copy()
+        own[columns.one_of] = 0.0  # what a node must choose is in the bound itself
+        of_columns: Array = np.bincount(
+            columns.index, weights=columns.value * own[self._rows_of], minlength=n
+        ).astype(np.float64)
+        return np.array(solution.col_value), of_columns, list(duals[self._rows :])
+
+    def _model(
+        self, cost: Array, legal: NDArray[np.bool_], extra: list[tuple[float, float, Array]]
+    ) -> highspy.HighsLp:
+        columns, n = self._columns, self._columns.size + 1
+        places = [np.flatnonzero(np.abs(row) > 1e-9) for _, _, row in extra]
+        ends = columns.starts[-1] + np.cumsum([len(at) for at in places], dtype=np.int64)
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = n, self._rows + len(extra)
+        lp.col_cost_ = cost
+        lp.col_lower_ = np.zeros(n)
+        lp.col_upper_ = np.append(legal.astype(np.float64), highspy.kHighsInf)
+        lp.row_lower_ = np.append(columns.low, [low for low, _, _ in extra])
+        lp.row_upper_ = np.append(columns.high, [high for _, high, _ in extra])
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = np.concatenate((columns.starts, ends)).astype(np.int32)
+        lp.a_matrix_.index_ = np.concatenate((columns.index, *places)).astype(np.int32)
+        values = [row[at] for at, (_, _, row) in zip(places, extra, strict=True)]
+        lp.a_matrix_.value_ = np.concatenate((columns.value, *values))
+        return lp
