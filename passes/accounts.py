@@ -38,8 +38,8 @@ OVERLAP = 0.8
 
 
 def overlap_of(cluster: Cluster) -> float:
-    """Ranks of a CPU compute on the cores that would communicate: nothing overlaps."""
-    return 0.0 if cluster.single is not None else OVERLAP
+    """Ranks of a CPU compute on the cores that communicate: only between hosts it overlaps."""
+    return 0.0 if cluster.single is not None and len(cluster.levels) == 1 else OVERLAP
 
 
 def is_heavy(node: Node) -> bool:

@@ -7,6 +7,7 @@ the last member arrives: waiting for it is the members' skew, which is measured 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ CALL_S = 0.05  # what a collective may take per round, compute in between left o
 NETWORK_S = 0.4  # the same across hosts, at every size
 LONGEST_S = 2.0  # larger messages are not timed across hosts, which have their bandwidth by then
 OFFSET_TRIPS = 6
+SLOWED_S, SLOWED_TIMES = 0.1, 5  # of compute beside an exchange that takes longer
+SLOWED_BYTES = (1 << 20, 1 << 26)
 
 
 def group_sizes(nproc: int) -> list[int]:
@@ -165,6 +168,57 @@ def run_network(clock: Clock, teams: dict[int, Team], sizes: list[int]) -> Itera
                 expected_s = seconds * step
 
 
+def run_slowdown(team: Team) -> Iterator[Sample]:
+    """How much longer compute takes while the hosts exchange something, as a fraction.
+
+    Key `slowdown`, x the bytes that are exchanged, and the fraction in place of a time.
+    """
+    group = team.group
+    trial = torch.ones(SLOWED_BYTES[0] // 4)
+    start = time.perf_counter()
+    if group is not None:
+        group.all_reduce(trial).wait()
+    took = torch.tensor([time.perf_counter() - start])
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    more = max(1.0, 4 * SLOWED_S / float(took))
+    x = torch.ones(min(int(SLOWED_BYTES[0] * more), SLOWED_BYTES[1]) // 4)
+    unit = _unit()
+    calls = max(int(SLOWED_S / _seconds(unit, 10)), 1)
+    ratios = []
+    for _ in range(SLOWED_TIMES):
+        dist.barrier()
+        alone = _seconds(unit, calls)
+        dist.barrier()
+        flight = group.all_reduce(x) if group is not None else None
+        beside = _seconds(unit, calls)
+        if flight is not None:
+            flight.wait()
+        ratios.append(beside / alone)
+    mine = torch.tensor([statistics.median(ratios)], dtype=torch.float64)
+    dist.all_reduce(mine)
+    yield "slowdown", float(x.nbytes), max(float(mine) / dist.get_world_size() - 1.0, 0.0)
+
+
+def _unit() -> Callable[[], None]:
+    """A millisecond or so of compute, of arithmetic and of memory traffic."""
+    x, big = torch.full((384, 384), 1e-3), torch.zeros(1 << 20)
+
+    def unit() -> None:
+        torch.mm(x, x)
+        big.add_(1.0)
+
+    unit()
+    return unit
+
+
+def _seconds(unit: Callable[[], None], calls: int) -> float:
+    """Mean seconds of a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        unit()
+    return (time.perf_counter() - start) / calls
+
+
 def clock_offset() -> float:
     """Seconds by which this rank's clock is ahead of rank 0's; collective.
 
@@ -210,18 +264,8 @@ def run_skew(group: Group, windows: int) -> Iterator[Sample]:
 
     Key `skew`, x the window's seconds, and the fraction in place of a time.
     """
-    x, big = torch.full((384, 384), 1e-3), torch.zeros(1 << 20)
-    token = torch.ones(8)
-
-    def unit() -> None:
-        torch.mm(x, x)
-        big.add_(1.0)
-
-    unit()
-    start = time.perf_counter()
-    for _ in range(20):
-        unit()
-    each = torch.tensor([(time.perf_counter() - start) / 20], dtype=torch.float64)
+    token, unit = torch.ones(8), _unit()
+    each = torch.tensor([_seconds(unit, 20)], dtype=torch.float64)
     dist.all_reduce(each)
     unit_s = float(each) / dist.get_world_size()
     for window in WINDOWS_S:

@@ -51,12 +51,19 @@ def device_from_samples(
         products.narrow,
         optimizer,
         products.serial,
+        statistics.fmean([t for key, _, t in samples if key == "slowdown"] or [0.0]),
         sources=dict.fromkeys(_SOURCED, source),
     )
 
 
-_NOT_OPS = ("collective:", "network:", "skew")
-_SOURCED = ("memory_bytes", "op_overhead_s", "optimizer_overhead_s", "serial_traffic")
+_NOT_OPS = ("collective:", "network:", "skew", "slowdown")
+_SOURCED = (
+    "memory_bytes",
+    "op_overhead_s",
+    "optimizer_overhead_s",
+    "serial_traffic",
+    "overlap_slowdown",
+)
 
 
 def _by_dtype(samples: Iterable[tuple[str, float, float]], source: str) -> dict[str, Curve]:

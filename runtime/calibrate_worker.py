@@ -31,6 +31,7 @@ from .calibrate_collectives import (
     run_collectives,
     run_network,
     run_skew,
+    run_slowdown,
 )
 from .calibrate_ops import PARAMETERS, compute_work, optimizer_work
 from .load_clock import LoadClock
@@ -83,6 +84,9 @@ def measure(
     within, across = teams
     found += run_collectives(clock, within, collective_sizes(quick))
     found += run_network(clock, across, collective_sizes(quick))
+    if across:
+        clock.report("compute beside the network")
+        found += run_slowdown(across[max(across)])
     skew()
     return found
 
@@ -91,7 +95,10 @@ def middle_of(rounds: Sequence[Sequence[Sample]]) -> list[Sample]:
     """Per sample the median over rounds, then (collectives are the same) over ranks."""
     # Sizes across hosts go up to what took too long in that round.
     common = set.intersection(*({(k, x) for k, x, _ in found} for found in rounds))
-    rounds = [[s for s in found if (s[0], s[1]) in common] for found in rounds]
+    common |= {(k, x) for k, x, _ in rounds[0] if k == "slowdown"}
+    rounds = [
+        [s for s in found if (s[0], s[1]) in common or s[0] == "slowdown"] for found in rounds
+    ]
     times = torch.tensor([[s for _, _, s in found] for found in rounds], dtype=torch.float64)
     middle = times.quantile(0.5, dim=0)
     if dist.is_initialized():

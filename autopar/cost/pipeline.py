@@ -82,7 +82,10 @@ def simulate_stages(
     if passes is None:
         passes = _each(pieces, made)
     work = [_work(p, schedule, sends, i) for i, p in enumerate(passes)]
-    beside = made.overlap if overlap_sends is None else overlap_sends
+    crossed = range(len(cluster.levels))[level] if cluster is not None else made.overlap_from
+    beside = made.overlap and crossed >= made.overlap_from
+    if overlap_sends is not None:
+        beside = overlap_sends
     executed = execute(schedule, work, pieces[0].micro_batches, beside)
     return _timeline(pieces, schedule, passes, work, executed, made.record)
 

@@ -35,15 +35,17 @@ Signature = tuple[Any, ...]
 def how_for(cluster: Cluster | None, how: How | None = None) -> How:
     """What to simulate a step with on a cluster.
 
-    Ranks that are threads of a CPU communicate on the cores that compute: nothing overlaps. A
-    device may say by how much communication slows compute down (`overlap_slowdown`).
+    Ranks that are threads of a CPU communicate on the cores that compute: inside a host nothing
+    overlaps. Between hosts it does. A device may say by how much communication slows compute down
+    (`overlap_slowdown`).
     """
     made = how or How()
     if made.slowdown is None:
         slowdown = cluster.device.overlap_slowdown if cluster is not None else 0.0
         made = replace(made, slowdown=slowdown)
     if cluster is not None and cluster.single is not None:
-        made = replace(made, overlap=False)
+        several = len(cluster.levels) > 1
+        made = replace(made, overlap=made.overlap and several, overlap_from=1, prefetch=0)
     return made if made.overlap else replace(made, prefetch=0)
 
 

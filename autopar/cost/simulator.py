@@ -24,7 +24,8 @@ BUCKET_BYTES = 25 * 2**20  # of passes/bucket_collectives.py, and of Distributed
 class How:
     """What a step is simulated with.
 
-    `overlap`: whether collectives run beside compute at all. `prefetch`: blocks by which gathers of
+    `overlap`: whether collectives run beside compute at all, and `overlap_from`: those that cross
+    which level of the cluster, and levels beyond it. `prefetch`: blocks by which gathers of
     parameters are ahead. `slowdown`: how much longer compute takes while something is in flight
     (0.1: a tenth; None: what the cluster's profile says). `reduce_every`: whether gradients are
     reduced in every micro-batch (None: those of parameters that are gathered anew in each, ZeRO-3,
@@ -34,6 +35,7 @@ class How:
     """
 
     overlap: bool = True
+    overlap_from: int = 0
     prefetch: int = 1
     bucket_bytes: float = BUCKET_BYTES
     slowdown: float | None = None
@@ -103,10 +105,10 @@ class Machine:
             self.time = self.links.now
 
     def issue(self, flow: Flow) -> None:
-        """Start a collective; where nothing overlaps, also wait for it."""
+        """Start a collective; where it does not overlap, also wait for it."""
         flow.segment, flow.copy = self.segment, self.copy
         self.links.issue(flow, self.time)
-        if not self.how.overlap:
+        if not self.how.overlap or flow.level < self.how.overlap_from:
             self.wait(flow)
 
     def wait(self, flow: Flow) -> None:
