@@ -29,8 +29,26 @@ STATISTICS = (
 )
 
 
+LEFT = 0.1  # of a limit that a user gives: what predictions may be off by (benchmarks.memory)
+
+
 def searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan:
-    """The best plan for training, with several micro-batches where memory or a pipeline asks so."""
+    """The best plan for training, with several micro-batches where memory or a pipeline asks so.
+
+    It is predicted to need a tenth less than the limit, so that what is measured keeps to it.
+    """
+    limit = options.memory_limit
+    if limit is None:
+        return _searched(captured, options, hints)
+    try:
+        plan = _searched(captured, replace(options, memory_limit=limit * (1 - LEFT)), hints)
+    except UserError as error:
+        left = f"a tenth of {bytes_text(limit)} is left for what a prediction may be off by"
+        raise UserError(f"{error.what}; {left}", error.where, error.fix) from None
+    return replace(plan, memory_limit=limit)
+
+
+def _searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan:
 
     def best(counts: tuple[int, ...]) -> Plan:
         assert options.cluster is not None

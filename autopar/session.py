@@ -41,6 +41,7 @@ from .runtime.materialise import (
     realise_others,
     shard_deferred,
 )
+from .runtime.memory_watch import MemoryWatch
 from .runtime.optimizer import LocalSteps
 from .runtime.random import draw_seed
 from .runtime.shared_memory import make_group
@@ -79,6 +80,7 @@ class Session:
         self.plan: Plan | None = options.plan
         self.stages: list[Stage] = []
         self.clock = StepClock()
+        self.watch = MemoryWatch()
         self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
         self._groups: dict[tuple[str, ...], Group] = {}
         self._planned: Capture | None = None  # the first that has the plan's fingerprint
@@ -107,7 +109,8 @@ class Session:
     def copied(self, module: nn.Module) -> Session:
         """The session of a deep copy of the module: of the same plan, captured again."""
         new = copy.copy(self)
-        new.module, new._captured, new.clock = module, {}, StepClock()
+        new.module, new._captured = module, {}
+        new.clock, new.watch = StepClock(), MemoryWatch()
         return new
 
     # -- a call ---------------------------------------------------------------------------------
@@ -115,6 +118,8 @@ class Session:
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the undecorated module's forward would return on the global batch."""
         self.clock.tick(self.module)
+        if self.options.memory_limit is not None:
+            self.watch.tick(self.module)
         tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
         generator = torch.get_rng_state()
         seed = draw_seed()
