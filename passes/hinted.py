@@ -44,7 +44,8 @@ def search_hinted(
         return search(of, fingerprint, symbols, cluster, **options)
 
     plan = best(hinted)
-    if cluster.size > 1 and not plan.choices and not _stored_split(plan):
+    staged = plan.pipeline is not None
+    if cluster.size > 1 and not plan.choices and not _stored_split(plan) and not staged:
         whole = (
             f"nothing is split: each of the {cluster.size} devices does the whole step (no dim is "
             "large enough, or it would take longer)"

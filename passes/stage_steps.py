@@ -177,7 +177,9 @@ def chain_of(
     chunks = [Chunk(unit.region, unit.nodes) for unit in units]
     segments: list[Segment] = []
     known: dict[tuple[object, ...], list[Segment]] = {}
-    for segment in segments_of(chunks, blocks, option, pricer):
+    made = segments_of(chunks, blocks, option, pricer)
+    made[-1] = _results_once(made[-1], micro_batches)
+    for segment in made:
         key = (segment.block, len(segment.parts), segment.input_bytes)
         same = next((s for s in known.get(key, ()) if alike(s, segment)), None)
         if same is None:
@@ -195,6 +197,22 @@ def chain_of(
             state = stored_state([node], option, pricer)
             stored.append(Stored(node, state, option[node].time_s, read))
     return Chain(tuple(units), tuple(segments), tuple(sent), tuple(stored), micro_batches)
+
+
+def _results_once(segment: Segment, micro_batches: int) -> Segment:
+    """The last segment, whose results (a loss, usually) are reduced once per step, at its end."""
+    parts, at = list(segment.parts), len(segment.parts)
+    while at and not parts[at - 1].is_compute and not parts[at - 1].param:
+        at -= 1
+        part = parts[at]
+        parts[at] = replace(
+            part,
+            forward_s=part.forward_s / micro_batches,
+            backward_s=part.backward_s / micro_batches,
+            sent_bytes=part.sent_bytes / micro_batches,
+            backward_sent_bytes=part.backward_sent_bytes / micro_batches,
+        )
+    return replace(segment, parts=tuple(parts))
 
 
 def _in_mode(segment: Segment, mode: str) -> Segment:
