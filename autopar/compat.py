@@ -6,6 +6,7 @@ What is slow to import (dynamo takes over a second) is imported by the function 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -314,6 +315,28 @@ def dtensor_of(
     """A DTensor (or one of a subclass, `kind`) of any local tensor: no checks, no autograd."""
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     return kind(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def spec_of(tensor: DTensor) -> Any:
+    """What describes a DTensor beside its local tensor: hashable, equal for equal layouts."""
+    return tensor._spec
+
+
+def make_spec(
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> Any:
+    """A description of a DTensor, as `spec_of` gives it."""
+    meta = TensorMeta(torch.Size(shape), tuple(stride), dtype)
+    return DTensorSpec(mesh, tuple(placements), tensor_meta=meta)
+
+
+def dtensor_with(local: torch.Tensor, spec: Any, kind: Any = DTensor) -> Any:
+    """A DTensor (or one of a subclass, `kind`) of a local tensor and its own copy of `spec`."""
+    return kind(local, copy.copy(spec), requires_grad=False)
 
 
 def become(tensor: DTensor, local: torch.Tensor, placements: Sequence[Placement]) -> None:
