@@ -140,6 +140,8 @@ def _has(fitting: Sequence[Settled], one: Settled) -> bool:
 
 def _above(settled: Sequence[Settled], limit: float) -> list[Alternative]:
     """Candidates whose steps take more than the limit for a moment."""
+    if not settled:
+        return []
     least: dict[str, float] = {}
     for one in settled:
         text, needs = _mesh_text(one.mesh, one.variant), one.timeline.peak_bytes
