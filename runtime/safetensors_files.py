@@ -8,6 +8,7 @@ index, `{"metadata": {"total_size"}, "weight_map": {name: file}}`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -201,7 +202,8 @@ class Writer:
         except OSError as error:
             self._failed(error)
         finally:
-            self._part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._part.unlink()
 
     def _failed(self, error: Exception) -> None:
         told = (error.strerror if isinstance(error, OSError) else None) or str(error)
