@@ -14,6 +14,7 @@ from .controller import Controller
 from .cost.cluster import Cluster, parse_cluster
 from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
+from .launch import MEMORY
 from .options import Options
 from .passes.families import FAMILIES
 from .pipeline_options import pipelines_asked
@@ -94,7 +95,8 @@ def parallelize(
         cluster: what the planner plans for: a `Cluster`, a spec ("cpu:4", "8xH100", "2x8xH100") or
             the path of a profile; by default the shipped profile of this kind of device.
         plan: a plan, or the path of a plan file, to use in place of a search.
-        memory_limit: bytes per device, or a text such as "6GiB".
+        memory_limit: bytes per device, or a text such as "6GiB"; by default `autopar run --memory`.
+            The plan is predicted to need a tenth less, so that what is measured keeps to it.
         optimizer: what the memory and time of the update are priced as (a `torch.optim` class or
             its name; default AdamW).
         backend: "eager" (ATen calls) or "inductor"; default eager on CPU, inductor on CUDA.
@@ -119,11 +121,12 @@ def parallelize(
         )
     if micro_batches is not None and micro_batches < 1:
         raise UserError(f"the number of micro-batches {micro_batches} is not positive")
+    limit = memory_limit if memory_limit is not None else os.environ.get(MEMORY)
     options = Options(
         strategy=strategy,
         cluster=parse_cluster(cluster) if isinstance(cluster, str) else cluster,
         plan=plan if plan is None or isinstance(plan, Plan) else load_plan(plan),
-        memory_limit=parse_bytes(memory_limit) if memory_limit is not None else None,
+        memory_limit=parse_bytes(limit) if limit is not None else None,
         optimizer=optimizer_name(optimizer),
         backend=backend,
         checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,

@@ -180,6 +180,10 @@ def run(
     ] = "",
     rdzv_id: Annotated[str, typer.Option(help="Name of the run, the same on all.")] = "autopar",
     rdzv_timeout: Annotated[int, typer.Option(help="Seconds to wait for the other hosts.")] = 300,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Limit per rank, such as 6GiB; measured and shown at the end."),
+    ] = None,
 ) -> None:
     """Run a script on several ranks of this machine, or of several hosts.
 
@@ -188,7 +192,7 @@ def run(
     from autopar.cli_run import run_script
 
     nodes = check_nodes(nnodes, node_rank, rdzv_endpoint, rdzv_backend, rdzv_id)
-    raise typer.Exit(run_script(script, nproc, arguments or [], nodes, rdzv_timeout))
+    raise typer.Exit(run_script(script, nproc, arguments or [], nodes, rdzv_timeout, memory))
 
 
 @app.command()

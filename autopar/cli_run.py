@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .launch import FAILURES, LAUNCHER
+from .launch import FAILURES, LAUNCHER, MEMORY
 from .nodes import MEET_FIX, Nodes, first_line, meet
 
 if TYPE_CHECKING:  # torch takes long to load
@@ -49,10 +49,12 @@ def run_script(
     arguments: list[str],
     nodes: Nodes | None = None,
     timeout_s: int = MEET_S,
+    memory: str | None = None,
 ) -> int:
     """Run `script` on `nproc` ranks of this machine; the exit code that the command ends with.
 
-    With several `nodes`, each of them makes the same call, and has `timeout_s` to do so. The code
+    `memory` is the limit per rank of a model whose `parallelize` names none. With several `nodes`,
+    each of them makes the same call, and has `timeout_s` to do so. The code
     is 0, the script's own, 2 for a UserError, and 128 + n where signal n ended a rank or this
     command. Raises UserError for a script or a number of processes that cannot be started, and for
     hosts that do not come.
@@ -64,6 +66,11 @@ def run_script(
         raise UserError(f"there is no script {script}", fix="give the path of a Python file")
     if nproc < 1:
         raise UserError(f"cannot start {nproc} processes", fix="use --nproc 1 or more")
+    if memory is not None:
+        from .api import parse_bytes  # which loads torch
+
+        parse_bytes(memory)
+        os.environ[MEMORY] = memory
     with tempfile.TemporaryDirectory(prefix="autopar-run-") as folder:
         failures = Path(folder, "failures")
         failures.mkdir()

@@ -21,6 +21,7 @@ from types import TracebackType
 from autopar.errors import UserError
 
 FAILURES = "AUTOPAR_FAILURES"  # environment variable: the folder
+MEMORY = "AUTOPAR_MEMORY"  # environment variable: the limit per rank, as `memory_limit=`
 LAUNCHER = "AUTOPAR_LAUNCHER"  # environment variable: the launcher's process id
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

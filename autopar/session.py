@@ -21,6 +21,7 @@ from .first_plan import fitted, searched
 from .hints import hints_of
 from .ir.rule import Choice
 from .ir.text import parse_sharding
+from .memory_report import report_at_exit
 from .options import Options
 from .passes.follow_micro_batches import BATCH
 from .passes.hinted import hints_of_plan
@@ -88,6 +89,8 @@ class Session:
         self.device_type = device
         world.start_world(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if options.memory_limit is not None and self.rank == 0:
+            report_at_exit(module, self.watch, options.memory_limit)
         if self.plan is not None and self.plan.world_size != self.world_size:
             raise UserError(
                 f"the plan is for {self.plan.world_size} devices ({self.plan.mesh}), "
@@ -120,6 +123,8 @@ class Session:
         self.clock.tick(self.module)
         if self.options.memory_limit is not None:
             self.watch.tick(self.module)
+            if self.plan is not None:
+                self.watch.predicted_bytes = self.plan.predicted.memory_bytes
         tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
         generator = torch.get_rng_state()
         seed = draw_seed()

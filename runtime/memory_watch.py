@@ -18,7 +18,7 @@ FIRST = 3  # the training call with which the measured step begins: earlier ones
 
 
 class MemoryWatch:
-    """Measures from the start of the third training call to that of the next call, once.
+    """Beside the prediction: measures from the start of the third training call to that of the next call, once.
 
     `peak_bytes` is that of the rank with the largest; None until it is measured. On CPU every op of
     the step is watched (`live_memory`), which makes it a little slower.
@@ -26,6 +26,7 @@ class MemoryWatch:
 
     def __init__(self) -> None:
         self.peak_bytes: int | None = None
+        self.predicted_bytes: int | None = None
         self._calls = 0
         self._began = False
         self._live: LiveBytes | None = None
