@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.fx
 
 from autopar.errors import PassError, UserError
@@ -220,17 +221,14 @@ class _Splitter:
         return node if _on_mb(value_of(node)) == "P" or self.mesh[MICRO_BATCH].size == 1 else None
 
     def _nonlinear(self, node: Node) -> Node:
-        """The first op of the tail that leads to a node."""
-        if self.part[node] != TAIL:
-            return node
-        seen, stack = {node}, [node]
-        found = node
+        """The first op of the tail that a result depends on."""
+        needed, stack = {node}, [node]
         while stack:
-            found = stack.pop()
-            before = [n for n in found.all_input_nodes if self.part[n] == TAIL and n not in seen]
-            seen.update(before)
-            stack.extend(before)
-        return next((n for n in found.users if n.op == "call_function"), found)
+            before = [n for n in stack.pop().all_input_nodes if self.part[n] == TAIL]
+            stack += [n for n in before if n not in needed]
+            needed.update(before)
+        ops = (n for n in self.graph.fx.nodes if n in needed and n.target is not COLLECTIVE)
+        return next(ops, node)
 
     def _seen(self, node: Any) -> Node:
         """The node behind collectives that do nothing."""
@@ -365,7 +363,9 @@ def _combine(value: Value) -> Combine:
 
 def _name(node: Node) -> str:
     target: Any = node.target
-    return str(getattr(target, "name", lambda: node.name)()).removeprefix("aten::").split(".")[0]
+    if not isinstance(target, torch._ops.OpOverload):
+        return node.name
+    return str(target).split(".")[1]
 
 
 def check_even(graph: Graph, mesh: Mesh) -> None:
