@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from autopar.compat import StridedShard, local_of
 
 from .stage_placement import is_here
+
+if TYPE_CHECKING:  # takes a while to import, and few programs write checkpoints of pieces
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 class ExactPieces:
@@ -43,6 +41,9 @@ class ExactPieces:
 
 def write_items(name: str, tensor: DTensor) -> list[WriteItem]:
     """What this rank writes of a tensor: one item for each box of elements that it holds."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
     properties = TensorProperties.create_from_tensor(local_of(tensor))
     return [
         WriteItem(
@@ -56,6 +57,8 @@ def write_items(name: str, tensor: DTensor) -> list[WriteItem]:
 
 def chunks(tensor: DTensor) -> list[ChunkStorageMetadata]:
     """The boxes of elements of the whole tensor that this rank holds."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
     return [
         ChunkStorageMetadata(
             torch.Size([run.start for run in box]), torch.Size([len(run) for run in box])

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import autopar
+from autopar.compat import local_of
 from tests.zoo import ZOO
 from tests.zoo.language import GPT
 
@@ -354,6 +355,33 @@ def autocast(strategy: str) -> Values:
     return {"bf16": losses}
 
 
+def scaled(strategy: str) -> Values:
+    """Loss scaling under fp16, with a gradient that is not finite on one rank only."""
+    seed(0)
+    model: Any = autopar.parallelize(GPT(VOCAB, layers=1, context=LENGTH), strategy=strategy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    losses, scales = [], []
+    for step in range(5):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(*batch(step))
+        scaler.scale(loss).backward()
+        if step == 1 and (not dist.is_initialized() or dist.get_rank() == 1):
+            gradient = model.wte.weight.grad
+            (local_of(gradient) if isinstance(gradient, DTensor) else gradient)[0, 0] = torch.inf
+        if step != 3:
+            scaler.unscale_(optimizer)
+        if step == 2:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        scales.append(scaler.get_scale())
+    assert scales[:2] == [1024.0, 512.0]
+    return {"fp16": losses, "scales": torch.tensor(scales)}
+
+
 def inductor(strategy: str) -> Values:
     backend = "inductor" if dist.is_initialized() else None
     seed(0)
@@ -404,6 +432,7 @@ LOOPS |= {
         copied,
         dropout_masks,
         autocast,
+        scaled,
         inductor,
         inductor_gpt,
     )
