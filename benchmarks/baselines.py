@@ -145,7 +145,7 @@ def _apply(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) 
 def autopar_auto(model: nn.Module) -> Trainer:
     import autopar
 
-    parallel = autopar.parallelize(model)
+    parallel = autopar.parallelize(model, strategy=os.environ.get("STRATEGY", "auto"))
     return Trainer(parallel, adamw(parallel))
 
 

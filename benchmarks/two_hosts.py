@@ -85,6 +85,7 @@ class Race:
     turn_s: float
     long_s: float
     sent_bytes: Mapping[str, float]
+    strategy: str
 
     def run(self, contenders: list[str]) -> dict[str, Result]:
         """Let the contenders take turns."""
@@ -134,7 +135,7 @@ class Race:
         free = free_bytes()
         for keep in (True, False):
             if memory_bytes(self.model, name, keep) < free:
-                environment = {"AUTOPAR_CLUSTER": str(self.profile)}
+                environment = {"AUTOPAR_CLUSTER": str(self.profile), "STRATEGY": self.strategy}
                 return Pool(self.model, name, keep, self.hosts.hosts, environment)
         raise ContenderError(f"{free / 2**30:.0f} GiB of memory are too few")
 
@@ -259,6 +260,7 @@ def main() -> int:
     parser.add_argument("--turn", type=float, default=5.0, help="seconds of a turn")
     parser.add_argument("--long", type=float, default=30.0, help="seconds of a step timed once")
     parser.add_argument("--all", action="store_true", help="run what cannot be the best, too")
+    parser.add_argument("--strategy", default="auto", help="of autopar")
     parser.add_argument("--profile", type=Path, help="take MBIT.json of this folder, or make it")
     parser.add_argument("--quick", action="store_true", help="calibrate quickly")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -283,6 +285,7 @@ def main() -> int:
                     *(model, hosts, profile, mbit * 1e6 / 8),
                     *(arguments.rounds, arguments.steps, arguments.turn, arguments.long),
                     {} if arguments.all else dict(sent[model]),
+                    arguments.strategy,
                 )
                 results = race.run(arguments.contenders)
                 sent[model] |= {n: r.sent_bytes for n, r in results.items() if r.sent_bytes}
