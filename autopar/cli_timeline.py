@@ -23,6 +23,7 @@ from .cost.trace import write_trace
 from .errors import UserError
 from .passes.case import Case
 from .passes.describe import collapse, pattern
+from .passes.staged_case import simulate_case
 from .passes.timeline_of import step_of_case
 from .plan import Plan
 from .questions import Question, ask
@@ -105,6 +106,7 @@ def simulate_plan(
         case, step, timeline = simulated(question, changes, schedule)
     if trace is not None:
         write_trace(timeline, trace, f"a device of {case.cluster}")
+    schedule = schedule or schedule_of(case.plan)
     found = figures(timeline, case, schedule)
     if out is not None:
         _write(out, found)
@@ -119,9 +121,38 @@ def simulated(
     question: Question, changes: Changes, schedule: Schedule | None = None
 ) -> tuple[Case, Step, Timeline]:
     """A plan's case, step and timeline under the changes; the question's cluster counts."""
-    case, step = _changed(question, changes)
+    case, step = _changed(_rescheduled(question, changes), changes)
+    if case.plan.pipeline is not None:
+        made = simulate_case(case, _how(case, changes))
+        return case, made.step, made.timeline
     timeline = simulate(step, case.cluster, schedule=schedule, how=_how(case, changes))
     return case, step, timeline
+
+
+def schedule_of(plan: Plan) -> Schedule | None:
+    """The schedule of a plan's own pipeline."""
+    if plan.pipeline is None:
+        return None
+    return Schedule(plan.stages, plan.pipeline.chunks, plan.pipeline.schedule)
+
+
+def _rescheduled(question: Question, changes: Changes) -> Question:
+    """The question with the plan's own pipeline on another schedule; UserError where it cannot."""
+    plan = question.plan
+    if plan.pipeline is None:
+        if changes.schedule is not None and changes.stages == 1:
+            raise UserError("a pipeline schedule needs stages", fix="add --stages 2 or more")
+        return question
+    if changes.stages > 1 or changes.chunks > 1:
+        raise UserError(
+            f"the plan has a pipeline of its own: {plan.stages} stages",
+            fix="leave --stages and --chunks out, or plan without a pipeline",
+        )
+    if changes.schedule is None:
+        return question
+    pipeline = replace(plan.pipeline, schedule=changes.schedule)
+    Schedule(plan.stages, pipeline.chunks, pipeline.schedule)
+    return replace(question, plan=replace(plan, pipeline=pipeline))
 
 
 def _checked(changes: Changes) -> Schedule | None:
@@ -140,7 +171,7 @@ def _checked(changes: Changes) -> Schedule | None:
             fix="use for example 0.1, a tenth slower",
         )
     if changes.stages == 1:
-        if changes.schedule is not None or changes.chunks > 1:
+        if changes.chunks > 1:
             raise UserError("a pipeline schedule needs stages", fix="add --stages 2 or more")
         return None
     default = "interleaved" if changes.chunks > 1 else "1f1b"
@@ -292,10 +323,19 @@ def _collectives(timeline: Timeline) -> Any:
 def _stages(timeline: Timeline) -> Any:
     if not timeline.stages:
         return None
-    columns = ("*stage", ">compute", ">waiting", ">bubble", ">micro-batches in flight", ">peak")
+    columns = (
+        ">stage",
+        "*modules",
+        ">compute",
+        ">waiting",
+        ">bubble",
+        ">micro-batches in flight",
+        ">peak",
+    )
     rows: list[tuple[str, ...]] = [
         (
             str(i),
+            use.what or "-",
             seconds_text(use.compute_s),
             seconds_text(use.exposed_s),
             seconds_text(use.bubble_s),

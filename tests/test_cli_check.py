@@ -146,7 +146,7 @@ def test_a_model_in_which_nothing_can_be_split_has_a_plan_that_says_so(
         ),
         (
             ["small.py:make", "--strategy", "data", "--recompute", "full"],
-            ["are for the strategy 'auto', not 'data'"],
+            ["are for 'auto' and pipelines, not 'data'"],
         ),
         (["small.py:make", "--memory", "0"], ["the memory limit '0' is not positive"]),
         (["small.py:make", "--memory", "-1GiB"], ["the memory limit '-1GiB' is not positive"]),
