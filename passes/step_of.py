@@ -13,6 +13,7 @@ from autopar.cost.cluster import group_span
 from autopar.cost.comm import collective_time
 from autopar.cost.compute import is_noop, local_op
 from autopar.cost.families import canonical_name, op_family, op_name
+from autopar.cost.memory import moment_bytes
 from autopar.cost.step import COMPUTE, Part, Segment, Step
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import GATHER_VARY
@@ -127,6 +128,7 @@ class _Facts:
     view: bool
     output_bytes: float
     saves_output: bool
+    moment_bytes: float
 
 
 @dataclass
@@ -199,6 +201,7 @@ class _Builder:
                 freed_by=at if facts.saves_output or facts.view else -1,
                 weight_s=weight_s,
                 gradient_bytes=gradient,
+                moment_bytes=facts.moment_bytes,
             )
         )
         if own > 1e-12 * option.time_s:
@@ -220,8 +223,20 @@ class _Builder:
                 view,
                 made,
                 bool(own_outputs(node)),
+                self._moment_bytes(node),
             )
         return self.facts[key]
+
+    def _moment_bytes(self, node: Node) -> float:
+        """What the backward takes beside its gradients; nothing where classes are split.
+
+        The cross-entropy of ranks that have a part of the classes each is made of other ops.
+        """
+        whole = float(moment_bytes(local_op(node)))
+        if not whole:
+            return 0.0
+        want = self.option[node].wants[0]
+        return 0.0 if any(want.splits[1:2]) else whole / want.parts(self.pricer.mesh)
 
     def _of_parameters(self, facts: _Facts, sources: list[Node]) -> tuple[float, float]:
         """(backward seconds that only make gradients of parameters, stored bytes of those).

@@ -207,6 +207,16 @@ def saved(op: LocalOp) -> Saved:
     return _saved_pointwise(op)
 
 
+def moment_bytes(op: LocalOp) -> Any:
+    """Bytes that the backward of an op takes beside its gradients, and gives back with its end.
+
+    A cross-entropy makes the gradient of the log-probabilities first: a tensor as large as they.
+    """
+    if canonical_name(op.name) == "cross_entropy" and any(differentiable(op)):
+        return op.inputs[0].bytes
+    return 0
+
+
 def saved_bytes(op: LocalOp, free_inputs: Collection[int] = ()) -> Any:
     """Bytes that one call keeps until its backward, tensors counted once per call.
 

@@ -354,6 +354,8 @@ class Machine:
                 if d >= 0 and d not in gradients and not parts[d].param:
                     gradients[d] = parts[d].output_bytes if parts[d].backward_s else 0.0
                     self.hold(gradients[d])
+            if part.moment_bytes:
+                self.moment(part.moment_bytes)
             self.compute(part.name, part.backward_s - split)
         else:
             for d in part.deps:
