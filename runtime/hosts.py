@@ -16,7 +16,10 @@ HOST = "AUTOPAR_HOST"  # environment variable: the name of this host, where its 
 
 
 def host_identity() -> str:
-    """What processes of one host have in common: `AUTOPAR_HOST`, or its name and its last boot."""
+    """What processes of one host have in common: `AUTOPAR_HOST`, or name, last boot, PID namespace.
+
+    Containers of one machine can have the first two in common.
+    """
     named = os.environ.get(HOST)
     if named:
         return named
@@ -24,7 +27,11 @@ def host_identity() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         boot = ""
-    return f"{socket.gethostname()} {boot}"
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""
+    return f"{socket.gethostname()} {boot} {processes}"
 
 
 def even_hosts(hosts: Sequence[Hashable]) -> int | None:

@@ -40,7 +40,8 @@ from .two_level import TwoLevelGroup
 
 SLOTS = 1024  # operations of a group that may be under way at once
 _FLAG, _READ, _WHERE = 0, 4 * SLOTS, 8 * SLOTS  # offsets in the control block
-_CONTROL_BYTES = _WHERE + 16 * SLOTS
+_NONCE = _WHERE + 16 * SLOTS
+_CONTROL_BYTES = _NONCE + 16
 
 # All-reduces up to this size are read whole by every member: one round of flags, not two.
 ONE_ROUND_BYTES = 1 << 17
@@ -69,11 +70,15 @@ def make_group(process_group: dist.ProcessGroup | None = None) -> Group:
 
 @dataclass(frozen=True)
 class _Offer:
-    """Where a member is, and its control blocks: two, for hosts take part in two phases."""
+    """Where a member is, and its control blocks: two, for hosts take part in two phases.
+
+    The blocks hold the `nonce`: another container may have a process of the same number.
+    """
 
     host: str
     pid: int
     controls: tuple[int, int] | None
+    nonce: bytes
 
 
 def _make(process_group: dist.ProcessGroup) -> Group:
@@ -82,7 +87,10 @@ def _make(process_group: dist.ProcessGroup) -> Group:
         return flat
     controls = [Memory.create(_CONTROL_BYTES) for _ in range(2)] if _supported() else None
     fds = (controls[0].fd, controls[1].fd) if controls is not None else None
-    offer = _Offer(host_identity(), os.getpid(), fds)
+    nonce = os.urandom(16)
+    for control in controls or ():
+        control.map[_NONCE:_CONTROL_BYTES] = nonce
+    offer = _Offer(host_identity(), os.getpid(), fds, nonce)
     everyone: list[Any] = [None] * flat.size
     dist.all_gather_object(everyone, offer, group=process_group)
     inside = even_hosts([other.host for other in everyone])
@@ -121,7 +129,9 @@ def _opened(
                 if member == rank
                 else Memory.open(other.pid, other.controls[phase], _CONTROL_BYTES)
             )
-        except OSError:
+        except (OSError, ValueError):  # no such file, or one that is too small
+            return None
+        if memory.map[_NONCE:_CONTROL_BYTES] != other.nonce:
             return None
         peers.append(_Peer(other.pid, memory))
     return peers
