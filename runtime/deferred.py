@@ -127,7 +127,7 @@ class DeferredTensor(Tensor):
         text = repr(real_value(self))
         return f"Parameter containing:\n{text}" if isinstance(self, nn.Parameter) else text
 
-    def __format__(self, spec: str) -> str:  # type: ignore[override]
+    def __format__(self, spec: str) -> str:
         return format(real_value(self), spec)
 
     def tolist(self) -> Any:

@@ -297,7 +297,7 @@ def _whole_memory(slot: Slot, alike: bool, scratch: Scratch) -> torch.UntypedSto
     if storage is None:
         storage = scratch.take(slot.nbytes, slot.device)
     whole = torch.empty(0, dtype=torch.uint8, device=slot.device)
-    dist.broadcast(whole.set_(storage, 0, (slot.nbytes,)), src=0)
+    dist.broadcast(whole.set_(storage, 0, (slot.nbytes,), (1,)), src=0)
     return storage
 
 
