@@ -324,6 +324,23 @@ def normed(plan: str | None, micro_batches: int) -> Values:
     return {"losses": losses, **kept}
 
 
+def limited(memory_limit: float | None) -> tuple[int, Values]:
+    """How many micro-batches a limit on memory brings, and what one device computes."""
+    seed(0)
+    plain = GPT(VOCAB, layers=2, context=16)
+    model: Any = autopar.parallelize(plain, memory_limit=memory_limit)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(3):
+        loss = model(*batch(step, 64))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    plan = model.autopar.plan
+    return 1 if plan is None else plan.micro_batches, {"losses": losses}
+
+
 def refused_model(plan: str) -> str:
     seed(0)
     model = made(Normed().double(), plan)

@@ -20,6 +20,7 @@ from tests.e2e.micro_loops import (
     Metrics,
     Normed,
     gpt,
+    limited,
     normed,
     normed_batch,
     refused_gradient,
@@ -105,6 +106,14 @@ def test_statistics_of_micro_batches_are_allowed_or_refused(four_ranks: RankPool
     for said in four_ranks.run(refused_model, plan):
         assert "takes its mean and variance over the whole batch" in said
         assert "micro_loops.py:" in said and "micro_batch_statistics=True" in said
+
+
+@pytest.mark.slow
+def test_a_limit_on_memory_brings_micro_batches(four_ranks: RankPool) -> None:
+    torch.set_num_threads(1)
+    (count, got), *_ = four_ranks.run(limited, 600_000.0, timeout_s=300)
+    assert count > 1
+    assert not list(differences(got, limited(None)[1], 5e-5))
 
 
 def test_only_the_loss_has_a_gradient(four_ranks: RankPool) -> None:
