@@ -46,7 +46,8 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 class Case:
     """A model, and what is asked of its plan.
 
-    `limit_mib` is given to `parallelize`; `recompute`, `micro_batches` are all that may be planned.
+    `limit_mib` is given to `parallelize`, or to the planner where `recompute` or `micro_batches`
+    are all that may be planned.
     """
 
     model: str
@@ -69,12 +70,12 @@ class Case:
 
 CASES = (
     *(Case(m, s) for m in MEMORY_MODELS for s in ("data", "zero", "tensor", "auto")),
-    Case("gpt", recompute="full"),
-    Case("gpt", recompute="selective"),
+    Case("gpt", limit_mib=420, recompute="full"),
+    Case("gpt", limit_mib=420, recompute="selective"),
     Case("gpt", micro_batches=4),
     Case("gpt", limit_mib=400),
     Case("gpt", limit_mib=250),
-    Case("llama", recompute="full"),
+    Case("llama", limit_mib=300, recompute="full"),
     Case("llama", micro_batches=2),
     Case("llama", limit_mib=350),
     Case("llama", limit_mib=200),

@@ -23,6 +23,7 @@ import autopar
 from autopar.clusters import cluster_of_run
 from autopar.cost.cluster import parse_cluster
 from autopar.errors import UserError
+from autopar.first_plan import LEFT
 from autopar.plan import Plan
 from autopar.planning import make_plan
 from autopar.runtime.arena import held_bytes
@@ -45,6 +46,7 @@ def plan_of(job: dict[str, Any], model: MemoryModel, batch: tuple[Tensor, ...]) 
     """A plan with the recomputation or micro-batches of the job; None where it asks for none."""
     if job["recompute"] is None and job["micro_batches"] is None:
         return None
+    limit = job["limit_mib"]
     cluster = cluster_of_run("cpu", parse_cluster(job["cluster"]) if job["cluster"] else None)
     return make_plan(
         model.build(),
@@ -52,6 +54,7 @@ def plan_of(job: dict[str, Any], model: MemoryModel, batch: tuple[Tensor, ...]) 
         {},
         cluster,
         strategy=job["strategy"],
+        memory_limit=limit * 2**20 * (1 - LEFT) if limit is not None else None,
         recompute=(job["recompute"] or "none",),
         micro_batches=(job["micro_batches"] or 1,),
     )
@@ -62,12 +65,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     model = MEMORY_MODELS[job["model"]]
     batch = model.batch_of(torch.Generator().manual_seed(0))
     limit = job["limit_mib"]
+    plan = plan_of(job, model, batch)
     torch.manual_seed(0)
     module: Any = autopar.parallelize(
         model.build(),
         strategy=job["strategy"],
         cluster=job["cluster"],
-        plan=plan_of(job, model, batch),
+        plan=plan,
         memory_limit=limit * 2**20 if limit is not None else None,
     )
     module.autopar.prepare(*batch)
@@ -95,6 +99,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         step()
     grown = resident("VmHWM") - resident("RssShmem") - before
     plan = module.autopar.plan
+    assert plan is not None
     return {
         "measured": measured,
         "resident": rest + grown + held_bytes(),
