@@ -91,7 +91,8 @@ def follow_micro_batches(
     new = graph.copy()
     follower = _Follower(new, mesh, dict(rules), chosen, statistics)
     follower.sizes = {n.name: n.meta.get("value") for n in symbolic.fx.nodes}
-    dims = batch_dims(symbolic)
+    # One micro-batch is the batch: nothing is split.
+    dims = batch_dims(symbolic) if mesh[MICRO_BATCH].size > 1 else {}
     for node in list(new.fx.nodes):
         if node.op == "placeholder":
             follower.start(node, dims.get(node.name, frozenset()), storage.get(node.name))
@@ -132,7 +133,8 @@ class _Follower:
         chosen = dict(self.chosen.get(node.name, {}))
         follows = [*self.mesh.names[1:]] if node.meta.get(FOLLOWS) else []
         placed = self._placed(node, chosen)
-        for axis in (MICRO_BATCH, *follows):
+        several = (MICRO_BATCH,) if self.mesh[MICRO_BATCH].size > 1 else ()
+        for axis in (*several, *follows):
             candidates = self._candidates(node, axis)
             scored: list[tuple[float, int, Choice, Placed]] = []
             for i, choice in enumerate(candidates):

@@ -50,7 +50,7 @@ def split_step(graph: Graph, mesh: Mesh, sends: bool = False) -> StepGraphs:
     Ends: collectives on `mb`. Establishes: `no_micro_batch_axis`.
     """
     splitter = _Splitter(graph, mesh)
-    splitter.classify()
+    splitter.classify(sends)
     return splitter.sending() if sends else splitter.split()
 
 
@@ -65,7 +65,7 @@ class _Splitter:
 
     # -- which part a node is in -------------------------------------------------------------------
 
-    def classify(self) -> None:
+    def classify(self, sends: bool) -> None:
         """Give every node its part; raises UserError where a body would read a tail."""
         for node in self.graph.fx.nodes:
             if node.op == "placeholder":
@@ -75,7 +75,8 @@ class _Splitter:
                     self._collective(node)
                 else:
                     self._call(node)
-        self._sink()
+        if not sends:  # what is sent is sent for every micro-batch
+            self._sink()
 
     def _placeholder(self, node: Node) -> str:
         role = node.meta["role"]
