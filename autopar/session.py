@@ -34,6 +34,7 @@ from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
 from .runtime import agree, world
+from .runtime.deferred import DeferredTensor
 from .runtime.group import Group
 from .runtime.locals import local_tensors
 from .runtime.materialise import (
@@ -230,8 +231,10 @@ class Session:
     def _twin(self) -> nn.Module:
         memo: dict[int, Any] = {id(self.module.__dict__["autopar"]): None}
         for parameter in self.module.parameters():
-            # Never written, so that the operating system never gives it memory.
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            # Never written, so that the operating system never gives it memory; GPUs would.
+            on_gpu = isinstance(parameter, DeferredTensor) and parameter.device.type != "cpu"
+            device = torch.device("meta") if on_gpu else parameter.device
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         kept = self.module.__class__
         self.module.__class__ = self.original

@@ -272,7 +272,8 @@ def test_parameters_take_no_memory_and_say_when_they_have_to() -> None:
         m.w = nn.Parameter(m.raw)
 
     with pytest.warns(ShardingWarning, match="is in use elsewhere"), deferred():
-        Built(kept)
+        shared: Any = Built(kept)
+    assert shared.w.data_ptr() == shared.raw.data_ptr()
 
 
 def test_a_source_that_changes_later_is_an_error() -> None:
