@@ -31,16 +31,16 @@ from .frame import Variant
 from .hints import without_hints
 from .impossible import no_candidate
 from .options import Option, place_call
-from .pipeline_search import Piped, only_pipelines, pipelines_beside
+from .pipeline_search import only_pipelines, pipelines_beside
 from .pipelined import Wanted
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
 from .programme import edges_of, evaluate, is_getitem, solve
-from .propose import MANY, Frames, Proposal, Request
+from .propose import Frames, Proposal, Request
 from .rules_of import unsharded_ops
 from .same_model import parts_of
 from .settle import Settled, settle
-from .settle_best import settle_best
+from .settle_best import Found, settle_best
 from .staged import Staged
 from .staged_plan import (
     axis_names,
@@ -113,17 +113,13 @@ def search(
         forced = force(problem, strategy, limit, progress)
         check_forced(forced, strategy, limit, cluster.size)
         return _finish(problem, forced, [], strategy, fingerprint, symbols, limit)
-    # On few devices pipelines are rare: what else there is says which can be left out at once.
-    many, piped = cluster.size >= MANY, Piped()
-    if many:
-        piped = pipelines_beside(frames, graph, request, pipelines, progress=progress)
-    found = settle_best(frames, graph, replace(request, better_than_s=piped.best_s), progress)
+    found = settle_best(frames, graph, request, progress)
     fitting = found.fitting
-    if not many:
-        best_s = found.best.timeline.step_s if found.best else math.inf
-        piped = pipelines_beside(frames, graph, request, pipelines, best_s, progress)
+    # What else there is says which pipelines can be left out at once.
+    best_s = found.best.timeline.step_s if found.best else math.inf
+    piped = pipelines_beside(frames, graph, request, pipelines, best_s, progress)
     if not fitting and not piped.best:
-        fitting = [_leanest(found.proposals, request, frames, graph, limit)]
+        fitting = [_leanest(found, request, frames, graph)]
     above = _above([one for one in found.above if not _has(fitting, one)], limit)
     tried: list[Settled | Alternative] = [*fitting, *above, *piped.tried]
     # They run one micro-batch and recompute nothing: not what was asked for, perhaps.
@@ -153,22 +149,18 @@ def _above(settled: Sequence[Settled], limit: float) -> list[Alternative]:
     ]
 
 
-def _leanest(
-    proposals: Sequence[Proposal],
-    request: Request,
-    frames: Frames,
-    graph: Graph,
-    limit: float,
-) -> Settled:
+def _leanest(found: Found, request: Request, frames: Frames, graph: Graph) -> Settled:
     """The candidate that needs least memory; raises UserError if that is too much."""
+    limit = request.memory_limit
     lean: list[Settled] = []
-    for p in sorted(proposals, key=lambda p: p.least_bytes)[:LEAN]:
+    for p in sorted(found.proposals, key=lambda p: p.least_bytes)[:LEAN]:
         sizes = request.at(p.variant.micro_batches)
         problem = frames.problem_at(graph, sizes, request.cluster)
         family = problem.family("auto", p.frame.roles)
         made = settle("auto", problem, p.mesh, family, p.variant, limit, minimise_memory=True)
         if made is not None:
             lean.append(made)
+    lean += found.above
     if not lean:
         raise no_candidate(frames.problem_at(graph, request.symbols, request.cluster))
     least = min(lean, key=lambda s: s.timeline.peak_bytes)

@@ -27,10 +27,12 @@ SETTLED = 3  # candidates that are simulated where they are close to the best
 SERIAL = 2  # of those that would take least if nothing overlapped
 ATTEMPTS = 4  # at leaving a candidate less room
 ROUNDS = 6  # of the outer search, each for slower steps than the one before
+TIGHTER = 2  # searches with less room where nothing fits
 WIDER = 1.25  # how much slower a step is looked for where nothing fits
 # Work that settling may take, in columns and ops: ten candidates of eighty layers, or all of a few.
 WORK = 450_000
 LIKELY = 0.75  # share of what others took too much that is expected of a candidate
+MOST = 30  # times that a candidate is settled
 PER_OP = 5  # columns that an op of the simulated step is worth
 
 
@@ -56,19 +58,39 @@ def settle_best(
     frames: Frames, graph: Graph, request: Request, progress: Progress = lambda _: None
 ) -> Found:
     """The best plans of a request, simulated within its limit; none where nothing was found."""
-    return _Settling(frames, graph, request, progress).run()
+    found = _Settling(frames, graph, request, request.memory_limit, progress).run()
+    room = request.memory_limit
+    for _ in range(TIGHTER):
+        if found.fitting or not found.above:
+            break
+        # All take too much for a moment: look for what leaves as much to it as the best did.
+        over = min(one.timeline.peak_bytes for one in found.above) - request.memory_limit
+        room = max(room - max(over, 0.05 * room), 0.5 * room)
+        less = replace(request, memory_limit=room)
+        tight = _Settling(frames, graph, less, request.memory_limit, progress).run()
+        found = Found(tight.fitting, [*found.above, *tight.above], found.proposals, found.left_s)
+    return found
 
 
 class _Settling:
-    def __init__(self, frames: Frames, graph: Graph, request: Request, progress: Progress) -> None:
+    def __init__(
+        self,
+        frames: Frames,
+        graph: Graph,
+        request: Request,
+        limit: float,
+        progress: Progress,
+    ) -> None:
         self.frames, self.graph, self.request = frames, graph, request
-        self.progress = progress
+        self.limit, self.progress = limit, progress  # the limit of the simulated step
         self.outer = Outer(frames, request, SETTLED, progress)
         self.found = Found()
         self.queue: list[tuple[float, int, Proposal, float, int]] = []
         self.number = itertools.count()
         self.known: list[Proposal] = []
         self.queued: set[int] = set()
+        self.waiting: dict[int, tuple[float, Proposal]] = {}  # not settled yet
+        self.count = 0
         self.moment: dict[Variant, float] = {}
         self.work = 0
         self.optimism = 1.0  # the least simulated time over the programme's
@@ -80,16 +102,21 @@ class _Settling:
             self._add(self.outer.solved)
             self._drain()
             best, reached = found.best, self.outer.best_s
-            if self.work > WORK:
+            if self._is_enough:
                 break
             until_s = best.programme_s if best is not None else WIDER * reached
             if not reached * (1 + WORTH) < until_s < self.request.better_than_s:
                 break
+        self._drain_rest()
         # What is left counts: candidates in the queue, and those that have bounds alone.
-        waiting = [p.bound_s for _, _, p, _, _ in self.queue]
+        waiting = [least for least, _ in self.waiting.values()]
         bounded = [p.bound_s for p in found.proposals if p.left]
         found.left_s = min([*waiting, *bounded], default=math.inf)
         return found
+
+    @property
+    def _is_enough(self) -> bool:
+        return self.work > WORK or self.count >= MOST
 
     def _worth(self, best: Settled) -> float:
         """Seconds of a programme that may still be simulated as faster than the best."""
@@ -101,6 +128,7 @@ class _Settling:
         for p in self.known:
             if id(p) not in self.queued:
                 self.queued.add(id(p))
+                self.waiting[id(p)] = (p.bound_s, p)
                 self._push(p.bound_s, p, self.request.memory_limit, 0)
 
     def _push(self, time_s: float, proposal: Proposal, room: float, tries: int) -> None:
@@ -117,14 +145,26 @@ class _Settling:
         if not self.found.fitting:
             for entry in serial[:SERIAL]:
                 self.queue.remove(entry)
+                heapq.heapify(self.queue)
                 self._settle(*entry[2:])
-            heapq.heapify(self.queue)
-        while self.queue and self.work <= WORK:
+        while self.queue and not self._is_enough:
             time_s, _, proposal, room, tries = self.queue[0]
             if not self._is_wanted(time_s):
                 return
             heapq.heappop(self.queue)
             if tries or not self._deferred(proposal, room):
+                self._settle(proposal, room, tries)
+
+    def _drain_rest(self) -> None:
+        """Where there is little to do, settle what was put off as well."""
+        for time_s, _, proposal, room, tries in sorted(
+            self.queue, key=lambda entry: entry[2].bound_s
+        ):
+            best = self.found.best
+            if self._is_enough or self.work > WORK / 4:
+                return
+            if time_s == math.inf and (best is None or proposal.bound_s < best.programme_s):
+                self.queue = [entry for entry in self.queue if entry[2] is not proposal]
                 self._settle(proposal, room, tries)
 
     def _is_wanted(self, time_s: float) -> bool:
@@ -157,6 +197,8 @@ class _Settling:
         problem = self.frames.problem_at(
             self.graph, request.at(variant.micro_batches), request.cluster
         )
+        self.count += 1
+        self.waiting.pop(id(proposal), None)
         self.work += proposal.relaxation.columns.size + PER_OP * len(problem.blocks.representative)
         family = problem.family("auto", proposal.frame.roles)
         made = settle("auto", problem, proposal.mesh, family, variant, room, near=proposal)
@@ -165,13 +207,13 @@ class _Settling:
             return
         if made.programme_s:
             self.optimism = min(self.optimism, made.timeline.step_s / made.programme_s)
-        if made.timeline.peak_bytes <= request.memory_limit:
+        if made.timeline.peak_bytes <= self.limit:
             self.found.fitting.append(made)
             return
         self.found.above.append(made)
-        over = made.timeline.peak_bytes - request.memory_limit
+        over = made.timeline.peak_bytes - self.limit
         self.moment[variant] = min(over, self.moment.get(variant, over))
-        room = room_after(made, room, request.memory_limit)
+        room = room_after(made, room, self.limit)
         if tries >= ATTEMPTS or room <= proposal.least_bytes:
             return
         again = proposal
@@ -180,6 +222,7 @@ class _Settling:
             if relaxed is None:
                 return
             again = replace(proposal, relaxed=relaxed, bound_s=relaxed.time_s)
+            self.waiting[id(again)] = (again.bound_s, again)
         # Recomputation that is shared out takes less than all of it.
         time_s = again.bound_s if variant.mode == NONE else min(again.bound_s, made.programme_s)
         self._push(time_s, again, room, tries + 1)
