@@ -87,7 +87,7 @@ def _boxes(tensor: DTensor) -> list[tuple[tuple[range, ...], tuple[int, ...]]]:
     sizes = [tensor.device_mesh.size(axis) for axis in range(tensor.device_mesh.ndim)]
     dims = []
     for dim, size in enumerate(tensor.shape):
-        runs = _runs(dim, size, tensor.placements, sizes, here)
+        runs = held_runs(dim, size, tensor.placements, sizes, here)
         starts = itertools.accumulate([len(run) for run in runs], initial=0)
         dims.append(list(zip(runs, starts, strict=False)))
     return [
@@ -96,7 +96,7 @@ def _boxes(tensor: DTensor) -> list[tuple[tuple[range, ...], tuple[int, ...]]]:
     ]
 
 
-def _runs(
+def held_runs(
     dim: int,
     size: int,
     placements: Sequence[Placement],

@@ -34,7 +34,7 @@ from .stage_placement import (
     kept_on_stage,
     stage_of,
 )
-from .strided_tensor import StridedTensor, as_strided_tensor
+from .strided_tensor import StridedTensor, as_strided_tensor, redistributed
 
 __all__ = [
     "OnStage",
@@ -74,10 +74,11 @@ class StagedTensor(ExactPieces, DTensor):
             return self.view_as(self)  # type: ignore[return-value]
         wanted = [p for p in placements if isinstance(p, OnStage)]
         found: DTensor = _Gather.apply(self)  # type: ignore[no-untyped-call]
+        del device_mesh, options
         if not wanted:
-            return found.redistribute(device_mesh, placements, **options)
+            return redistributed(found, placements)
         axis = list(placements).index(wanted[0])
-        elsewhere = found.redistribute(device_mesh, everywhere(tuple(placements), axis), **options)
+        elsewhere = redistributed(found, everywhere(tuple(placements), axis))
         return on_stage(elsewhere, axis, wanted[0].stage)
 
     def to_local(self, *, grad_placements: Sequence[Placement] | None = None) -> Tensor:
@@ -114,7 +115,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: DTensor) -> Any:
         wanted = tuple(Replicate() if p.is_partial() else p for p in ctx.placements)
-        placed = gradient.redistribute(gradient.device_mesh, everywhere(wanted, ctx.axis))
+        placed = redistributed(gradient, everywhere(wanted, ctx.axis))
         return kept_on_stage(placed, ctx.axis, ctx.stage, StagedTensor)
 
 
@@ -155,11 +156,11 @@ def placed_like(tensor: DTensor, parameter: DTensor) -> DTensor:
     """A DTensor on the same mesh, placed as a parameter is; collective where that takes it."""
     axis, stage = axis_of(parameter), stage_of(parameter)
     if axis is None or isinstance(tensor, StagedTensor):
-        placed = tensor.redistribute(parameter.device_mesh, parameter.placements)
+        placed = redistributed(tensor, parameter.placements)
         return as_strided_tensor(placed) if isinstance(parameter, StridedTensor) else placed
     assert stage is not None
     placements = everywhere(parameter.placements, axis)
-    return on_stage(tensor.redistribute(parameter.device_mesh, placements), axis, stage)
+    return on_stage(redistributed(tensor, placements), axis, stage)
 
 
 def stage_gradients(

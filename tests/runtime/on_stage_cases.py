@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autopar.compat import local_of
@@ -29,6 +30,8 @@ from autopar.runtime import world
 from autopar.runtime.locals import local_tensors
 from autopar.runtime.on_stage import StagedTensor, is_here, stage_gradients
 from autopar.runtime.optimizer import LocalSteps
+from autopar.runtime.stage_gather import gathered
+from autopar.runtime.stage_placement import axis_of, everywhere
 from autopar.runtime.state import (
     like,
     place_optimizer_states,
@@ -37,6 +40,7 @@ from autopar.runtime.state import (
     shard_state,
     whole_state,
 )
+from autopar.runtime.strided_tensor import cut_strided, gather_strided
 
 Values = dict[str, Any]
 STORAGE = {  # name: shape, its sharding on tp beside the stages, the stage that owns it
@@ -298,7 +302,37 @@ def checkpoints(mesh: str | None) -> Values:
     dcp.load(_plain_state(other), checkpoint_id=first)
     found = values_of(other)
     dcp.load(_plain_state(module), checkpoint_id=second)
+    _check_states_travel(mesh, other_name, Path(folder[0]) / "states")
     return found | {f"back {n}": v for n, v in values_of(module).items()}
+
+
+def _check_states_travel(mesh: str, other: str, folder: Path) -> None:
+    """Parameters and optimizer states, as torch's own functions get and set them."""
+    place_optimizer_states()
+    found = []
+    for name, seed in ((mesh, 0), (other, 1)):
+        module = net(name, seed)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        give_gradients(module, seed)
+        steps = LocalSteps()
+        optimizer.step()
+        steps.close()
+        module.zero_grad()
+        state = dict(zip(("model", "optimizer"), get_state_dict(module, optimizer), strict=True))
+        if not found:
+            dcp.save(state, checkpoint_id=folder)
+        else:
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(
+                module,
+                optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+            )
+        states = [optimizer.state[p] for p in module.parameters()]
+        averages = {f"average {i}": whole(s["exp_avg"]) for i, s in enumerate(states)}
+        found.append(values_of(module) | averages)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def _plain_state(module: nn.Module) -> Values:
@@ -395,3 +429,22 @@ def present_gradients() -> list[tuple[bool, bool]]:
     some = [(x, g) for x, g in zip(locals_, ready, strict=True) if g is not None]
     torch.autograd.backward([x for x, _ in some], [g for _, g in some])
     return [(g is not None, p.grad is not None) for g, p in zip(given, parameters, strict=True)]
+
+
+def strided_pieces(mesh: str) -> list[bool]:
+    """Cutting and gathering pieces of several runs, which older torch leaves to autopar."""
+    module = net(mesh)
+    placements = module.qkv.placements
+    axis = axis_of(module.qkv)
+    if axis is not None:
+        module.qkv = nn.Parameter(gathered([module.qkv])[0])
+        placements = everywhere(placements, axis)
+    full = module.qkv.full_tensor().detach()
+    live = module.qkv.device_mesh
+    replicated = DTensor.from_local(full, live, [Replicate()] * live.ndim, run_check=False)
+    cut = cut_strided(replicated, placements)
+    return [
+        torch.equal(local_of(cut), local_of(module.qkv)),
+        torch.equal(local_of(gather_strided(cut)), full),
+        cut.placements == placements,
+    ]

@@ -26,6 +26,7 @@ from tests.runtime.on_stage_cases import (
     misused,
     present_gradients,
     run_case,
+    strided_pieces,
     traded_state,
 )
 
@@ -66,6 +67,12 @@ def test_ranks_hold_what_is_on_their_stage(four_ranks: RankPool) -> None:
         stored = [rank[name][0] for rank in everyone]
         whole = torch.Size(shape).numel()
         assert sum(stored) == (2 * whole if name == "norm" else whole)  # which all of a stage have
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("mesh", ["tensor", "stages and tensor"])
+def test_pieces_of_several_runs(mesh: str, four_ranks: RankPool) -> None:
+    assert four_ranks.run(strided_pieces, mesh) == [[True] * 3] * 4
 
 
 @pytest.mark.multiprocess
