@@ -7,13 +7,19 @@ import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from autopar.errors import UserError
 from autopar.nodes import check_nodes, meet
+from autopar.runtime.shared_memory import make_group
 from tests.cli_helpers import run_main
+from tests.e2e.pool import RankPool
+from tests.e2e.test_equivalence import compare
+from tests.e2e.verify import LIMIT_FLOAT64
 
 SCRIPT = """
 import warnings
@@ -52,7 +58,9 @@ def free_port() -> int:
         return port
 
 
-def on_two_hosts(*commands: list[str], **environment: str) -> list[tuple[int, str, str]]:
+def on_two_hosts(
+    *commands: list[str], timeout_s: float = 120, **environment: str
+) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of a command on each host, started at once."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     started = [
@@ -66,11 +74,46 @@ def on_two_hosts(*commands: list[str], **environment: str) -> list[tuple[int, st
         for i, command in enumerate(commands)
     ]
     try:
-        told = [process.communicate(timeout=120) for process in started]
+        told = [process.communicate(timeout=timeout_s) for process in started]
     finally:
         for process in started:
             process.kill()
     return [(process.returncode, *text) for process, text in zip(started, told, strict=True)]
+
+
+def take_host(first: str, second: str) -> str:
+    """Move this rank of a pool of four to one of two hosts."""
+    os.environ["AUTOPAR_HOST"] = first if dist.get_rank() < 2 else second
+    return type(make_group()).__name__
+
+
+@pytest.fixture(scope="module")
+def two_by_two() -> Iterator[RankPool]:
+    with RankPool(4) as pool:
+        assert pool.run(take_host, "left", "right") == ["TwoLevelGroup"] * 4
+        yield pool
+
+
+CASES = (("rec", "tensor"), ("moe", "zero"))
+SLOW = (
+    ("gpt_attention_dropout", "data+tensor"),
+    ("mlp", "auto"),
+    ("resnet", "data"),
+    ("llama", "tensor"),
+)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("model", "strategy"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_two_hosts_equal_one_device(
+    model: str, strategy: str, two_by_two: RankPool, tmp_path: Path
+) -> None:
+    outcome = compare(model, strategy, "float64", two_by_two, tmp_path / "reference")
+    assert outcome.loss <= LIMIT_FLOAT64
+    assert outcome.gradient <= LIMIT_FLOAT64, outcome.worst
+    assert outcome.parameter <= LIMIT_FLOAT64, outcome.worst
 
 
 @pytest.fixture
@@ -89,10 +132,10 @@ def test_the_same_script_under_autopar_run_and_torchrun(
     assert where == "one process"
     ours = [sys.executable, "-m", "autopar.cli", "run", str(script), "--nnodes", "2"]
     place = ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    here = [*ours, "--nproc-per-node", "2", *place]
+    here = [*ours, "--nproc-per-node", "1", *place]
     done = on_two_hosts([*here, "--node-rank", "0"], [*here, "--node-rank", "1"], STRATEGY="data")
     assert [code for code, _, _ in done] == [0, 0], done
-    assert done[0][1] == f"{losses}] 2xcpu:2\n" and not done[1][1]
+    assert done[0][1] == f"{losses}] 2xcpu:1\n" and not done[1][1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     there = [*torchrun, "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     done = on_two_hosts(
