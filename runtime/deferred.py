@@ -142,6 +142,15 @@ class DeferredTensor(Tensor):
     def data_ptr(self) -> int:
         return held(self, "data_ptr()").data_ptr()
 
+    def share_memory_(self) -> Any:
+        raise UserError("a parameter that has no memory yet cannot be shared", fix=_USE_IT)
+
+    def is_shared(self) -> bool:
+        return False
+
+    def __dlpack_device__(self) -> Any:
+        return held(self, "dlpack").__dlpack_device__()
+
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return held(self, "dlpack").__dlpack__(*args, **kwargs)
 

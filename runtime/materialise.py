@@ -23,7 +23,7 @@ from autopar.plan import PIPELINE_AXIS
 
 from .deferred import TRIMMED_BYTES, DeferredTensor, real_value
 from .on_stage import empty_piece
-from .placements import local_shape, local_shard, wrap
+from .placements import local_shape, local_shard, shard, wrap
 from .replay import as_recorded, memory_of, needed
 from .safetensors_files import Entry, named
 from .scratch import Scratch, trim
@@ -189,6 +189,9 @@ def shard_deferred(
                 wrap(piece, parameter.shape, sharding, mesh, live, stage),
                 requires_grad=parameter.requires_grad,
             )
+            if parameter.grad is not None:  # of a part of the model that was called by itself
+                whole_grad = real_value(parameter.grad)
+                new.grad = shard(whole_grad, sharding, mesh, live, rank, stage)
             held: Any = parameter
             become(key, held, new)
             del new

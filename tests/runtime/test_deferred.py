@@ -264,6 +264,8 @@ def test_parameters_take_no_memory_and_say_when_they_have_to() -> None:
     assert optimizer.param_groups[0]["params"][0] is model.a.weight
     with pytest.warns(ShardingWarning, match=r"of 3.81 MiB is held whole.*data_ptr\(\) asked"):
         model.a.weight.data_ptr()
+    with pytest.raises(UserError, match="cannot be shared"):
+        model.share_memory()
     with pytest.raises(UserError, match="set_"):
         model.b.weight.data.set_(torch.ones(3))
 
