@@ -191,10 +191,11 @@ class _Splitter:
         if not differentiable:
             return None, None
         scalars = [n for n in differentiable if value_of(n).numel() == 1]
-        for node in scalars:
-            found = self._summed(node)
-            if found is not None:
-                return found, user.index(node)
+        sums = {node: found for node in scalars if (found := self._summed(node)) is not None}
+        if sums:  # what is made of the others is the whole loss
+            terms = set(sums.values())
+            loss = max(sums, key=lambda node: len(_before(sums[node]) & terms))
+            return sums[loss], user.index(loss)
         if not scalars:
             raise UserError(
                 "the model cannot run in micro-batches: what it returns is no loss, so that the "
@@ -347,6 +348,16 @@ class _Part:
         return value.with_sharding(
             replace(sharding, varying=tuple(a for a in sharding.varying if a != MICRO_BATCH))
         )
+
+
+def _before(node: Node) -> set[Node]:
+    """The nodes that a node is made of, itself among them."""
+    found, stack = {node}, [node]
+    while stack:
+        more = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(more)
+        stack += more
+    return found
 
 
 def _on_mb(value: Value) -> str:

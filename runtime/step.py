@@ -385,8 +385,8 @@ class _Whole(torch.autograd.Function):
             raise UserError(
                 "a gradient arrives for a result that is not the loss, and the backward of the "
                 "micro-batches is over",
-                fix="call backward on the loss that forward returns first, and add its other terms "
-                "inside forward",
+                fix="add all terms of the loss inside forward, return their sum, and call backward "
+                "on that",
             )
         gradients = list(ctx.saved_tensors)
         if seed is None:

@@ -113,6 +113,13 @@ return %collective_8, %collective_9""",
             """(Combine(kind='sum', dim=0, outer=1), Combine(kind='cat', dim=0, outer=1)) ('collective_2', 'collective_4', 'sum_default_1') 0 0""",
         )
 
+    def test_the_loss_is_made_of_its_terms(self) -> None:
+        """Of several scalars the one that the others go into has the backward."""
+        total = "%n: f32[] = aten.mean(%y)\n%all: f32[] = aten.add.Tensor(%loss, %n)\n"
+        for results, place in (("%loss, %n, %all", 2), ("%all, %loss, %n", 0), ("%loss, %n", 0)):
+            text = MODEL.replace("return %loss, %y", f"{total}return {results}")
+            assert steps_of(text).loss == place, results
+
     def test_dropped_parameters_are_gathered_in_every_micro_batch(self) -> None:
         made = steps_of(MODEL, "v")
         assert "gather_vary" in show(made.body) and "gather_vary" not in show(made.prologue)
