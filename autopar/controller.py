@@ -16,7 +16,8 @@ from .errors import UserError
 from .plan import Plan
 from .report import print_plan, print_timing
 from .runtime import world
-from .runtime.materialise import check_values, deferred_from_meta, realise
+from .runtime.file_values import check_values, deferred_from_meta
+from .runtime.materialise import realise
 from .runtime.single import SingleProcess
 from .runtime.state import shard_state, whole_state
 from .session import Options, Session

@@ -35,14 +35,10 @@ from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
 from .runtime import agree, world
 from .runtime.deferred import DeferredTensor
+from .runtime.file_values import check_values
 from .runtime.group import Group
 from .runtime.locals import local_tensors
-from .runtime.materialise import (
-    agree_on_values,
-    check_values,
-    realise_others,
-    shard_deferred,
-)
+from .runtime.materialise import agree_on_values, realise_others, shard_deferred
 from .runtime.memory_watch import MemoryWatch
 from .runtime.optimizer import LocalSteps
 from .runtime.random import draw_seed

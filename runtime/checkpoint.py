@@ -20,7 +20,7 @@ from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
 
 from .deferred import DeferredTensor, real_value
-from .materialise import FileValues, deferred_from_meta, piece_runs
+from .file_values import FileValues, deferred_from_meta, piece_runs
 from .on_stage import is_here
 from .safetensors_files import INDEX, SINGLE, Entry, Writer, entries_of, named, write_index
 from .state import like

@@ -279,6 +279,12 @@ def deferred() -> Iterator[None]:
         mode.close()
 
 
+def deferred_parameters(module: nn.Module) -> dict[str, DeferredTensor]:
+    """The parameters that have no memory yet, each once, by their first names."""
+    found: dict[str, Any] = dict(module.named_parameters())
+    return {name: p for name, p in found.items() if isinstance(p, DeferredTensor)}
+
+
 def real_value(tensor: Tensor) -> Tensor:
     """The values of a deferred tensor, computed now; other tensors as they are, without a graph."""
     if not isinstance(tensor, DeferredTensor):

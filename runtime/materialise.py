@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,25 +14,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
-from autopar.errors import ShardingWarning, UserError
+from autopar.errors import ShardingWarning
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 from autopar.plan import PIPELINE_AXIS
 
-from .deferred import TRIMMED_BYTES, DeferredTensor, real_value
+from .deferred import TRIMMED_BYTES, DeferredTensor, deferred_parameters, real_value
+from .file_values import piece_of_file
 from .on_stage import empty_piece
 from .placements import local_shape, local_shard, shard, wrap
 from .replay import as_recorded, memory_of, needed
-from .safetensors_files import Entry, named
 from .scratch import Scratch, trim
 from .state import become, give_to_optimizers
-from .tape import Constant, Node, Ref, Slot, append, digest_of, ref_of, slot_like
-
-
-def deferred_parameters(module: nn.Module) -> dict[str, DeferredTensor]:
-    """The parameters that have no memory yet, each once, by their first names."""
-    found: dict[str, Any] = dict(module.named_parameters())
-    return {name: p for name, p in found.items() if isinstance(p, DeferredTensor)}
+from .tape import Constant, Node, Ref, Slot, digest_of, ref_of
 
 
 def agree_on_values(module: nn.Module) -> bool:
@@ -61,77 +53,6 @@ def agree_on_values(module: nn.Module) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class FileValues:
-    """The op that reads a parameter's values from a checkpoint."""
-
-    entry: Entry
-
-    def __call__(self, target: Tensor) -> None:
-        target.copy_(self.entry.read())
-
-    def __str__(self) -> str:
-        return f"load {self.entry.key} {self.entry.shape} {self.entry.dtype}"
-
-    def write_to(self, tensor: DeferredTensor) -> None:
-        """Record that the tensor's values are those in the file."""
-        slot = tensor._spec
-        target = ref_of(tensor._local_tensor, slot)
-        if slot.held is not None:
-            with torch.no_grad():
-                self(target.in_storage(slot.held))
-            return
-        writes = ((slot, target.covers()),)
-        append(Node(self, (target,), {}, (), writes, None, torch.get_default_dtype()))
-        slot.behind = True
-
-
-def deferred_from_meta(module: nn.Module) -> None:
-    """Replace parameters on `meta` by deferred ones, in modules and optimizers; without values."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    made: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, old in owner._parameters.items():
-            if old is None or isinstance(old, DeferredTensor) or not old.is_meta:
-                continue
-            if id(old) not in made:
-                layout = torch.empty_strided(
-                    old.size(), old.stride(), dtype=old.dtype, device="meta"
-                )
-                empty = DeferredTensor(layout, slot_like(layout.untyped_storage(), device))
-                made[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad)
-                vars(made[id(old)]).update(vars(old))
-                made[id(old)].__dict__["_is_param"] = True
-            owner._parameters[name] = made[id(old)]
-    if made:
-        give_to_optimizers(made)
-
-
-def check_values(module: nn.Module) -> None:
-    """Raise UserError if parameters or buffers of a module never got values."""
-    without = [
-        name
-        for name, p in deferred_parameters(module).items()
-        if p._spec.held is None and not p._spec.nodes and p.numel()
-    ]
-    without += [name for name, p in module.named_parameters() if p.is_meta]
-    if without:
-        raise UserError(
-            f"{named(without)}: built on the meta device, and nothing gave them values",
-            fix="pass checkpoint= to autopar.parallelize (or call autopar.load_checkpoint), or "
-            "build the model under autopar.deferred() in place of the meta device",
-        )
-    buffers = [name for name, b in module.named_buffers() if b.is_meta]
-    if buffers:
-        raise UserError(
-            f"the buffers {named(buffers)} were built on the meta device: their values are in no "
-            "checkpoint",
-            fix="build the model under autopar.deferred() in place of the meta device",
-        )
-
-
 def shard_deferred(
     module: nn.Module,
     storage: Mapping[str, Sharding],
@@ -144,7 +65,6 @@ def shard_deferred(
     Values are computed one parameter at a time, and only where a piece of it is kept. `storage`
     and `stages` are keyed by any of the parameter's names, as for `shard_parameters`.
     """
-    rank = dist.get_rank()
     found = deferred_parameters(module)
     if not found:
         return
@@ -157,53 +77,71 @@ def shard_deferred(
             stacklevel=2,
         )
     names = _all_names(module)
-    scratch, computed = Scratch(), 0
+    cutter = _Cutter(mesh, live, dist.get_rank(), alike)
     for group in _by_slot(found.values()):
-        slot = group[0]._spec
-        memory: torch.UntypedStorage | None = None
         for parameter in group:
             key = next((n for n in names[id(parameter)] if n in storage), names[id(parameter)][0])
             sharding = storage.get(key, Sharding.replicated(parameter.dim()))
             used_by = (stages or {}).get(key, ())
-            stage = used_by[0] if used_by else None
-            elsewhere = (
-                stage is not None
-                and parameter.dim()
-                and mesh.coordinates(rank)[PIPELINE_AXIS] != stage
-            )
-            piece = None
-            if alike and not elsewhere:
-                piece = _piece_of_file(parameter, sharding, mesh, rank)
-            if not alike or not (elsewhere or piece is not None):
-                memory = _whole_memory(slot, alike, scratch) if memory is None else memory
-            if elsewhere:
-                shape = local_shape(parameter.shape, sharding, mesh, rank)
-                piece = empty_piece(shape, parameter.dtype, parameter.device)
-            elif piece is None:
-                assert memory is not None
-                whole = ref_of(parameter._local_tensor, parameter._spec).in_storage(memory)
-                with as_recorded():
-                    piece = local_shard(whole, sharding, mesh, rank)
-                del whole
-            new = nn.Parameter(
-                wrap(piece, parameter.shape, sharding, mesh, live, stage),
-                requires_grad=parameter.requires_grad,
-            )
-            if parameter.grad is not None:  # of a part of the model that was called by itself
-                whole_grad = real_value(parameter.grad)
-                new.grad = shard(whole_grad, sharding, mesh, live, rank, stage)
+            new = cutter.cut(parameter, sharding, used_by[0] if used_by else None)
             held: Any = parameter
             become(key, held, new)
             del new
-        if memory is not None and slot.held is None:
-            scratch.give_back(memory)
-            computed += slot.nbytes
-        if computed > TRIMMED_BYTES:
-            trim()
-            computed = 0
+        cutter.next()
     found.clear()
     gc.collect()  # slots and nodes refer to each other, and may hold what parameters were made of
     trim()
+
+
+class _Cutter:
+    """Computes parameters and keeps this rank's pieces; those of one slot follow one another."""
+
+    def __init__(self, mesh: Mesh, live: DeviceMesh, rank: int, alike: bool) -> None:
+        self._mesh, self._live, self._rank, self._alike = mesh, live, rank, alike
+        self._scratch = Scratch()
+        self._slot: Slot | None = None  # whose contents `_memory` has
+        self._memory: torch.UntypedStorage | None = None
+        self._computed = 0  # bytes since the heap was trimmed
+
+    def cut(self, parameter: DeferredTensor, sharding: Sharding, stage: int | None) -> nn.Parameter:
+        """A DTensor that is placed as the plan says; `stage` is the pipeline stage that owns it."""
+        piece = self._piece(parameter, sharding, stage)
+        made = wrap(piece, parameter.shape, sharding, self._mesh, self._live, stage)
+        new = nn.Parameter(made, requires_grad=parameter.requires_grad)
+        if parameter.grad is not None:  # of a part of the model that was called by itself
+            whole = real_value(parameter.grad)
+            new.grad = shard(whole, sharding, self._mesh, self._live, self._rank, stage)
+        return new
+
+    def _piece(self, parameter: DeferredTensor, sharding: Sharding, stage: int | None) -> Tensor:
+        mesh, rank, slot = self._mesh, self._rank, parameter._spec
+        on_stage = stage is None or mesh.coordinates(rank)[PIPELINE_AXIS] == stage
+        here = on_stage or not parameter.dim()
+        if self._alike and here:
+            piece = piece_of_file(parameter, sharding, mesh, rank)
+            if piece is not None:
+                return piece
+        if (here or not self._alike) and self._slot is not slot:
+            self._slot, self._memory = slot, _whole_memory(slot, self._alike, self._scratch)
+        if not here:
+            shape = local_shape(parameter.shape, sharding, mesh, rank)
+            return empty_piece(shape, parameter.dtype, parameter.device)
+        assert self._memory is not None
+        whole = ref_of(parameter._local_tensor, slot).in_storage(self._memory)
+        with as_recorded():
+            return local_shard(whole, sharding, mesh, rank)
+
+    def next(self) -> None:
+        """Forget the slot: nobody uses its memory any more."""
+        if self._slot is None or self._memory is None:
+            return
+        if self._slot.held is None:
+            self._scratch.give_back(self._memory)
+        self._computed += self._slot.nbytes
+        self._slot = self._memory = None
+        if self._computed > TRIMMED_BYTES:
+            trim()
+            self._computed = 0
 
 
 def realise(module: nn.Module) -> None:
@@ -262,34 +200,6 @@ def _by_slot(parameters: Any) -> Iterator[list[DeferredTensor]]:
     for parameter in parameters:
         groups.setdefault(id(parameter._spec), []).append(parameter)
     yield from groups.values()
-
-
-def piece_runs(
-    shape: Sequence[int], sharding: Sharding, mesh: Mesh, rank: int
-) -> list[list[range]]:
-    """The elements of each dim that are in a rank's piece of a tensor."""
-    here = mesh.coordinates(rank)
-    return [
-        split.runs(size, mesh, here) if split else [range(size)]
-        for split, size in zip(sharding.splits, shape, strict=True)
-    ]
-
-
-def _piece_of_file(
-    parameter: DeferredTensor, sharding: Sharding, mesh: Mesh, rank: int
-) -> Tensor | None:
-    """This rank's piece of a parameter that is as a file has it; None if anything else is."""
-    slot, layout = parameter._spec, parameter._local_tensor
-    if slot.held is not None or not slot.nodes or not isinstance(slot.nodes[-1].func, FileValues):
-        return None
-    target: Ref = slot.nodes[-1].args[0]
-    here = ref_of(layout, slot)
-    same = (target.size, target.stride, target.offset) == (here.size, here.stride, here.offset)
-    if not same or not target.covers():
-        return None
-    with as_recorded():
-        piece = slot.nodes[-1].func.entry.read(piece_runs(layout.shape, sharding, mesh, rank))
-        return piece.to(device=slot.device, dtype=layout.dtype).contiguous()
 
 
 def _whole_memory(slot: Slot, alike: bool, scratch: Scratch) -> torch.UntypedStorage:

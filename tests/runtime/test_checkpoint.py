@@ -18,7 +18,8 @@ from autopar.errors import UserError
 from autopar.ir.mesh import Axis, Mesh
 from autopar.ir.text import parse_sharding
 from autopar.runtime.checkpoint import Loaded
-from autopar.runtime.materialise import check_values, piece_runs, realise
+from autopar.runtime.file_values import check_values, piece_runs
+from autopar.runtime.materialise import realise
 from autopar.runtime.placements import local_shard
 from autopar.runtime.safetensors_files import entries_of
 
