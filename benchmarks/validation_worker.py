@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import UserError
+from autopar.ir.text import print_graph
 from autopar.runtime import collectives, group, shared_memory
 from autopar.runtime.load_clock import LoadClock
 
@@ -117,22 +119,25 @@ def prepare(job: dict[str, Any]) -> tuple[list[Runner], dict[str, str]]:
         except UserError as error:
             failed[strategy] = error.what
             continue
-        plan = module.autopar.plan
-        sizes = [axis.size for axis in plan.mesh.axes]
-        rename = {axis.name: str(i) for i, axis in enumerate(plan.mesh.axes)}
-        choices = {n: {rename[a]: c for a, c in o.items()} for n, o in plan.choices.items()}
-        stored = {n: (s.sharding, s.regather) for n, s in plan.params.items()}
-        text = json.dumps([stored, choices], sort_keys=True)
-        for name, short in rename.items():
-            text = text.replace(name, short)
-        key = f"{sizes} {text}"
-        if key in runners:  # two strategies, one plan
+        key = program_text(module.autopar)
+        if key in runners:  # two strategies, one program
             runners[key].strategies.append(strategy)
             continue
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         runners[key] = Runner(module, optimizer, [strategy])
     return list(runners.values()), failed
+
+
+def program_text(controller: Any) -> str:
+    """What a module's step computes and stores, whatever its mesh axes are called."""
+    plan = controller.plan
+    stored = {name: (s.sharding, s.regather) for name, s in plan.params.items()}
+    lowered = [print_graph(stage.graph) for stage in controller.session.stages[-1:]]
+    text = json.dumps([stored, lowered, plan.micro_batches, str(plan.recompute)])
+    for i, axis in enumerate(plan.mesh.axes):
+        text = re.sub(rf"\b{axis.name}\b", f"axis{i}", text)
+    return f"{[axis.size for axis in plan.mesh.axes]} {text}"
 
 
 def measure(job: dict[str, Any], runners: list[Runner], report: Callable[[str], None]) -> None:
@@ -144,7 +149,7 @@ def measure(job: dict[str, Any], runners: list[Runner], report: Callable[[str], 
     load, waited_s = LoadClock(), 0.0
     for turn in range(job["rounds"] + 1):
         report(f"round {turn} of {job['rounds']}")
-        for runner in runners:
+        for runner in runners[:: -1 if turn % 2 else 1]:
             while True:
                 dist.barrier()
                 load.tick()
@@ -164,7 +169,7 @@ def measure(job: dict[str, Any], runners: list[Runner], report: Callable[[str], 
                 runner.foreign.append(foreign)
 
 
-def collect(runners: list[Runner]) -> list[dict[str, Any]]:
+def collect(job: dict[str, Any], runners: list[Runner]) -> list[dict[str, Any]]:
     """Per plan: the prediction and, per step, each part: the step of the slowest rank, else mean.
 
     Waiting is taken out of `comm` only by who reads it: both are here.
@@ -191,6 +196,7 @@ def collect(runners: list[Runner]) -> list[dict[str, Any]]:
                 },
                 "measured": {name: steps[:, i].tolist() for i, name in enumerate(PARTS)},
                 "foreign": runner.foreign,
+                "steps_per_turn": job["steps"],
                 "plan": json.loads(plan.to_json()),
             }
         )
@@ -214,7 +220,7 @@ def main(path: str) -> None:
     report("planning")
     runners, failed = prepare(job)
     measure(job, runners, report)
-    found = collect(runners)
+    found = collect(job, runners)
     if job["rank"] == 0:
         Path(job["out"]).write_text(json.dumps({"plans": found, "failed": failed}))
     dist.barrier()

@@ -45,6 +45,24 @@ def test_the_summary_names_every_goal_that_is_missed() -> None:
     assert summarise(good)["missed"] == []
     bad = [row("m", "auto", 2.0, 1.5), row("m", "data", 3.0, 1.0)]
     found = summarise(bad)
-    assert auto_over_best(bad) == 1.5
+    ratio = auto_over_best(bad)
+    assert ratio is not None
+    assert ratio.median == 1.5
     assert found["pairs"] == 2
     assert len(found["missed"]) == 5
+
+
+def test_the_chosen_plan_is_compared_turn_by_turn() -> None:
+    """The machine was slow in every other turn, and the chosen plan's were not the same ones."""
+    step = {"step": 1.0}
+
+    def timed(strategy: str, *turns: float) -> Row:
+        pairs = tuple((t, t) for t in turns)
+        return Row("m", (strategy,), "tp=4", step, step, 8, 0.0, 0.0, turns=pairs)
+
+    rows = [timed("auto", 1.0, 2.0, 1.0, 2.1), timed("tensor", 1.0, 2.0, 1.0, 2.0)]
+    found = auto_over_best([*rows, timed("data", 3.0, 3.0, 3.0, 3.0)])
+    assert found is not None
+    assert found.median == 1.0
+    assert auto_over_best(rows[1:]) is None
+    assert auto_over_best(rows[:1]) is None
