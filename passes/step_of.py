@@ -228,15 +228,18 @@ class _Builder:
         return self.facts[key]
 
     def _moment_bytes(self, node: Node) -> float:
-        """What the backward takes beside its gradients; nothing where classes are split.
+        """What the backward takes beside its gradients.
 
-        The cross-entropy of ranks that have a part of the classes each is made of other ops.
+        Nothing where ranks have a part of the classes each: that is made of other ops.
         """
         whole = float(moment_bytes(local_op(node)))
-        if not whole:
+        rule = rule_for(node)
+        if not whole or rule is None:
             return 0.0
-        want = self.option[node].wants[0]
-        return 0.0 if any(want.splits[1:2]) else whole / want.parts(self.pricer.mesh)
+        option = self.option[node]
+        if any(rule.communicates_over(choice.factor) for _, choice in option.choices):
+            return 0.0
+        return whole / option.wants[0].parts(self.pricer.mesh)
 
     def _of_parameters(self, facts: _Facts, sources: list[Node]) -> tuple[float, float]:
         """(backward seconds that only make gradients of parameters, stored bytes of those).
