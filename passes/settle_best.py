@@ -104,7 +104,11 @@ class _Settling:
             best, reached = found.best, self.outer.best_s
             if self._is_enough:
                 break
-            until_s = best.programme_s if best is not None else WIDER * reached
+            if best is None:
+                until_s = WIDER * reached
+            else:  # with few to choose from, also what may be simulated as faster
+                few = len(found.fitting) < SETTLED
+                until_s = self._worth(best) if few else best.programme_s
             if not reached * (1 + WORTH) < until_s < self.request.better_than_s:
                 break
         self._drain_rest()
