@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
@@ -117,7 +118,7 @@ def _stage_placements(placements: Sequence[Placement], axis: int) -> tuple[Place
 
 
 @functools.lru_cache(maxsize=4096)
-def _stage_spec(spec: Any, axis: int) -> Any:
+def _stage_spec(spec: Any, axis: int, world: object) -> Any:
     """How a tensor lies on the mesh of its stage; None if that is one device."""
     mesh = stage_mesh(spec.mesh, axis)
     if mesh is None:
@@ -130,7 +131,7 @@ def _stage_spec(spec: Any, axis: int) -> Any:
 
 def _inside(tensor: DTensor, axis: int) -> Tensor:
     """The tensor as its stage's ranks see it."""
-    spec = _stage_spec(spec_of(tensor), axis)
+    spec = _stage_spec(spec_of(tensor), axis, dist.group.WORLD)
     if spec is None:
         return local_of(tensor)
     found: DTensor = dtensor_with(local_of(tensor), spec)
@@ -146,6 +147,7 @@ def _outer_spec(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     dtype: torch.dtype,
+    world: object,
 ) -> Any:
     """How a tensor that lies so on the mesh of a stage lies on the whole mesh."""
     assert stage is not None
@@ -159,7 +161,8 @@ def _spec_outside(value: Tensor, mesh: DeviceMesh, axis: int, stage: int | None)
     else:
         placements = (Replicate(),) * (mesh.ndim - 1)
     shape, stride = tuple(value.shape), tuple(value.stride())
-    return _outer_spec(mesh, axis, stage, placements, shape, stride, value.dtype)
+    world = dist.group.WORLD
+    return _outer_spec(mesh, axis, stage, placements, shape, stride, value.dtype, world)
 
 
 def _run_here(kind: Any, func: Any, args: Any, kwargs: Any, like: DTensor) -> Any:
@@ -206,12 +209,19 @@ def _results(
 
     keys = (tuple(map(key, args)), tuple((name, key(value)) for name, value in kwargs.items()))
     if any(not isinstance(t, DTensor) for t in tensors_in(args, kwargs)):  # its value may matter
-        return _find_results(func, *keys, mesh, axis, stage)
-    return _known_results(func, *keys, mesh, axis, stage)
+        return _find_results(func, *keys, mesh, axis, stage, dist.group.WORLD)
+    return _known_results(func, *keys, mesh, axis, stage, dist.group.WORLD)
 
 
+# What is cached here is keyed by the world: meshes of one that has ended equal those of the next.
 def _find_results(
-    func: Any, args: Any, kwargs: Any, mesh: DeviceMesh, axis: int, stage: int | None
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    mesh: DeviceMesh,
+    axis: int,
+    stage: int | None,
+    world: object,
 ) -> tuple[list[Any], Any]:
     def without_data(described: Any) -> Any:
         if described[0] is list:
@@ -219,7 +229,7 @@ def _find_results(
         if described[0] is not DTensor:
             return described[1]
         spec = described[1]
-        inner, meta = _stage_spec(spec, axis), spec.tensor_meta
+        inner, meta = _stage_spec(spec, axis, world), spec.tensor_meta
         shape = meta.shape
         if inner is not None:
             shape = local_shape_of(shape, inner.mesh, inner.placements)

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
@@ -65,9 +66,14 @@ def everywhere(placements: tuple[Placement, ...], axis: int) -> tuple[Placement,
     return (*placements[:axis], Replicate(), *placements[axis + 1 :])
 
 
-@functools.cache
 def stage_mesh(mesh: DeviceMesh, axis: int) -> DeviceMesh | None:
     """The mesh of this rank's own stage; None if a stage is one device."""
+    return _stage_mesh(mesh, axis, dist.group.WORLD)
+
+
+@functools.cache
+def _stage_mesh(mesh: DeviceMesh, axis: int, world: object) -> DeviceMesh | None:
+    # Meshes of a world that has ended are equal to those of the next.
     names = mesh.mesh_dim_names
     if mesh.ndim == 1:
         return None

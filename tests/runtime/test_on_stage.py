@@ -16,6 +16,7 @@ from autopar.ir.text import parse_sharding
 from autopar.runtime import world
 from autopar.runtime.on_stage import OnStage, StagedTensor, is_here, on_stage
 from autopar.runtime.placements import placements_of, shard
+from autopar.runtime.stage_placement import stage_mesh
 from tests.e2e.loops import differences
 from tests.e2e.pool import RankPool
 from tests.runtime.on_stage_cases import (
@@ -116,5 +117,9 @@ def test_one_rank_of_two_stages(rank: int) -> None:
         assert rows == ([] if rank == 0 else [4.0, 6.0, 12.0, 14.0])
         assert is_here(made) == (rank == 3)
         assert (made * 2).placements == made.placements
+        norm = made.norm()  # of a stage of this world, not of an equal one before it
+        assert norm.placements[0] == OnStage(1)
+        assert stage_mesh(live, 0) is stage_mesh(live, 0)
+        assert stage_mesh(live, 0).get_group() is live.get_group("tp")
         with pytest.raises(ValueError, match="cannot be kept on one stage"):
             on_stage(made, 0, 0)
