@@ -58,6 +58,7 @@ class Piped:
         return self.best.timeline.step_s if self.best is not None else math.inf
 
 
+DEEP = 16  # pieces of a model whose blocks are not cut inside
 SETTLED = 3  # candidates that are solved exactly and simulated, by estimate
 SERIAL = 2  # of those that would take least if nothing overlapped
 ROLES = {"data": "dp", "tensor": "tp"}  # the axis inside a stage of a forced family
@@ -123,7 +124,7 @@ def best_pipelines(
     `check` says why there can be none; it is asked where there is something to settle.
     """
     problem = frames.problem_at(graph, request.symbols, request.cluster)
-    most = len(units_of(problem.graph, problem.blocks))
+    most = most_stages(problem)
     made = propose_pipelines(frames, request, wanted, most, best_s, progress)
     misfits: list[Misfit] = []
     if made.leanest is not None and not made.solved:
@@ -136,19 +137,25 @@ def best_pipelines(
     chosen = dict.fromkeys((*_various(made.solved)[:SETTLED], *_various(by_serial)[:SERIAL]))
     found: list[Staged] = []
     fits: set[tuple[str, int]] = set()  # recomputation is shared out anew for every assignment
+    optimism, left = 1.0, made.left_s  # the least that a step took of its estimate
     for candidate in chosen:
         key = (str(candidate.mesh), candidate.micro_batches)
         best_s = min([best_s, *(one.timeline.step_s for one in found)])
-        if key in fits or candidate.est_s >= best_s:
+        if key in fits:
+            continue
+        if candidate.est_s * optimism >= best_s:
+            left = min(left, candidate.est_s)
             continue
         one = _settled("auto", frames, graph, request, wanted, candidate)
         if isinstance(one, Misfit):
             misfits.append(one)
         elif one is not None:
+            took = one.timeline.step_s / candidate.est_s
+            optimism = min(optimism, took) if found else took
             found.append(one)
             fits.add(key)
             progress(f"{one.mesh}, {one.pipeline.schedule}: simulated")
-    left = min([made.left_s, *(c.est_s for c in made.solved if c not in chosen)])
+    left = min([left, *(c.est_s for c in made.solved if c not in chosen)])
     return Best(tuple(found), tuple(misfits), left)
 
 
@@ -201,7 +208,7 @@ def force_pipelines(
     Of several numbers of micro-batches the best one.
     """
     problem = frames.problem_at(graph, request.symbols, request.cluster)
-    most = len(units_of(problem.graph, problem.blocks))
+    most = most_stages(problem)
     (roles,) = FAMILIES[strategy]
     inner = roles[1] if len(roles) > 1 else None
     n = request.cluster.size
@@ -248,6 +255,12 @@ def _forced(
     return Alternative(strategy, str(mesh), None, int(misfit.needs_bytes), why)
 
 
+def most_stages(problem: Problem) -> int:
+    """Pieces that the model has at most: copies of blocks whole where there are many."""
+    coarse = len(units_of(problem.graph, problem.blocks, 1))
+    return coarse if coarse >= DEEP else len(units_of(problem.graph, problem.blocks))
+
+
 def misfit_text(misfit: Misfit, limit: float) -> str:
     """Which stage does not fit, and what it needs."""
     return (
@@ -260,9 +273,9 @@ def check_pipelines(
     strategy: str, problem: Problem, symbols: Symbols, wanted: Wanted, devices: int
 ) -> None:
     """Raise UserError where the pipelines that are asked for cannot be."""
-    units = units_of(problem.graph, problem.blocks)
+    most = most_stages(problem)
     batch = next((b for s, b in symbols.items() if str(s) == "b"), None)
-    check_wanted(wanted, problem.graph, devices, len(units), batch)
+    check_wanted(wanted, problem.graph, devices, most, batch)
     if strategy == "pipeline":
         wanted = replace(wanted, stages=wanted.stages or (devices,))
         if tuple(wanted.stages or ()) != (devices,):
@@ -270,14 +283,14 @@ def check_pipelines(
                 f"the strategy 'pipeline' has one device per stage: {devices} stages",
                 fix="use 'pipeline+data' or 'pipeline+tensor' for fewer stages than devices",
             )
-        check_wanted(wanted, problem.graph, devices, len(units), batch)
+        check_wanted(wanted, problem.graph, devices, most, batch)
     elif strategy.startswith("pipeline+"):
         if devices in (wanted.stages or ()):
             raise UserError(
                 f"{devices} stages leave one device each, and the strategy {strategy!r} needs more",
                 fix="use the strategy 'pipeline', or fewer stages",
             )
-        if not [p for p in stage_counts(devices, len(units), wanted.stages) if p < devices]:
+        if not [p for p in stage_counts(devices, most, wanted.stages) if p < devices]:
             raise UserError(
                 f"the strategy {strategy!r} needs a mesh of two axes, and {devices} devices make "
                 "none of them with stages that the model can be cut into",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch.fx
 
 from autopar.cost.cluster import Cluster
@@ -22,6 +23,8 @@ from .stage_cuts import bounds_of
 from .stage_steps import Chain
 
 Node = torch.fx.Node
+
+ROUNDS = 4  # micro-batches per stage that are simulated: the rest are in their rhythm
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class CutSimulator:
     def simulate(self, chain: Chain, schedule: Schedule, starts: Sequence[int]) -> Simulated:
         """The chain cut at `starts` (units; the first is 0), on a schedule."""
         bounds = bounds_of(starts, len(chain))
-        pieces = [chain.piece(start, end) for start, end in bounds]
+        few = min(chain.micro_batches, ROUNDS * schedule.stages)
+        pieces = [replace(chain.piece(start, end), micro_batches=few) for start, end in bounds]
+        passes = [self._passes(piece) for piece in pieces]
         sent = [chain.crossing_bytes[start] for start in starts[1:]]
         timeline = simulate_stages(
             pieces,
@@ -62,8 +67,10 @@ class CutSimulator:
             how=self.how,
             level=self.level,
             boundary_bytes=sent,
-            passes=[self._passes(piece) for piece in pieces],
+            passes=passes,
         )
+        if few < chain.micro_batches:
+            timeline = _longer(timeline, passes, schedule, chain.micro_batches)
         users = chain.users(starts, schedule.stages)
         timeline = self._with_ties(timeline, chain, users)
         timeline = replace(timeline, stages=_named(chain, bounds, timeline, schedule.stages))
@@ -97,6 +104,45 @@ class CutSimulator:
             return timeline
         exposed = {**timeline.exposed_s, f"send {PIPELINE_AXIS}": seconds}
         return replace(timeline, step_s=timeline.step_s + seconds, exposed_s=exposed)
+
+
+def _longer(
+    timeline: Timeline, passes: Sequence[Passes], schedule: Schedule, micro_batches: int
+) -> Timeline:
+    """The timeline with more micro-batches: each takes as long as the slowest stage's.
+
+    All that it does beyond that is wait. Its spans are those of the first micro-batches.
+    """
+    few, p = timeline.micro_batches, schedule.stages
+    each = [sum(q.forward_s + q.backward_s for q in passes[s::p]) for s in range(p)]
+    extra = (micro_batches - few) * max(each)
+    more = micro_batches / few
+    uses = tuple(
+        replace(
+            use,
+            compute_s=more * use.compute_s,
+            exposed_s=more * use.exposed_s,
+            bubble_s=max(0.0, use.bubble_s + extra - (more - 1) * (use.compute_s + use.exposed_s)),
+        )
+        for use in timeline.stages
+    )
+    step_s = timeline.step_s + extra
+    exposed = {name: more * seconds for name, seconds in timeline.exposed_s.items()}
+    compute_s = more * timeline.compute_s
+    bubble_s = step_s - compute_s - sum(exposed.values()) - timeline.optimizer_s
+    stretch = step_s / timeline.step_s if timeline.step_s else 1.0
+    return replace(
+        timeline,
+        step_s=step_s,
+        compute_s=compute_s,
+        exposed_s=exposed,
+        bubble_s=max(0.0, bubble_s),
+        peak_at_s=timeline.peak_at_s * stretch,
+        memory=timeline.memory * np.array([stretch, 1.0]),
+        micro_batches=micro_batches,
+        stages=uses,
+        exact=False,
+    )
 
 
 def _sent_by_stage(sent: Sequence[float], stages: int, chunks: int) -> Iterator[float]:
