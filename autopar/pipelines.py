@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from .errors import UserError
 from .ir.graph import Graph, Value
 from .ir.lowered import GroupRef
+from .ir.recomputed import mark_of
 from .ir.step import StepGraphs
 from .passes.follow_micro_batches import Followed
 from .passes.lower_pieces import LoweredPieces, lower_pieces
@@ -75,7 +76,9 @@ def load_pipelined_step(
     line = live.get_group(PIPELINE_AXIS)
     _check_schedules(parts, rank // plan.stage_mesh.size)
     _check_crossings(parts, line)
-    engine = PipelineEngine(plan.pipeline.schedule, plan.pipeline.chunks, line, device)
+    kind, chunks = plan.pipeline.schedule, plan.pipeline.chunks
+    recomputes = any(mark_of(node) for made in graphs for node in made.body.calls())
+    engine = PipelineEngine(kind, chunks, line, device, splits=not (compiled or recomputes))
     owners = {
         name: stage
         for name, p in parameters.items()

@@ -142,7 +142,8 @@ def _of_inputs(own: set[Node], results: Sequence[Node], again: frozenset[Node]) 
 def _received(new: torch.fx.Graph, node: Node) -> Node:
     made = new.placeholder(node.name)
     made.name = node.name
-    made.meta = {**node.meta, "value": value_of(node), "role": RECEIVED, "fqns": (node.name,)}
+    where = {key: node.meta.get(key, "") for key in ("source", "stack", "module")}
+    made.meta = {**where, "value": value_of(node), "role": RECEIVED, "fqns": (node.name,)}
     return made
 
 

@@ -40,13 +40,20 @@ class PipelineEngine:
     """An `Engine` whose rank holds `chunks` pieces, every `stages`-th of the chain.
 
     `group` holds the ranks of one line through the stages in order. `kind` is a name of
-    `cost.schedules.KINDS`.
+    `cost.schedules.KINDS`. `splits` says that zero bubble leaves gradients of weights for later,
+    which pieces that are compiled or run again in the backward cannot.
     """
 
     def __init__(
-        self, kind: str, chunks: int, group: dist.ProcessGroup, device: torch.device
+        self,
+        kind: str,
+        chunks: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        splits: bool = True,
     ) -> None:
         self.kind, self.chunks, self.group, self.device = kind, chunks, group, device
+        self.splits = splits
         self.stages, self.stage = dist.get_world_size(group), dist.get_rank(group)
         if self.stages < 2:
             raise UserError(
@@ -89,7 +96,7 @@ class PipelineEngine:
             kind = schedule_for(self.kind, self.stages, self.chunks, micro_batches)
         pieces = self.stages * self.chunks
         stages = [
-            PieceStage(i, pieces, self.device, self.group, kind == "zero_bubble")
+            PieceStage(i, pieces, self.device, self.group, self.splits and kind == "zero_bubble")
             for i in range(self.stage, pieces, self.stages)
         ]
         loss = _objective if training else None

@@ -14,6 +14,7 @@ from autopar.capture import Capture, capture
 from autopar.errors import UserError
 from autopar.ir.graph import Graph
 from autopar.ir.interpret import run_graph
+from autopar.ir.recomputed import MARK
 from autopar.ir.text import parse_sharding
 from autopar.passes.columns import is_getitem
 from autopar.passes.pieces import Piece, boundary_sharding, cut_graph
@@ -55,6 +56,14 @@ class TestCutGraph(expecttest.TestCase):
 %d: f32[8, 4] = aten.mul.Tensor(%c, %mask)
 return %a, %d""",
         )
+
+
+def test_what_is_received_is_in_no_region_that_runs_again() -> None:
+    graph = graph_of(SKIPPED)
+    for node in graph.calls():
+        node.meta[MARK] = "block"
+    _, last = cut_graph(graph, ["c"])
+    assert not any(MARK in node.meta for node in last.graph.placeholders())
 
 
 def test_no_cut_is_the_whole_graph() -> None:
