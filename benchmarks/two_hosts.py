@@ -4,7 +4,8 @@
 
 Needs root: the hosts are namespaces of this machine (`benchmarks.network`), each with half of its
 cores and two ranks of one thread, and the link carries so many Mbit/s in each direction. For every
-rate the cluster is calibrated by `autopar calibrate` on both hosts. Then the contenders take turns
+rate the cluster is calibrated by `autopar calibrate` on both hosts: in full at the fastest rate, and
+with `--quick` at the others, whose profiles take over the device of the first. Then the contenders take turns
 of a few whole training steps, one at a time; those that do not all fit in memory have one turn.
 
 At the fastest rate every contender runs, and what it sends per step is counted. At the others, one
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from autopar.cost.profile import load_profile
+from autopar.cost.cluster import Device
+from autopar.cost.profile import load_profile, save_profile
 
 from .baselines import SEVERAL_HOSTS
 from .models import MODELS
@@ -255,7 +257,7 @@ def main() -> int:
     parser.add_argument(
         "--contenders", nargs="+", choices=SEVERAL_HOSTS, default=list(SEVERAL_HOSTS)
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="timed steps per turn, at most")
     parser.add_argument("--turn", type=float, default=5.0, help="seconds of a turn")
     parser.add_argument("--long", type=float, default=30.0, help="seconds of a step timed once")
@@ -270,6 +272,7 @@ def main() -> int:
         console.print(f"skipped: {reason}")
         return 0
     record: dict[str, Any] = {"command": f"python -m benchmarks.two_hosts {' '.join(sys.argv[1:])}"}
+    device: Device | None = None
     sent: dict[str, dict[str, float]] = {model: {} for model in arguments.models}
     with TwoHosts() as hosts, tempfile.TemporaryDirectory(prefix="autopar-hosts-") as folder:
         for mbit in sorted(arguments.rates, reverse=True):
@@ -277,8 +280,12 @@ def main() -> int:
             profile = (arguments.profile or Path(folder)) / f"{mbit:g}.json"
             if "autopar" in arguments.contenders and not profile.exists():
                 start = time.monotonic()
-                calibrate(hosts, profile, arguments.quick)
-                load_profile(profile)
+                calibrate(hosts, profile, arguments.quick or device is not None)
+                found = load_profile(profile)
+                if device is None:
+                    device = found.device
+                else:
+                    save_profile(replace(found, device=device), profile)
                 console.print(f"[dim]calibrated in {time.monotonic() - start:.0f} s[/dim]")
             for model in arguments.models:
                 race = Race(
