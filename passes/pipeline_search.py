@@ -13,6 +13,7 @@ import torch.fx
 from autopar.cost.cluster import make_mesh
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, Value
+from autopar.ir.mesh import Mesh
 from autopar.plan import PIPELINE_AXIS, Alternative
 from autopar.units import bytes_text
 
@@ -129,7 +130,8 @@ def best_pipelines(
     misfits: list[Misfit] = []
     if made.leanest is not None and not made.solved:
         lean = made.leanest
-        misfits.append(Misfit(lean.mesh, 0, lean.least_bytes / lean.stages))
+        mesh = Mesh((lean.mesh[PIPELINE_AXIS], *lean.inner.axes))
+        misfits.append(Misfit(mesh, 0, lean.least_bytes / lean.stages))
     why = check() if made.solved else None
     if why is not None:
         return Best(why_none=why)
@@ -252,7 +254,7 @@ def _forced(
     if misfit is None:
         return Alternative(strategy, str(mesh), None, None, "does not apply")
     why = misfit_text(misfit, request.memory_limit)
-    return Alternative(strategy, str(mesh), None, int(misfit.needs_bytes), why)
+    return Alternative(strategy, str(misfit.mesh), None, int(misfit.needs_bytes), why)
 
 
 def most_stages(problem: Problem) -> int:
