@@ -4,9 +4,10 @@
 
 Needs root: the hosts are namespaces of this machine (`benchmarks.network`), each with half of its
 cores and two ranks of one thread, and the link carries so many Mbit/s in each direction. For every
-rate the cluster is calibrated by `autopar calibrate` on both hosts: in full at the fastest rate, and
-with `--quick` at the others, whose profiles take over the device of the first. Then the contenders take turns
-of a few whole training steps, one at a time; those that do not all fit in memory have one turn.
+rate the cluster is calibrated by `autopar calibrate` on both hosts: in full at the fastest, and
+with `--quick` at the others, whose profiles take over the device of the first. Then the contenders
+take turns of a few whole training steps, one at a time; those that do not all fit in memory have
+one turn.
 
 At the fastest rate every contender runs, and what it sends per step is counted. At the others, one
 whose bytes alone take longer than a baseline's step that was timed is not run (`--all` runs it):
