@@ -26,6 +26,7 @@ from torch import nn  # noqa: E402
 
 from autopar.cost.cluster import Cluster, parse_cluster  # noqa: E402
 from autopar.ir.graph import Graph  # noqa: E402
+from autopar.passes.pipelined import Wanted  # noqa: E402
 from autopar.passes.prepare import prepare  # noqa: E402
 from autopar.passes.problem import problem_of  # noqa: E402
 from autopar.passes.search import MODES, Frames, search  # noqa: E402
@@ -150,6 +151,7 @@ def planned(
         memory_limit=math.inf if unlimited else None,
         frames=frames,
         progress=said.append,
+        pipelines=Wanted(),
     )
     wall, cpu = clock.read()
     counts = [tuple(map(int, m.groups())) for text in said if (m := COUNTED.search(text))]
@@ -170,6 +172,8 @@ def _text(plan: Plan) -> str:
         parts.append(f"{plan.micro_batches} micro-batches")
     if plan.recompute:
         parts.append("recomputation")
+    if plan.pipeline is not None:
+        parts.append(plan.pipeline.schedule)
     return ", ".join(parts)
 
 
