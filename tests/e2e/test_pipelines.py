@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import torch
 from torch import nn
 
 from autopar.capture import capture
-from autopar.plan import Plan
+from autopar.passes.blocks import find_blocks
+from autopar.passes.prepare import prepare
+from autopar.passes.specialise import specialise
+from autopar.plan import Plan, Recompute
 from tests.e2e.loops import batch, differences
 from tests.e2e.micro_loops import gpt, single
 from tests.e2e.piped_loops import PIPED_LOOPS, Outside, refused_outside, run_piped_loop
 from tests.e2e.piped_loops import skipping_module as skipping
-from tests.e2e.piped_plans import piped_case, piped_plan
+from tests.e2e.piped_plans import piped_case, piped_plan, zoo_capture
 from tests.e2e.pool import RankPool
 from tests.e2e.training import make_reference, train_and_compare
 from tests.e2e.verify import LIMIT_FLOAT64, LIMIT_LOSS_FLOAT32
@@ -33,7 +37,7 @@ SHAPES = {
     "interleaved": (2, "zero", "interleaved"),
     "deep": (4, "data", "1f1b"),
 }
-FAST = {("skipping", "deep"), ("overflowing", "1f1b"), ("batch_sizes", "zero_bubble")}
+FAST = {("skipping", "deep"), ("overflowing", "1f1b")}
 MORE = {
     "dropout": ("zero_bubble", "interleaved"),
     "skipping": tuple(SHAPES),
@@ -82,7 +86,8 @@ def test_loop_is_unchanged(name: str, shape: str, four_ranks: RankPool) -> None:
 @pytest.mark.parametrize(
     ("model", "case"),
     [
-        ("hf_gpt2", "pipeline+tensor/zero_bubble"),
+        ("llama", "pipeline+tensor/zero_bubble"),
+        pytest.param("hf_gpt2", "pipeline+tensor/zero_bubble", marks=pytest.mark.slow),
         pytest.param("gpt", "pipeline/1f1b", marks=pytest.mark.slow),
         pytest.param("hf_t5", "pipeline+data/interleaved", marks=pytest.mark.slow),
         pytest.param("moe", "pipeline+tensor/1f1b", marks=pytest.mark.slow),
@@ -101,6 +106,22 @@ def test_models_of_the_zoo_equal_one_device(
         if dtype == "float64":
             assert outcome.gradient <= LIMIT_FLOAT64, outcome.worst
             assert outcome.parameter <= LIMIT_FLOAT64, outcome.worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["pipeline+data/interleaved", "pipeline+tensor/zero_bubble"])
+def test_blocks_that_run_again_in_the_backward(
+    case: str, four_ranks: RankPool, tmp_path: Path
+) -> None:
+    captured = zoo_capture("llama", "float64")
+    blocks = find_blocks(specialise(prepare(captured.graph), captured.symbols))
+    first, _, copies = blocks.regions[0]
+    again = (Recompute(first.name, copies, full=1, selective=copies - 1),)
+    plan = replace(piped_case("llama", case, "float64"), recompute=again)
+    make_reference("llama", "float64", 4, tmp_path / "reference")
+    arguments = ("llama", "auto", "float64", 4, str(tmp_path / "reference"), plan.to_json())
+    outcome = four_ranks.run(train_and_compare, *arguments)[0]
+    assert max(outcome.loss, outcome.gradient, outcome.parameter) <= LIMIT_FLOAT64
 
 
 def test_a_loss_outside_of_the_module_is_refused(four_ranks: RankPool) -> None:
