@@ -268,7 +268,7 @@ def price_moves(moves: Moves, grid: Grid, sizes: Array) -> MovePrices:
             [kinds[0, a % n] / grid.product(moves.steps[a // n][2]) for a in atoms[members]]
         )
         for span, some in grid.spans[axis]:
-            there = np.ix_(members, some)
+            there = np.ix_(np.array(members), some)
             forward[there], backward[there] = _collective(
                 grid.cluster, op, nbytes[:, some], span, late
             )

@@ -25,9 +25,9 @@ Array = NDArray[np.float64]
 # How HiGHS is asked, and the seconds that each way is given: a relaxation takes the simplex a tenth
 # of a second, twice as long with presolve.
 METHODS: tuple[tuple[tuple[tuple[str, str], ...], float], ...] = (
-    ((("solver", "simplex"), ("presolve", "off")), 4.0),
-    ((("solver", "simplex"), ("presolve", "on")), 4.0),
-    ((("solver", "ipm"), ("presolve", "on")), 8.0),
+    ((("solver", "simplex"), ("presolve", "off")), 10.0),
+    ((("solver", "simplex"), ("presolve", "on")), 10.0),
+    ((("solver", "ipm"), ("presolve", "on")), 20.0),
 )
 QUIET = (("output_flag", False), ("threads", 1))
 DECIDED = (
