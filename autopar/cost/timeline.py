@@ -136,8 +136,14 @@ class TimelineSummary:
 
 
 def _stage_use(raw: Mapping[str, Any]) -> StageUse:
-    figures = ("compute_s", "exposed_s", "bubble_s", "peak_bytes", "in_flight")
-    return StageUse(*(float(raw[name]) for name in figures), what=str(raw["what"]))
+    return StageUse(
+        float(raw["compute_s"]),
+        float(raw["exposed_s"]),
+        float(raw["bubble_s"]),
+        float(raw["peak_bytes"]),
+        float(raw["in_flight"]),
+        str(raw["what"]),
+    )
 
 
 def summarise(timeline: Timeline, most_points: int = 200, most_spans: int = 400) -> TimelineSummary:
