@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch.fx
 
 from autopar.cost.compute import local_op
+from autopar.cost.families import op_family, op_name
 from autopar.cost.memory import saved
 from autopar.ir.graph import tensor_inputs, values_of
 
@@ -42,5 +43,7 @@ def _kept_by_readers(node: Node) -> Iterator[int]:
 def _keeps(reader: Node, value: Node) -> bool:
     if reader.op != "call_function" or not any(v.requires_grad for v in values_of(reader)):
         return False
+    if op_family(op_name(reader.target)) == "view":  # on the same memory
+        return any(_keeps(user, reader) for user in reader.users)
     slots = saved(local_op(reader)).inputs
     return any(i in slots and source is value for i, source in enumerate(tensor_inputs(reader)))

@@ -69,10 +69,14 @@ def kept_bytes(
     if mode == FULL:
         return segment.input_bytes
     again = recomputed_parts(segment, mode, most_s_per_byte)
+    # What only goes to the next copy is not made again, nor what it is made of kept.
+    wanted = {source for part in parts for source, _ in part.saved_from}
+    wanted |= {i for i in again if own_bytes(parts[i]) > 0}
     needed: set[int] = set()
-    for i, part in enumerate(parts):
-        sources = {source for source, _ in part.saved_from}
-        needed |= _bases(parts, sources | (set(part.deps) if i in again else set()))
+    while wanted:
+        found = _bases(parts, wanted) - needed
+        needed |= found
+        wanted = {dep for i in found if i in again for dep in parts[i].deps}
     kept = sum(parts[i].output_bytes for i in needed if i >= 0 and i not in again)
     kept += sum(own_bytes(p) for i, p in enumerate(parts) if i not in again and not p.param)
     return kept + segment.input_bytes
