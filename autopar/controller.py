@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cost.cluster import Cluster, parse_cluster
+from .clusters import cluster_of_run
 from .errors import UserError
+from .options import Options
 from .plan import Plan
 from .report import print_plan, print_timing
 from .runtime import world
@@ -20,7 +20,7 @@ from .runtime.file_values import check_values, deferred_from_meta
 from .runtime.materialise import realise
 from .runtime.single import SingleProcess
 from .runtime.state import shard_state, whole_state
-from .session import Options, Session
+from .session import Session
 
 
 class Controller:
@@ -42,7 +42,8 @@ class Controller:
         deferred_from_meta(module)
         options = copy.copy(options)
         device = next((p.device.type for p in module.parameters()), "cpu")
-        options.cluster = options.cluster or default_cluster(device, world.world_size())
+        world.start_world(device)
+        options.cluster = cluster_of_run(device, options.cluster)
         if options.cluster.size != world.world_size():
             raise UserError(
                 f"the cluster {options.cluster.name} has {options.cluster.size} devices, "
@@ -128,26 +129,6 @@ class Controller:
 
 def _unattached() -> None:
     return None
-
-
-def default_cluster(device_type: str, size: int) -> Cluster:
-    """The cluster to plan for: `AUTOPAR_CLUSTER` (a path or a spec), else the shipped profile.
-
-    The shipped one is that of this kind of device, with `size` of them in this host.
-    """
-    named = os.environ.get("AUTOPAR_CLUSTER")
-    if named:
-        return parse_cluster(named)
-    if device_type == "cpu":
-        return parse_cluster(f"cpu:{size}")
-    name = torch.cuda.get_device_name()
-    for known in ("H100", "H200", "B200", "A100", "V100", "MI300X"):
-        if known in name.upper():
-            return parse_cluster(f"{size}x{known}")
-    raise UserError(
-        f"there is no profile of {name!r}",
-        fix="make one with `autopar calibrate`, and pass it as cluster=",
-    )
 
 
 def _whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

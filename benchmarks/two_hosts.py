@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -272,6 +273,7 @@ def main() -> int:
     if reason:
         console.print(f"skipped: {reason}")
         return 0
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that all is undone
     record: dict[str, Any] = {"command": f"python -m benchmarks.two_hosts {' '.join(sys.argv[1:])}"}
     device: Device | None = None
     sent: dict[str, dict[str, float]] = {model: {} for model in arguments.models}
