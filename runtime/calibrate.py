@@ -33,7 +33,7 @@ RANK_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
-ROUNDS = {False: (3, 2), True: (2, 1)}  # by `quick`: on the ranks, and in one process
+ROUNDS = {False: (3, 2), True: (1, 1)}  # by `quick`: on the ranks, and in one process
 RENDEZVOUS_S = 300  # in which all hosts must have been started, and a collective must end
 FOREIGN_SHARE = 0.1  # of the cores: the user hears of other programs that use more
 MEMORY_SHARE = 0.85  # of the machine's memory, for all ranks together
