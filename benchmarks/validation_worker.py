@@ -57,7 +57,7 @@ class CommClock:
             waits(*arguments)
             self.wait_s += time.perf_counter() - start
 
-        shared_memory.SharedMemoryGroup._sleep_until = sleep_until  # type: ignore[method-assign]
+        shared_memory.SharedMemoryGroup._sleep_until = sleep_until  # type: ignore[method-assign, assignment]
 
     def _starter(self, start: Callable[..., Any]) -> Callable[..., Any]:
         timed = self._timed(start)
