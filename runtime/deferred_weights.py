@@ -29,6 +29,16 @@ def deferring(queue: Queue) -> Iterator[None]:
         yield
 
 
+def drain(queue: Queue) -> None:
+    """Make the gradients in the queue, in order, and let go of what they are made of.
+
+    The graph holds the queue: what stayed in it would hold the graph for ever.
+    """
+    queue.reverse()
+    while queue:
+        queue.pop()()
+
+
 class _Deferring(TorchFunctionMode):
     def __init__(self, queue: Queue) -> None:
         super().__init__()
@@ -90,7 +100,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()  # without its graph, which holds the queue
         weight: Tensor = ctx.weight
         _, of_x, _, of_bias, _ = ctx.needs_input_grad
         transposed: bool = ctx.transposed

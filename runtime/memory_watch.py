@@ -18,7 +18,7 @@ FIRST = 3  # the training call with which the measured step begins: earlier ones
 
 
 class MemoryWatch:
-    """Beside the prediction: measures from the start of the third training call to that of the next call, once.
+    """Beside the prediction: measures once, from the start of the third training call to the next.
 
     `peak_bytes` is that of the rank with the largest; None until it is measured. On CPU every op of
     the step is watched (`live_memory`), which makes it a little slower.

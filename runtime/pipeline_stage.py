@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autopar.compat import pipeline_stage_base
 
-from .deferred_weights import Queue, deferring
+from .deferred_weights import Queue, deferring, drain
 from .messages import empty_messages, pack, unpack
 from .step_parts import BodyPart
 
@@ -112,8 +112,7 @@ class PieceStage(_StageBase):  # type: ignore[misc]
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         del last_backward
-        for make in self.later.pop(bwd_chunk_id, ()):
-            make()
+        drain(self.later.pop(bwd_chunk_id, []))
 
     # -- messages ---------------------------------------------------------------------------------
 

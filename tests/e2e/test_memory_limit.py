@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..cli_helpers import run_command
+from tests.cli_helpers import run_command
 
 SCRIPT = """
 import os
