@@ -96,6 +96,7 @@ def test_plan_of_a_class_is_that_of_the_function(
     assert plans[0]["hints"] == {"b": 12} and plans[0]["strategy"] == "tensor"
 
 
+@pytest.mark.slow
 def test_plan_of_a_llama_from_hugging_face(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

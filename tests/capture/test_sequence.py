@@ -35,7 +35,14 @@ def assert_fits_plain(symbolic: Capture, plain: Capture) -> None:
     assert all(name.rstrip("_0123456789").endswith("_dynamic") for name in kept)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "hf_gpt2", "hf_bert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt",
+        "hf_bert",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "hf_gpt2")),
+    ],
+)
 def test_symbolic_sequence_equals_eager_and_fits_other_lengths(name: str) -> None:
     entry = ZOO[name]
     module = entry.double(entry.build().double()).train()

@@ -75,6 +75,7 @@ def test_a_dead_rank_is_a_failure_and_the_pool_goes_on() -> None:
         assert pool.starts == 2
 
 
+@pytest.mark.slow
 def test_verify_prints_a_table_and_its_exit_code(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

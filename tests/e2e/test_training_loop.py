@@ -34,7 +34,7 @@ from tests.e2e.pool import RankPool
 from tests.zoo.language import GPT
 
 pytestmark = pytest.mark.multiprocess
-SLOW = {"inductor_gpt"}
+SLOW = {"inductor_gpt", "inductor", "huggingface"}
 TOLERANCE = {"autocast": 2e-2, "scaled": 1e-2}
 # Each loop under one strategy is enough for most; those about storage see all of them.
 STRATEGIES = {
@@ -81,6 +81,7 @@ def models_share_groups(strategy: str) -> tuple[int, int]:
     return counts[0], counts[-1]
 
 
+@pytest.mark.slow
 def test_models_of_one_run_share_their_groups(two_ranks: RankPool) -> None:
     for strategy in ("zero", "tensor"):
         for first, last in two_ranks.run(models_share_groups, strategy):

@@ -82,6 +82,7 @@ def test_the_zoo(name: str, copies: list[int]) -> None:
     assert found == copies
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder() -> None:
     """T5 has two stacks, whose first layers make the position biases of the others."""
     pytest.importorskip("transformers")

@@ -144,7 +144,7 @@ def solved(name: str, spec: str) -> tuple[Problem, Accounts, Assignment]:
     return problem, accounts, found
 
 
-@pytest.mark.parametrize("spec", ["cpu:4", "8xH100"])
+@pytest.mark.parametrize("spec", [pytest.param("cpu:4", marks=pytest.mark.slow), "8xH100"])
 @pytest.mark.parametrize("name", MODELS)
 def test_real_blocks_from_tight_to_loose(name: str, spec: str) -> None:
     """Whatever the limit: within it, no worse than greedy, and as good as any split of the copies."""

@@ -188,7 +188,7 @@ def test_random_plans(name: str, drawn: Drawn) -> None:
     check_random(name, drawn)
 
 
-@pytest.mark.parametrize("name", ["hf_t5", "moe_index"])
+@pytest.mark.parametrize("name", [pytest.param("hf_t5", marks=pytest.mark.slow), "moe_index"])
 @random_plans(1)
 def test_random_plans_of_large_graphs(name: str, drawn: Drawn) -> None:
     check_random(name, drawn)
