@@ -68,6 +68,7 @@ def _sections(plan: Plan, lines: Mapping[str, str]) -> list[tuple[str, str, Chil
         ("model", "Model", blocks_section(plan, lines)),
         ("memory", "Memory", memory_section(plan)),
         ("timeline", "Timeline", timeline_section(timeline_of(plan))),
+        *_stages(plan),
         ("candidates", "Candidates", candidates_section(plan)),
         ("parameters", "Parameters", _parameters(plan)),
         ("collectives", "Collectives", _traffic(plan)),
@@ -108,6 +109,8 @@ def _header(plan: Plan) -> Markup:
         *_extras(plan),
     ]
     step = {"compute": p.compute_s, "communication": p.comm_s, "optimizer": p.optimizer_s}
+    if plan.pipeline is not None and plan.timeline is not None:
+        step["bubble"] = plan.timeline.bubble_s
     return element(
         "header",
         element("p", "autopar plan", class_="brand"),
@@ -125,11 +128,12 @@ def _header(plan: Plan) -> Markup:
 
 
 def _extras(plan: Plan) -> list[tuple[str, Child]]:
-    """Micro-batches and recomputation, where the plan has any."""
+    """Pipeline, micro-batches and recomputation, where the plan has any."""
     found: list[tuple[str, Child]] = []
-    micro_batches = getattr(plan, "micro_batches", 1)
-    if isinstance(micro_batches, int) and micro_batches > 1:
-        found.append(("micro-batches", str(micro_batches)))
+    if plan.pipeline is not None:
+        found.append(("pipeline", f"{plan.stages} stages, {plan.pipeline.schedule}"))
+    if plan.micro_batches > 1:
+        found.append(("micro-batches", str(plan.micro_batches)))
     for r in plan.recompute:
         parts = [(r.full, "in full"), (r.selective, "but matrix products and attention")]
         text = ", ".join(f"{n} {how}" for n, how in parts if n)
@@ -137,6 +141,25 @@ def _extras(plan: Plan) -> list[tuple[str, Child]]:
         if text:
             found.append(("recomputed", [f"of {r.copies} blocks from ", block, f": {text}"]))
     return found
+
+
+def _stages(plan: Plan) -> list[tuple[str, str, Child]]:
+    """The section of a pipeline's stages; none without a pipeline."""
+    if plan.pipeline is None or plan.timeline is None or not plan.timeline.stages:
+        return []
+    rows = [
+        (
+            str(i),
+            use.what,
+            seconds_text(use.compute_s),
+            seconds_text(use.exposed_s),
+            seconds_text(use.bubble_s),
+            bytes_text(use.peak_bytes),
+        )
+        for i, use in enumerate(plan.timeline.stages)
+    ]
+    columns = (">stage", "modules", ">compute", ">waits", ">bubble", ">memory")
+    return [("stages", "Stages", table("What each stage holds and does", columns, rows))]
 
 
 def _figure(name: str, value: str) -> Markup:
