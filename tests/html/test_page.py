@@ -12,15 +12,16 @@ import pytest
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 
+from autopar.cost.timeline import StageUse
 from autopar.html.charts import ticks
 from autopar.html.modules import blocks_of, copies, parameter_groups, split_block
 from autopar.html.page import report_page
 from autopar.html.shapes import placed
 from autopar.ir.mesh import Mesh
-from autopar.plan import Plan, plan_from_json
+from autopar.plan import Pipeline, Plan, plan_from_json
 from tests.test_plan import plans
 
-from .plans import HOSTILE, PLAN
+from .plans import HOSTILE, PLAN, PROBE, TIMELINE
 from .test_markup import Reader
 
 OWN_TAGS = {"script": 1, "style": 1, "title": None, "img": 0, "link": 0, "iframe": 0, "base": 0}
@@ -53,6 +54,22 @@ def check_inert(page: str) -> None:
         digest = base64.b64encode(hashlib.sha256(body[1].encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
         assert "url(" not in body[1] and "import" not in body[1] and "http" not in body[1]
+
+
+def test_stages_of_a_pipeline() -> None:
+    uses = (
+        StageUse(5e-3, 1e-3, 2e-3, 2**20, 2.0, "embedding, blocks.{0,1}"),
+        StageUse(6e-3, 1e-3, 1e-3, 2**21, 1.0, PROBE),
+    )
+    timeline = replace(TIMELINE, bubble_s=1e-3, stages=uses)
+    mesh = Mesh.of(pp=2, tp=4)
+    plan = replace(PLAN, mesh=mesh, pipeline=Pipeline("1f1b", ("add_3",)), timeline=timeline)
+    page = report_page(plan)
+    check_inert(page)
+    text = Reader(page).text
+    for wanted in ("2 stages, 1f1b", "embedding, blocks.{0,1}", "5 ms", "2 MiB", "bubble"):
+        assert wanted in text
+    assert "What each stage holds" not in Reader(report_page(PLAN)).text
 
 
 def test_what_a_reader_looks_for_is_there() -> None:
