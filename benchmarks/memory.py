@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +30,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from autopar.runtime.calibrate import RANK_ENVIRONMENT
-
 from .memory_models import MEMORY_MODELS
+from .rank_jobs import run_ranks
 
 RANKS = 4
 ERROR, PAIRS = 0.10, 12  # the goals
@@ -112,40 +109,11 @@ def run_case(case: Case, arguments: argparse.Namespace) -> Row | str:
     """Train on 4 ranks; what they measured, or why there is no plan."""
     profile = str(arguments.profile.resolve()) if arguments.profile else None
     with tempfile.TemporaryDirectory(prefix="autopar-memory-") as folder:
-        processes: list[subprocess.Popen[bytes]] = []
+        job = {**asdict(case), "cluster": profile, "steps": arguments.steps}
         try:
-            for rank in range(RANKS):
-                job = Path(folder) / f"{rank}.json"
-                job.write_text(
-                    json.dumps(
-                        {
-                            **asdict(case),
-                            "cluster": profile,
-                            "steps": arguments.steps,
-                            "out": f"{folder}/out.json",
-                        }
-                    )
-                )
-                environment = {
-                    **os.environ,
-                    **RANK_ENVIRONMENT,
-                    "OMP_NUM_THREADS": "1",
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(RANKS),
-                    "LOCAL_WORLD_SIZE": str(RANKS),
-                    "AUTOPAR_BENCHMARK_STORE": f"{folder}/store",
-                }
-                command = [sys.executable, "-m", "benchmarks.memory_worker", str(job)]
-                processes.append(subprocess.Popen(command, env=environment))
-            if any(process.wait() for process in processes):
-                raise RuntimeError(f"{case.model}, {case.name}: a rank failed")
-            found = json.loads((Path(folder) / "out.json").read_text())
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+            found = run_ranks("benchmarks.memory_worker", RANKS, job, Path(folder))
+        except RuntimeError as error:
+            raise RuntimeError(f"{case.model}, {case.name}: a rank failed") from error
     if "failed" in found:
         return str(found["failed"])
     worst = max(found["ranks"], key=lambda rank: rank["measured"])

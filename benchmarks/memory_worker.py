@@ -9,7 +9,6 @@ import ctypes
 import gc
 import json
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -29,7 +28,8 @@ from autopar.planning import make_plan
 from autopar.runtime.arena import held_bytes
 from autopar.runtime.live_memory import LiveBytes, peak_bytes
 
-from .memory_models import MEMORY_MODELS, MemoryModel
+from .memory_models import MEMORY_MODELS
+from .validation_models import ValidationModel
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def resident(name: str) -> int:
     raise KeyError(name)
 
 
-def plan_of(job: dict[str, Any], model: MemoryModel, batch: tuple[Tensor, ...]) -> Plan | None:
+def plan_of(job: dict[str, Any], model: ValidationModel, batch: tuple[Tensor, ...]) -> Plan | None:
     """A plan with the recomputation or micro-batches of the job; None where it asks for none."""
     if job["recompute"] is None and job["micro_batches"] is None:
         return None
@@ -125,9 +125,9 @@ def main(path: str) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = os.environ["AUTOPAR_BENCHMARK_STORE"]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    rank, ranks = job["rank"], job["nproc"]
+    meet = f"file://{job['store']}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     try:
         mine = measure(job)
     except UserError as error:  # on all ranks

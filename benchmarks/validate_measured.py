@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from autopar.cost.profile import save_profile
-from autopar.runtime.calibrate import RANK_ENVIRONMENT, calibrate
+from autopar.runtime.calibrate import calibrate
 
 from .paired import Ratio, paired_ratio
+from .rank_jobs import run_ranks
 from .validation_models import VALIDATION_MODELS
 
 RANKS = 4
@@ -77,48 +76,18 @@ def run_model(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure all plans of a model; raises RuntimeError where a rank fails."""
     with tempfile.TemporaryDirectory(prefix="autopar-validate-") as folder:
-        out = Path(folder) / "out.json"
-        processes: list[subprocess.Popen[bytes]] = []
+        job = {
+            "model": model,
+            "strategies": list(strategies),
+            "cluster": str(profile),
+            "rounds": arguments.rounds,
+            "steps": arguments.steps,
+            "patience_s": arguments.patience,
+        }
         try:
-            for rank in range(RANKS):
-                job = Path(folder) / f"{rank}.json"
-                job.write_text(
-                    json.dumps(
-                        {
-                            "rank": rank,
-                            "nproc": RANKS,
-                            "model": model,
-                            "strategies": list(strategies),
-                            "cluster": str(profile),
-                            "rounds": arguments.rounds,
-                            "steps": arguments.steps,
-                            "patience_s": arguments.patience,
-                            "store": f"{folder}/store",
-                            "out": str(out),
-                        }
-                    )
-                )
-                environment = {
-                    **os.environ,
-                    **RANK_ENVIRONMENT,
-                    "OMP_NUM_THREADS": "1",
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(RANKS),
-                    "LOCAL_WORLD_SIZE": str(RANKS),
-                }
-                command = [sys.executable, "-m", "benchmarks.validation_worker", str(job)]
-                processes.append(
-                    subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-                )
-            if any(process.wait() for process in processes) or not out.exists():
-                raise RuntimeError(f"{model}: a rank failed")
-            found = json.loads(out.read_text())
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+            found = run_ranks("benchmarks.validation_worker", RANKS, job, Path(folder), quiet=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"{model}: a rank failed") from error
     return [row_of(model, plan) for plan in found["plans"]], found
 
 

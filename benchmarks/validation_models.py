@@ -144,7 +144,9 @@ class ValidationModel:
     batch_of: Callable[[torch.Generator], Batch]
 
 
-def _text(batch: int, length: int, vocab: int) -> Callable[[torch.Generator], Batch]:
+def text_batch(batch: int, length: int, vocab: int) -> Callable[[torch.Generator], Batch]:
+    """Makes token ids and the ids that follow them, int64 [batch, length] each."""
+
     def make(g: torch.Generator) -> Batch:
         ids = torch.randint(vocab, (batch, length + 1), generator=g)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -172,13 +174,13 @@ def _tokens(g: torch.Generator) -> Batch:
 VALIDATION_MODELS = {
     model.name: model
     for model in (
-        ValidationModel("gpt", lambda: GPT(layers=4), _text(8, 128, 8192)),
+        ValidationModel("gpt", lambda: GPT(layers=4), text_batch(8, 128, 8192)),
         ValidationModel("mlp_wide", lambda: WideMLP(1280, 5120), _vectors(8, 1280)),
         ValidationModel("mlp_small", lambda: WideMLP(768, 3072), _vectors(256, 768)),
         ValidationModel("resnet", MODELS["resnet"].build, MODELS["resnet"].batch),
         ValidationModel("rec", lambda: Recommender(rows=300_000), _items(300_000)),
-        ValidationModel("llama", Llama, _text(8, 128, 4096)),
-        ValidationModel("bert", Bert, _text(16, 64, 4096)),
+        ValidationModel("llama", Llama, text_batch(8, 128, 4096)),
+        ValidationModel("bert", Bert, text_batch(16, 64, 4096)),
         ValidationModel("moe", MixtureOfExperts, _tokens),
     )
 }

@@ -33,7 +33,6 @@ Node = torch.fx.Node
 Keeps = Mapping[str, frozenset[tuple[tuple[str, Choice], ...]]]
 Stores = Mapping[str, frozenset[str]]
 
-ATTEMPTS = 4  # at leaving room for what a step needs for a moment
 REDUCED = 0.02  # options that cost at least so much more of the step than the bound are left out
 
 
@@ -61,33 +60,6 @@ class Settled:
     @property
     def option(self) -> Mapping[Node, Option]:
         return self.assignment.option
-
-
-def settle_within(
-    name: str,
-    problem: Problem,
-    mesh: Mesh,
-    family: Family,
-    variant: Variant,
-    memory_limit: float,
-    near: Proposal | None = None,
-) -> Settled | None:
-    """As `settle`, with the *simulated* peak within the limit where that can be had.
-
-    What a step needs for a moment is not in the programme: its limit is lowered by what was too
-    much, a few times. The leanest try is returned where none fits.
-    """
-    tries: list[Settled] = []
-    room = memory_limit
-    for _ in range(ATTEMPTS):
-        made = settle(name, problem, mesh, family, variant, room, near=near)
-        if made is None:
-            break
-        tries.append(made)
-        if made.timeline.peak_bytes <= memory_limit:
-            break
-        room = room_after(made, room, memory_limit)
-    return min(tries, key=lambda s: s.timeline.peak_bytes, default=None)
 
 
 def room_after(made: Settled, room: float, memory_limit: float) -> float:

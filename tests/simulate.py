@@ -157,6 +157,41 @@ def single_device(
     )
 
 
+def leaves_of(subject: Subject, decisions: Decisions, rank: int) -> dict[str, Tensor]:
+    """A rank's pieces of the parameters, by name: leaves that want a gradient as the whole does."""
+    parameters = dict(subject.module.named_parameters(remove_duplicate=False))
+    return {
+        fqn: local_shard(
+            parameters[fqn], decisions.storage[name], decisions.mesh, rank
+        ).requires_grad_(parameters[fqn].requires_grad)
+        for fqn, name in names_of(subject).items()
+        if name in decisions.storage
+    }
+
+
+def names_of(subject: Subject) -> dict[str, str]:
+    """The placeholder of every parameter, by its first name."""
+    return {n.meta["fqns"][0]: n.name for n in subject.graph.placeholders("param")}
+
+
+RankResult = tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]
+
+
+def together(subject: Subject, decisions: Decisions, results: Sequence[RankResult]) -> Result:
+    """Loss, gradients and buffers of all ranks; raises AssertionError where they disagree."""
+    parameters = dict(subject.module.named_parameters(remove_duplicate=False))
+    gradients = {}
+    for fqn, name in names_of(subject).items():
+        shards = [gradients_of[fqn] for _, gradients_of, _ in results]
+        shape = parameters[fqn].shape
+        gradients[fqn] = assemble(shards, shape, decisions.storage[name], decisions.mesh, fqn)
+    for value, _, made in results:
+        torch.testing.assert_close(value, results[0][0], rtol=1e-12, atol=1e-12)
+        for name, buffer in made.items():
+            torch.testing.assert_close(buffer, results[0][2][name], rtol=1e-12, atol=1e-12)
+    return Result(results[0][0], gradients, results[0][2])
+
+
 def simulate(
     subject: Subject,
     args: Sequence[Any],
@@ -177,19 +212,11 @@ def simulate(
     mesh = decisions.mesh
     graphs = lower_all(subject.graph, sizes, decisions, rules)
     world = ThreadWorld(mesh.size)
-    parameters = dict(subject.module.named_parameters(remove_duplicate=False))
     buffers = dict(subject.module.named_buffers(remove_duplicate=False))
-    names = {n.meta["fqns"][0]: n.name for n in subject.graph.placeholders("param")}
 
-    def one_rank(rank: int) -> tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor]]:
+    def one_rank(rank: int) -> RankResult:
         program = load_program(graphs[rank], groups_of(graphs[rank], mesh, world, rank))
-        leaves = {
-            fqn: local_shard(parameters[fqn], decisions.storage[name], mesh, rank).requires_grad_(
-                parameters[fqn].requires_grad
-            )
-            for fqn, name in names.items()
-            if name in decisions.storage
-        }
+        leaves = leaves_of(subject, decisions, rank)
         outputs = program.run(*_arguments(program, leaves, buffers, inputs, seed))
         user = outputs[: program.outputs]
         value = loss(subject.capture.unflatten(user))
@@ -198,17 +225,7 @@ def simulate(
         made = {name: b.detach() for name, b in {**buffers, **new}.items()}
         return value.detach(), {fqn: p.grad for fqn, p in leaves.items()}, made
 
-    results = run_threads(world, one_rank)
-    gradients = {}
-    for fqn, name in names.items():
-        shards = [gradients_of[fqn] for _, gradients_of, _ in results]
-        shape = parameters[fqn].shape
-        gradients[fqn] = assemble(shards, shape, decisions.storage[name], mesh, fqn)
-    for value, _, made in results:
-        torch.testing.assert_close(value, results[0][0], rtol=1e-12, atol=1e-12)
-        for name, buffer in made.items():
-            torch.testing.assert_close(buffer, results[0][2][name], rtol=1e-12, atol=1e-12)
-    return Result(results[0][0], gradients, results[0][2])
+    return together(subject, decisions, run_threads(world, one_rank))
 
 
 def _arguments(

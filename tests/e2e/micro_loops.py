@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.errors import UserError
 from autopar.plan import plan_from_json
-from tests.e2e.loops import VOCAB, Values, batch, seed, state, whole
+from tests.e2e.loops import VOCAB, Values, batch, seed, state, steps, whole
 from tests.zoo.language import GPT
 
 Plain = Callable[[], nn.Module]
@@ -31,17 +31,6 @@ def made(plain: nn.Module, plan: str | None, **options: Any) -> Any:
     """The module on one device, or under a plan."""
     given = plan_from_json(plan) if plan is not None else None
     return autopar.parallelize(plain, plan=given, **options)
-
-
-def steps(model: Any, optimizer: torch.optim.Optimizer, n: int = 3, first: int = 0) -> list[float]:
-    losses = []
-    for step in range(first, first + n):
-        loss = model(*batch(step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def adamw(plan: str | None) -> Values:

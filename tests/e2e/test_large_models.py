@@ -21,7 +21,7 @@ from autopar.ir.text import parse_sharding
 from autopar.runtime import world
 from autopar.runtime.materialise import shard_deferred
 from autopar.runtime.placements import local_shard
-from tests.e2e.loops import batch
+from tests.e2e.loops import batch, steps
 from tests.e2e.pool import RankPool
 from tests.zoo import ZOO
 from tests.zoo.language import GPT
@@ -187,15 +187,7 @@ def gpt() -> nn.Module:
 
 
 def train(model: Any) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for step in range(2):
-        loss = model(*batch(step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
 
 
 def train_from(folder: str, kind: str) -> dict[str, Any]:
