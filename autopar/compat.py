@@ -40,6 +40,7 @@ __all__ = [
     "make_fx",
     "rank_map",
     "swap_tensors",
+    "triton_interpreter",
 ]
 
 TORCH_VERSION: tuple[int, int] = (
@@ -442,3 +443,10 @@ def take_hooks(parameter: torch.Tensor, source: torch.Tensor) -> None:
             if source is not parameter:
                 setattr(source, name, None)
             setattr(parameter, name, hooks)
+
+
+def triton_interpreter() -> Any:
+    """Triton's interpreter (a private module), whose bfloat16 `runtime.kernels.interpret` mends."""
+    import triton.runtime.interpreter
+
+    return triton.runtime.interpreter

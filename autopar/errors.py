@@ -50,3 +50,7 @@ class PassError(Exception):
 
 class ShardingWarning(UserWarning):
     """An op has no sharding rule and none was discovered, so that every rank runs all of it."""
+
+
+class KernelWarning(UserWarning):
+    """A kernel that the plan uses cannot run here, so that its torch reference does."""

@@ -1,0 +1,290 @@
+"""Partition-invariant dropout in one pass: the mask is computed, never stored.
+
+`y = epilogue(mask * prologue(x) / (1 - p))`, where the mask of an element is the hash of the seed
+and of its *global* index (see `autopar.runtime.random`): the same on every partition and device.
+The backward computes the mask again, so that the forward saves at most `x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autopar.ir.lowered import Region
+from autopar.ir.pointwise import Fusion, parse_pointwise
+
+from ..random import H0, H1, M0, M1, M2, M3, MASK32, keys, segments, threshold
+from .ahead import Specialisation
+from .emit import Kernel, fill, triton_lines
+from .launch import block_size, cdiv, launch
+
+NAME = "dropout"
+BLOCK = 2048
+
+# Parts: the parameters and loads of the further tensors, the work before and after the mask, and
+# what is stored. `g` is the gradient of the output; the forward has none.
+_TEMPLATE = f"""
+@triton.jit(do_not_specialize=["k0", "k1"])
+def $name(
+    $pointers
+    starts_ptr, n, length, k0, k1,
+    LIMIT: tl.constexpr, SCALE: tl.constexpr, RUNS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    if RUNS == 1:
+        index = tl.load(starts_ptr) + i
+    else:
+        run = (i // length).to(tl.int32)
+        index = tl.load(starts_ptr + run, mask=i < n, other=0) + i % length
+    lo = index.to(tl.uint32)
+    bits = lo * {M0:#x} + k0.to(tl.uint32, bitcast=True)
+    key = k1.to(tl.uint32, bitcast=True)
+    if WIDE:
+        hi = (index >> 32).to(tl.uint32)
+        bits = bits + hi * {H0:#x}
+        key = key ^ (hi * {H1:#x})
+    bits = (bits ^ (bits >> 16)) * {M1:#x}
+    bits = bits ^ key
+    bits = (bits ^ (bits >> 15)) * {M2:#x}
+    bits = (bits ^ (bits >> 16)) * {M3:#x}
+    if first + BLOCK <= n:
+        $load_block
+        $work
+        $store_block
+    else:
+        $load_tail
+        $work
+        $store_tail
+"""
+
+
+@cache
+def emit(fusion: Fusion, compute: str = "tl.float32") -> Kernel:
+    """The forward: reads `x` and the further tensors, writes `y` in its own dtype."""
+    before, after = fusion.prologue, fusion.epilogue
+    extras = [f"a{i}" for i in range(fusion.extras)]
+    work = triton_lines(before, "x", extras[: before.extras], "u", compute, "p")
+    work.append("v = tl.where(bits >= LIMIT, u * SCALE, 0.0)")
+    work += triton_lines(after, "v", extras[before.extras :], "y", compute, "q")
+    return _filled("dropout", ["x", *extras], work, ["y"], compute)
+
+
+@cache
+def emit_backward(fusion: Fusion, wanted: tuple[str, ...], compute: str = "tl.float32") -> Kernel:
+    """The backward: from the gradient `g` to those that are `wanted`: of `x`, `a0`, `a1`, ...
+
+    Of the inputs it reads only those that a derivative depends on (`saved`).
+    """
+    before, after = fusion.prologue, fusion.epilogue
+    extras = [f"a{i}" for i in range(fusion.extras)]
+    early, late = extras[: before.extras], extras[before.extras :]
+    work = triton_lines(before, "x", early, "u", compute, "p") if saved(fusion) else []
+    if saved(fusion):
+        work.append("v = tl.where(bits >= LIMIT, u * SCALE, 0.0)")
+    for name in wanted:
+        if name in late:
+            slope = after.derivative(f"a{late.index(name)}")
+            work += triton_lines(slope, "v", late, f"s_{name}", compute, f"e_{name}")
+            work.append(f"d{name} = g * s_{name}")
+    if set(wanted) - set(late):
+        work += triton_lines(after.derivative(), "v", late, "s_v", compute, "r")
+        work.append("dv = tl.where(bits >= LIMIT, g * s_v * SCALE, 0.0)")
+    for name in wanted:
+        if name not in late:
+            which = "x" if name == "x" else f"a{early.index(name)}"
+            slope = before.derivative(which)
+            work += triton_lines(slope, "x", early, f"s_{name}", compute, f"d_{name}")
+            work.append(f"d{name} = dv * s_{name}")
+    inputs = ["g", *(["x", *extras] if saved(fusion) else [])]
+    return _filled("dropout_backward", inputs, work, [f"d{w}" for w in wanted], compute)
+
+
+@cache
+def saved(fusion: Fusion) -> bool:
+    """Whether the backward reads the inputs: not if every derivative is a constant."""
+    before, after = fusion.prologue, fusion.epilogue
+    slopes = [before.derivative(n) for n in ("x", *(f"a{i}" for i in range(before.extras)))]
+    slopes += [after.derivative(n) for n in ("x", *(f"a{i}" for i in range(after.extras)))]
+    return any(isinstance(o, str) and o[0] in "xa" for s in slopes for t in s.steps for o in t.operands)
+
+
+def _filled(
+    name: str, inputs: Sequence[str], work: Sequence[str], outputs: Sequence[str], compute: str
+) -> Kernel:
+    def loads(mask: str) -> list[str]:
+        return [f"{v} = tl.load({v}_ptr + i{mask}).to({compute})" for v in inputs]
+
+    def stores(mask: str) -> list[str]:
+        return [f"tl.store({v}_ptr + i, {v}.to({v}_ptr.dtype.element_ty){mask})" for v in outputs]
+
+    source = fill(
+        _TEMPLATE,
+        name=name,
+        pointers=[" ".join(f"{v}_ptr," for v in (*inputs, *outputs))],
+        work=work,
+        load_block=loads(""),
+        load_tail=loads(", mask=i < n, other=0.0"),
+        store_block=stores(""),
+        store_tail=stores(", mask=i < n"),
+    )
+    return Kernel(name, source)
+
+
+def dropout(
+    x: Tensor,
+    p: float,
+    seed: int,
+    call: int,
+    region: Region,
+    fusion: Fusion = Fusion(),
+    extras: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`epilogue(dropout(prologue(x)))` by the kernel; contiguous, of `dtype` (default that of `x`).
+
+    `extras` have the shape of `x`, which is that of the region. Differentiable in `x` and `extras`.
+    """
+    y: Tensor = _Dropout.apply(  # type: ignore[no-untyped-call]
+        x, p, seed, call, region, fusion, dtype or x.dtype, *extras
+    )
+    return y
+
+
+def reference(
+    x: Tensor,
+    mask: Tensor,
+    p: float,
+    fusion: Fusion = Fusion(),
+    extras: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same in torch, given the mask of `autopar.runtime.random.keep_mask`."""
+    early = fusion.prologue.extras
+    u = fusion.prologue(x, *extras[:early])
+    v = torch.where(mask, u * _scale(p), 0.0)
+    return fusion.epilogue(v, *extras[early:]).to(dtype or x.dtype)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        p: float,
+        seed: int,
+        call: int,
+        region: Region,
+        fusion: Fusion,
+        dtype: torch.dtype,
+        *extras: Tensor,
+    ) -> Tensor:
+        inputs = [t.contiguous() for t in (x, *extras)]
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        ctx.random = (p, seed, call, region)
+        _run(emit(fusion, _compute(x)), inputs, [y], *ctx.random)
+        ctx.fusion = fusion
+        ctx.like = [(t.dtype, t.requires_grad) for t in (x, *extras)]
+        if saved(fusion):
+            ctx.save_for_backward(*inputs)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        names = ["x", *(f"a{i}" for i in range(len(ctx.like) - 1))]
+        wanted = tuple(n for n, (_, needed) in zip(names, ctx.like, strict=True) if needed)
+        made = {
+            name: torch.empty(grad.shape, dtype=dtype, device=grad.device)
+            for name, (dtype, needed) in zip(names, ctx.like, strict=True)
+            if needed
+        }
+        kernel = emit_backward(ctx.fusion, wanted, _compute(grad))
+        inputs = [grad.contiguous(), *ctx.saved_tensors]
+        _run(kernel, inputs, list(made.values()), *ctx.random)
+        first, *rest = [made.get(name) for name in names]
+        return first, None, None, None, None, None, None, *rest
+
+
+def _run(
+    kernel: Kernel,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    p: float,
+    seed: int,
+    call: int,
+    region: Region,
+) -> None:
+    n = outputs[0].numel()
+    starts, length = segments(region)
+    size = 1
+    for s in region.shape:
+        size *= s
+    limit = threshold(p)
+    # No hash reaches 2^32: of p = 1 nothing is left, whatever the limit.
+    scale = 0.0 if limit > MASK32 else _scale(p)
+    block = block_size(BLOCK)
+    launch(
+        kernel,
+        (cdiv(n, block),),
+        *inputs,
+        *outputs,
+        torch.from_numpy(starts).to(outputs[0].device),
+        n,
+        length,
+        *map(_signed, keys(seed, call)),
+        LIMIT=min(limit, MASK32),
+        SCALE=scale,
+        RUNS=min(len(starts), 2),
+        WIDE=size > 1 << 32,
+        BLOCK=block,
+    )
+
+
+def _scale(p: float) -> float:
+    return 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+
+
+def _signed(word: int) -> int:
+    """The int32 with these bits, so that no key is taken for an int64."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _compute(x: Tensor) -> str:
+    return "tl.float64" if x.dtype is torch.float64 else "tl.float32"
+
+
+def specialisations() -> list[Specialisation]:
+    """The forms that models ask for: plain, and with a residual added and GELU before."""
+    gelu = parse_pointwise(
+        "t0 = mul(x, 0.7071067811865476); t1 = erf(t0); t2 = add(t1, 1.0); t3 = mul(x, t2);"
+        " mul(t3, 0.5)"
+    )
+    residual = parse_pointwise("add(x, a0)")
+    forms = []
+    for fusion in (Fusion(), Fusion(epilogue=residual), Fusion(prologue=gelu)):
+        for dtype in ("fp32", "bf16", "fp16"):
+            for runs in (1, 2):
+                forms.append(_form(emit(fusion), 1 + fusion.extras + 1, dtype, runs))
+                reads = 1 + fusion.extras if saved(fusion) else 0
+                wanted = ("x", *(f"a{i}" for i in range(fusion.extras)))
+                kernel = emit_backward(fusion, wanted)
+                forms.append(_form(kernel, 1 + reads + len(wanted), dtype, runs))
+    return forms
+
+
+def _form(kernel: Kernel, tensors: int, dtype: str, runs: int) -> Specialisation:
+    names = [word.strip(" ,") for word in kernel.source.split("(\n", 1)[1].split(",")[:tensors]]
+    integers = {"n": "i32", "length": "i32", "k0": "i32", "k1": "i32"}
+    return Specialisation(
+        kernel,
+        {**dict.fromkeys(names, f"*{dtype}"), "starts_ptr": "*i64", **integers},
+        {"LIMIT": threshold(0.1), "SCALE": _scale(0.1), "RUNS": runs, "WIDE": False, "BLOCK": BLOCK},
+        (*names, "n"),
+    )

@@ -1,0 +1,42 @@
+"""Run an emitted kernel: compiled on a GPU, interpreted on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from .emit import Kernel, load
+from .interpret import rounding
+from .support import interpreted
+
+Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
+
+# A block of this size in the interpreter: 3 to 5 ms a program whatever its size, so few programs.
+INTERPRETED_BLOCK = 1 << 14
+
+
+def launch(
+    kernel: Kernel, grid: Grid, *arguments: Any, num_warps: int = 4, **constants: Any
+) -> None:
+    """Launch `kernel` over `grid` with its run-time arguments in order and its constants by name.
+
+    An empty grid launches nothing.
+    """
+    if isinstance(grid, tuple) and 0 in grid:
+        return
+    function = load(kernel)
+    with rounding() if interpreted() else nullcontext():
+        # Contracted multiply-adds would round otherwise than the references.
+        options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        function[grid](*arguments, **constants, **options)
+
+
+def block_size(compiled: int) -> int:
+    """Elements per program: `compiled` on a GPU, more in the interpreter."""
+    return max(compiled, INTERPRETED_BLOCK) if interpreted() else compiled
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
