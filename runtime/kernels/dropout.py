@@ -112,7 +112,9 @@ def saved(fusion: Fusion) -> bool:
     before, after = fusion.prologue, fusion.epilogue
     slopes = [before.derivative(n) for n in ("x", *(f"a{i}" for i in range(before.extras)))]
     slopes += [after.derivative(n) for n in ("x", *(f"a{i}" for i in range(after.extras)))]
-    return any(isinstance(o, str) and o[0] in "xa" for s in slopes for t in s.steps for o in t.operands)
+    return any(
+        isinstance(o, str) and o[0] in "xa" for s in slopes for t in s.steps for o in t.operands
+    )
 
 
 def _filled(
@@ -285,6 +287,12 @@ def _form(kernel: Kernel, tensors: int, dtype: str, runs: int) -> Specialisation
     return Specialisation(
         kernel,
         {**dict.fromkeys(names, f"*{dtype}"), "starts_ptr": "*i64", **integers},
-        {"LIMIT": threshold(0.1), "SCALE": _scale(0.1), "RUNS": runs, "WIDE": False, "BLOCK": BLOCK},
+        {
+            "LIMIT": threshold(0.1),
+            "SCALE": _scale(0.1),
+            "RUNS": runs,
+            "WIDE": False,
+            "BLOCK": BLOCK,
+        },
         (*names, "n"),
     )
