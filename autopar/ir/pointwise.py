@@ -150,6 +150,9 @@ class Fusion:
         return self.prologue.extras + self.epilogue.extras
 
 
+PLAIN = Fusion()
+
+
 def parse_pointwise(text: str) -> Pointwise:
     """The inverse of `str`; raises ValueError naming what is not understood."""
     if text.strip() == "x":

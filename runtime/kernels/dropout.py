@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import Region
-from autopar.ir.pointwise import Fusion, parse_pointwise
+from autopar.ir.pointwise import PLAIN, Fusion, parse_pointwise
+from autopar.runtime.random import H0, H1, M0, M1, M2, M3, MASK32, keys, segments, threshold
 
-from ..random import H0, H1, M0, M1, M2, M3, MASK32, keys, segments, threshold
 from .ahead import Specialisation
 from .emit import Kernel, fill, triton_lines
 from .launch import block_size, cdiv, launch
@@ -145,7 +145,7 @@ def dropout(
     seed: int,
     call: int,
     region: Region,
-    fusion: Fusion = Fusion(),
+    fusion: Fusion = PLAIN,
     extras: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -163,7 +163,7 @@ def reference(
     x: Tensor,
     mask: Tensor,
     p: float,
-    fusion: Fusion = Fusion(),
+    fusion: Fusion = PLAIN,
     extras: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
