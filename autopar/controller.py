@@ -35,13 +35,13 @@ class Controller:
         self.session: Session | None = None
         self.single: SingleProcess | None = None
         self._checked = False  # whether all parameters have values
+        options = copy.copy(options)
         if world.world_size() == 1:
             realise(module)
-            self.single = SingleProcess()
+            self.single = SingleProcess(options.backend or _default_backend(module))
             return
         deferred_from_meta(module)
-        options = copy.copy(options)
-        device = next((p.device.type for p in module.parameters()), "cpu")
+        device = _device_of(module)
         world.start_world(device)
         options.cluster = cluster_of_run(device, options.cluster)
         if options.cluster.size != world.world_size():
@@ -52,7 +52,7 @@ class Controller:
                 f"{world.world_size()} devices",
             )
         if options.backend is None:
-            options.backend = "inductor" if device == "cuda" else "eager"
+            options.backend = _default_backend(module)
         self.session = Session(module, original, options)
         module.register_state_dict_post_hook(_whole)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_shard)  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ class Controller:
         new = object.__new__(type(self))
         vars(new).update(vars(self))
         new._module = weakref.ref(module)
-        new.single = SingleProcess() if self.single is not None else None
+        new.single = SingleProcess(self.single.backend) if self.single is not None else None
         new.session = self.session.copied(module) if self.session is not None else None
         return new
 
@@ -125,6 +125,14 @@ class Controller:
             on_cuda = self.session is not None and self.session.device_type == "cuda"
             peak = float(torch.cuda.max_memory_allocated()) if on_cuda else None
             print_timing(self.plan, self.measured_step_s, peak)
+
+
+def _device_of(module: nn.Module) -> str:
+    return next((p.device.type for p in module.parameters()), "cpu")
+
+
+def _default_backend(module: nn.Module) -> str:
+    return "inductor" if _device_of(module) == "cuda" else "eager"
 
 
 def _unattached() -> None:

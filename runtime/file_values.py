@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from autopar.ir.sharding import Sharding
 from .deferred import DeferredTensor, deferred_parameters
 from .replay import as_recorded
 from .safetensors_files import Entry, named
+from .staged_group import local_gpu
 from .state import give_to_optimizers
 from .tape import Node, Ref, append, ref_of, slot_like
 
@@ -47,9 +47,7 @@ class FileValues:
 
 def deferred_from_meta(module: nn.Module) -> None:
     """Replace parameters on `meta` by deferred ones, in modules and optimizers; without values."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = local_gpu() if torch.cuda.is_available() else torch.device("cpu")
     made: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, old in owner._parameters.items():

@@ -14,11 +14,17 @@ from .step_clock import StepClock
 
 
 class SingleProcess:
-    """Calls of a module in a run of one process."""
+    """Calls of a module in a run of one process.
 
-    def __init__(self) -> None:
+    With a `torch.compile` backend, its forward is compiled unless it draws dropout masks: those
+    are drawn op by op.
+    """
+
+    def __init__(self, backend: str | None = None) -> None:
         self.clock = StepClock()
+        self.backend = backend
         self._draws: bool | None = None
+        self._compiled: Callable[..., Any] | None = None
 
     def call(
         self,
@@ -34,7 +40,7 @@ class SingleProcess:
         """
         self.clock.tick(module)
         if not module.training or self._draws is False:
-            return forward(module, *args, **kwargs)
+            return self._run(forward)(module, *args, **kwargs)
         before = torch.get_rng_state()
         seed = draw_seed()
         drawn = torch.get_rng_state()
@@ -44,6 +50,13 @@ class SingleProcess:
             torch.set_rng_state(before)
         self._draws = self._draws or mode.calls > 0 or _has_dropout(module)
         return output
+
+    def _run(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        if self.backend in (None, "eager"):
+            return forward
+        if self._compiled is None:
+            self._compiled = torch.compile(forward, backend=str(self.backend))
+        return self._compiled
 
 
 def _has_dropout(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from autopar.ir.mesh import Mesh
 
 from .group import Group, ProcessGroupGroup
 from .shared_memory import make_group
+from .staged_group import HostStagedGroup, local_gpu, ranks_share_devices
 
 
 def world_size() -> int:
@@ -31,8 +32,9 @@ def start_world(device_type: str) -> None:
     """Initialise the default process group from torchrun's environment unless it is already."""
     if not dist.is_initialized():
         if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl")
+            torch.cuda.set_device(local_gpu())
+            shared = ranks_share_devices()
+            dist.init_process_group("cpu:gloo,cuda:gloo" if shared else "cpu:gloo,cuda:nccl")
         else:
             dist.init_process_group("gloo")
         atexit.register(_end_world)
@@ -105,7 +107,10 @@ def make_groups(
     """Live groups for axes of the mesh; `known` is extended and returned. Collective."""
     for axes in sorted(set(wanted) - set(known)):
         found = _process_group(mesh, axes)
-        known[axes] = ProcessGroupGroup(found) if traceable else make_group(found)
+        if mesh.device_type == "cuda" and ranks_share_devices():
+            known[axes] = HostStagedGroup(make_group(found))
+        else:
+            known[axes] = ProcessGroupGroup(found) if traceable else make_group(found)
     return known
 
 
