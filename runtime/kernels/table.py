@@ -1,0 +1,86 @@
+"""Many tensors in one launch: a table on the device that says where each of them is.
+
+A row per tensor: its number of elements, then what the kernel asks for, an address or a number. A
+program finds its row and its block of that row by its id:
+
+    row = tl.load(blocks_ptr + 2 * tl.program_id(0))
+    first = tl.load(blocks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
+    entry = rows_ptr + row * COLUMNS
+    n = tl.load(entry)
+    x_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
+
+Addresses change from step to step, as gradients are freed and made again, but rarely: a table is
+kept on the device and found again by its contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .launch import cdiv
+
+ALIGNMENT = 16  # bytes: what a 128-bit load or store needs
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` is int64 [tensors, columns], `blocks` int32 [programs, 2]: a row, and a block in it.
+
+    `aligned` says that all addresses are multiples of 16 bytes. The table does not keep alive what
+    it points to.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    aligned: bool
+
+    @property
+    def programs(self) -> int:
+        return self.blocks.shape[0]
+
+
+def make_table(columns: Sequence[Sequence[Tensor | int]], block: int) -> Table:
+    """The table of `columns`, each with a tensor (for its address) or a number for every row.
+
+    The first column's tensors give the device and the numbers of elements. A tensor without
+    elements has a row and no program. Raises ValueError for columns of different lengths.
+    """
+    first = [x for x in columns[0] if isinstance(x, Tensor)]
+    if any(len(column) != len(first) for column in columns):
+        raise ValueError(f"table: columns of lengths {[len(c) for c in columns]}")
+    sizes = tuple(x.numel() for x in first)
+    addresses = [x.data_ptr() for column in columns for x in column if isinstance(x, Tensor)]
+    aligned = all(a % ALIGNMENT == 0 for a in addresses)
+    entries = tuple(
+        tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in column) for column in columns
+    )
+    device = first[0].device
+    return Table(_rows(sizes, entries, device), _blocks(sizes, block, device), aligned)
+
+
+@lru_cache(maxsize=64)
+def _rows(
+    sizes: tuple[int, ...], entries: tuple[tuple[int, ...], ...], device: torch.device
+) -> Tensor:
+    rows = torch.from_numpy(np.array([sizes, *entries], dtype=np.int64).T.copy())
+    return _moved(rows, device)
+
+
+@lru_cache(maxsize=64)
+def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    counts = np.array([cdiv(n, block) for n in sizes], dtype=np.int64)
+    row = np.repeat(np.arange(len(sizes)), counts)
+    place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return _moved(torch.from_numpy(np.stack([row, place], axis=1).astype(np.int32)), device)
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
