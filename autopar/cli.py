@@ -200,7 +200,7 @@ def calibrate(
     nproc: Annotated[int, typer.Option("--nproc", "-n", help="Ranks to measure at once.")] = 4,
     out: Annotated[Path, typer.Option(help="Where to write the profile.")] = Path("cluster.json"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Half a minute in place of three.")
+        bool, typer.Option("--quick", help="Most of a minute in place of two.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU.")] = "cpu",
     links: Annotated[

@@ -57,9 +57,9 @@ def calibrate(
 ) -> Cluster:
     """Measure `nproc` ranks of this machine; write the profile to `out` and return the cluster.
 
-    Takes about 90 s, with `quick` up to 30 s, and half a minute more where `hosts` are measured
-    together: every host must make the same call, with its own `this`. Raises UserError for a device
-    that cannot be measured, a count below 2, or ranks that fail or do not find each other.
+    Takes about two minutes, with `quick` most of one, and half a minute more where `hosts` are
+    measured together: every host must make the same call, with its own `this`. Raises UserError for
+    a device that cannot be measured, a count below 2, or ranks that fail or do not find each other.
     """
     hosts = hosts or Hosts()
     if device != "cpu":

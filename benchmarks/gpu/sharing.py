@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.sharing                       # 2 ranks
     python -m benchmarks.gpu.sharing --device cpu --tiny   # does the script work?
 
-A GPT with dropout, float32 without TF32, trained by AdamW under every strategy; exits with 1 where a
-loss differs from the single process's by more than `LIMIT` of it.
+A GPT with dropout, float32 without TF32, trained by AdamW under every strategy; exits with 1 where
+a loss differs from the single process's by more than `LIMIT` of it.
 """
 
 from __future__ import annotations
