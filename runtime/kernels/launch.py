@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .emit import Kernel, load
@@ -14,6 +15,9 @@ Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 
 # A block of this size in the interpreter: 3 to 5 ms a program whatever its size, so few programs.
 INTERPRETED_BLOCK = 1 << 14
+
+# The interpreter keeps where it is in globals, and simulated ranks are threads.
+_INTERPRETER = threading.Lock()
 
 
 def launch(
@@ -26,10 +30,14 @@ def launch(
     if isinstance(grid, tuple) and 0 in grid:
         return
     function = load(kernel)
-    with rounding() if interpreted() else nullcontext():
+    with _INTERPRETER if interpreted() else nullcontext(), _rounded():
         # Contracted multiply-adds would round otherwise than the references.
         options = {"num_warps": num_warps, "enable_fp_fusion": False}
         function[grid](*arguments, **constants, **options)
+
+
+def _rounded() -> AbstractContextManager[None]:
+    return rounding() if interpreted() else nullcontext()
 
 
 def block_size(compiled: int) -> int:
