@@ -19,6 +19,7 @@ from .errors import UserError
 from .files import replace_file
 from .ir.mesh import Axis, Mesh
 from .ir.text import parse_sharding
+from .kernel_use import KERNELS, ON_AXES, KernelUse
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -181,7 +182,8 @@ class Plan:
     solver was from proving it the best of its kind (0.01: one percent). `activations` and `traffic`
     describe the plan for people; nothing is read back from them. A step runs `micro_batches`
     forwards and backwards, with a `pipeline` through its stages; `memory_limit` is the bytes per
-    device that the plan was made for, `timeline` its simulated step.
+    device that the plan was made for, `timeline` its simulated step. `kernels` are where it uses
+    kernels of autopar's own.
     """
 
     fingerprint: str
@@ -204,6 +206,7 @@ class Plan:
     hinted: tuple[HintPrice, ...] = ()
     model: tuple[ModelPart, ...] = ()
     pipeline: Pipeline | None = None
+    kernels: tuple[KernelUse, ...] = ()
     version: int = VERSION
 
     @property
@@ -318,6 +321,7 @@ def _build(raw: dict[str, Any]) -> Plan:
         fields["pipeline"] = _checked(Pipeline(**{**raw["pipeline"], "cuts": cuts}))
     if raw["timeline"] is not None:
         fields["timeline"] = TimelineSummary.from_json(raw["timeline"])
+    fields["kernels"] = tuple(_kernel_use(k) for k in raw.get("kernels", ()))
     for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
         raise KeyError(name)
     plan = _checked(Plan(**fields))
@@ -349,6 +353,16 @@ def _recompute(raw: dict[str, Any]) -> Recompute:
     made = _checked(Recompute(**raw))
     if min(made.full, made.selective) < 0 or made.full + made.selective > made.copies:
         raise ValueError(f"recompute: {made.full} + {made.selective} of {made.copies} copies")
+    return made
+
+
+def _kernel_use(raw: dict[str, Any]) -> KernelUse:
+    where = raw["where"]
+    if not isinstance(where, (list, tuple)) or not all(isinstance(w, str) for w in where):
+        raise ValueError(f"kernels: where is {where!r}, not a list of names")
+    made = _checked(KernelUse(**{**raw, "where": tuple(where)}))
+    if made.kernel not in KERNELS:
+        raise ValueError(f"kernels: unknown kernel {made.kernel!r}; there are {', '.join(KERNELS)}")
     return made
 
 
@@ -419,6 +433,9 @@ def _check_names(plan: Plan) -> None:
         _check_axes(name, {*sharding.used_axes(), *sharding.varying}, axes)
     for node, chosen in plan.choices.items():
         _check_axes(node, set(chosen), axes)
+    for use in plan.kernels:
+        if use.kernel in ON_AXES:
+            _check_axes(f"kernels: {use.kernel}", set(use.where), axes)
 
 
 def _check_axes(of: str, used: set[str], axes: set[str]) -> None:

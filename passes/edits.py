@@ -17,6 +17,7 @@ from autopar.ir.graph import Graph, value_of
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule, choices
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
+from autopar.kernel_use import ON_AXES, OPTIMIZER
 from autopar.plan import Plan
 
 from .assignment_of import assignment_of
@@ -174,6 +175,13 @@ def _names(plan: Plan, graph: Graph, rules: Mapping[str, ShardingRule]) -> Itera
         if name not in known:
             near = nearest(name, known)
             yield f"params: the model has no parameter {name!r}" + (f"; {near}" if near else "")
+    for use in plan.kernels:
+        if use.kernel in ON_AXES:
+            continue
+        places = {OPTIMIZER: None} if use.kernel == "adamw" else rules
+        for name in sorted(set(use.where) - set(places)):
+            near = nearest(name, places)
+            yield f"kernels: {use.kernel} has no place {name!r}" + (f"; {near}" if near else "")
 
 
 def _stored(plan: Plan, graph: Graph, pricer: Pricer) -> Iterator[str]:

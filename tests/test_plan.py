@@ -206,7 +206,7 @@ def test_a_file_that_is_not_a_plan(text: str, message: str) -> None:
 def test_a_missing_field_is_named() -> None:
     raw = json.loads(PLAN.to_json())
     for name in raw:
-        if name == "version":
+        if name in ("version", "kernels"):  # older files of this version have no kernels
             continue
         kept = {key: value for key, value in raw.items() if key != name}
         with pytest.raises(UserError, match=name):
