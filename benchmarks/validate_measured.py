@@ -8,7 +8,7 @@ backward, fused AdamW, zero_grad), in an order that turns round, so that what th
 meanwhile hits all of them; a turn in which other programs used the processors is repeated. Plans
 that lower to one program are one row. The chosen plan is compared with every other turn by turn:
 the median of the ratios, with its 95 % interval. Without `--profile` the machine is
-calibrated first. Exits with 1 when a goal is missed.
+calibrated first. What stages send each other counts as compute. Exits with 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from .rank_jobs import run_ranks
 from .validation_models import VALIDATION_MODELS
 
 RANKS = 4
-STRATEGIES = ("data", "zero", "tensor", "data+tensor", "zero+tensor", "auto")
+PIPELINES = ("pipeline", "pipeline+data", "pipeline+tensor")
+STRATEGIES = ("data", "zero", "tensor", "data+tensor", "zero+tensor", *PIPELINES, "auto")
 MEDIAN_ERROR, KENDALL, AUTO_OVER_BEST, PAIRS = 0.15, 0.8, 1.05, 24  # the goals
 LOADED = 0.04  # of the processors, used by others: results above it are marked
 console = Console(width=None if sys.stdout.isatty() else 160)

@@ -134,7 +134,8 @@ def program_text(controller: Any) -> str:
     plan = controller.plan
     stored = {name: (s.sharding, s.regather) for name, s in plan.params.items()}
     lowered = [print_graph(stage.graph) for stage in controller.session.stages[-1:]]
-    text = json.dumps([stored, lowered, plan.micro_batches, str(plan.recompute)])
+    pipeline = [str(plan.pipeline), {name: s.stages for name, s in plan.params.items()}]
+    text = json.dumps([stored, lowered, plan.micro_batches, str(plan.recompute), pipeline])
     for i, axis in enumerate(plan.mesh.axes):
         text = re.sub(rf"\b{axis.name}\b", f"axis{i}", text)
     return f"{[axis.size for axis in plan.mesh.axes]} {text}"
