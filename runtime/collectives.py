@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 
+from .buckets import joined, pack, unpack
+from .chunks import check_full, check_local, chunk, is_prefix, local, local_shape, numel
 from .group import Group
 
 Spec = ShardSpec | SwapSpec | None
@@ -226,88 +228,6 @@ def _bucketed(start: Starter) -> Starter:
     return start_all
 
 
-def _pack(pieces: Sequence[Tensor]) -> Tensor:
-    """All elements of the pieces one after the other; a single contiguous piece is not copied."""
-    if len(pieces) == 1:
-        return pieces[0].reshape(-1)
-    flat = pieces[0].new_empty(sum(p.numel() for p in pieces))
-    parts = flat.split_with_sizes([p.numel() for p in pieces])
-    places = [part.view(p.shape) for part, p in zip(parts, pieces, strict=True)]
-    torch._foreach_copy_(places, list(pieces))
-    return flat
-
-
-def _unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Views of consecutive pieces of `flat`."""
-    sizes = [_numel(shape) for shape in shapes]
-    parts = flat.split_with_sizes(sizes)
-    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
-
-
-# --- Chunks of one tensor ---------------------------------------------------------------------
-
-
-def _chunk(full: Tensor, spec: ShardSpec, member: int) -> Tensor:
-    """The piece of `full` that `member` holds, as a view; its dim is (outer, rest) if strided."""
-    start, length = spec.offset(member) * spec.block, spec.lengths[member] * spec.block
-    if spec.outer == 1:
-        return full.narrow(spec.dim, start, length)
-    dims = (spec.outer, sum(spec.lengths) * spec.block)
-    strided = full.view(*full.shape[: spec.dim], *dims, *full.shape[spec.dim + 1 :])
-    return strided.narrow(spec.dim + 1, start, length)
-
-
-def _chunk_shape(shape: Sequence[int], spec: ShardSpec, member: int) -> tuple[int, ...]:
-    """Shape of `_chunk` in a tensor whose other dims are those of `shape`."""
-    dims = (spec.outer,) if spec.outer > 1 else ()
-    middle = (*dims, spec.lengths[member] * spec.block)
-    return (*shape[: spec.dim], *middle, *shape[spec.dim + 1 :])
-
-
-def _join(chunks: Sequence[Tensor], spec: ShardSpec) -> Tensor:
-    """The full tensor of all members' chunks."""
-    if spec.outer == 1:
-        return torch.cat(list(chunks), spec.dim)
-    return torch.cat(list(chunks), spec.dim + 1).flatten(spec.dim, spec.dim + 1)
-
-
-def _local(chunk: Tensor, spec: ShardSpec) -> Tensor:
-    """A chunk with its dim as one, as the member holds it."""
-    return chunk if spec.outer == 1 else chunk.flatten(spec.dim, spec.dim + 1)
-
-
-def _local_shape(shape: Sequence[int], spec: ShardSpec, member: int) -> tuple[int, ...]:
-    return (*shape[: spec.dim], spec.local_size(member), *shape[spec.dim + 1 :])
-
-
-def _is_prefix(shape: Sequence[int], spec: ShardSpec) -> bool:
-    """Whether the members' chunks are consecutive in memory."""
-    return spec.outer == 1 and _numel(shape[: spec.dim]) == 1
-
-
-def _check_local(x: Tensor, spec: ShardSpec, group: Group, what: str) -> None:
-    """Shapes are checked before sending: a mismatch would abort the process in gloo."""
-    if len(spec.lengths) != group.size or x.shape[spec.dim] != spec.local_size(group.rank):
-        raise ValueError(
-            f"{what}: member {group.rank} of {group.size} has shape {tuple(x.shape)}, "
-            f"which is no shard of {spec}"
-        )
-
-
-def _check_full(x: Tensor, spec: ShardSpec, group: Group, what: str) -> None:
-    if len(spec.lengths) != group.size or x.shape[spec.dim] != spec.size:
-        raise ValueError(
-            f"{what}: shape {tuple(x.shape)} cannot be divided as {spec} among {group.size}"
-        )
-
-
 # --- Communication on lists of tensors, no autograd -------------------------------------------
 
 
@@ -322,96 +242,77 @@ def _view(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
 
 def _all_reduce(op: str) -> Starter:
     def start(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
-        flat = _pack(xs)
+        flat = pack(xs)
         # One contiguous tensor is not copied, and others may hold its memory.
         ours = flat.data_ptr() != xs[0].data_ptr()
         flight = group.all_reduce(flat, op, in_place=ours)
         shapes = [x.shape for x in xs]
-        return lambda: _unpack(flight.wait(), shapes)
+        return lambda: unpack(flight.wait(), shapes)
 
     return _bucketed(start)
 
 
 def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     for x, spec in zip(xs, specs, strict=True):
-        _check_local(x, spec, group, "all_gather")
+        check_local(x, spec, group, "all_gather")
     shapes = [x.shape for x in xs]
     members = range(group.size)
     pieces = [
-        [_numel(_local_shape(shape, spec, m)) for shape, spec in zip(shapes, specs, strict=True)]
+        [numel(local_shape(shape, spec, m)) for shape, spec in zip(shapes, specs, strict=True)]
         for m in members
     ]
-    flight = group.all_gather(_pack(xs), [sum(sizes) for sizes in pieces])
+    flight = group.all_gather(pack(xs), [sum(sizes) for sizes in pieces])
 
     def finish() -> list[Tensor]:
         flat = flight.wait()
-        if len(shapes) == 1 and _is_prefix(shapes[0], specs[0]):
+        if len(shapes) == 1 and is_prefix(shapes[0], specs[0]):
             shape, spec = shapes[0], specs[0]
             return [flat.view(*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])]
-        rows = flat.split_with_sizes([size for sizes in pieces for size in sizes])
-        return [
-            _join(
-                [rows[m * len(shapes) + i].view(_chunk_shape(shape, spec, m)) for m in members],
-                spec,
-            )
-            for i, (shape, spec) in enumerate(zip(shapes, specs, strict=True))
-        ]
+        return joined(flat, shapes, specs, group.size)
 
     return finish
 
 
 def _start_reduce_scatter(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     for x, spec in zip(xs, specs, strict=True):
-        _check_full(x, spec, group, "reduce_scatter")
+        check_full(x, spec, group, "reduce_scatter")
     members = range(group.size)
     shapes = [x.shape for x in xs]
     sizes = [
-        sum(_numel(_local_shape(s, spec, m)) for s, spec in zip(shapes, specs, strict=True))
+        sum(numel(local_shape(s, spec, m)) for s, spec in zip(shapes, specs, strict=True))
         for m in members
     ]
-    if len(xs) == 1 and _is_prefix(shapes[0], specs[0]):
+    if len(xs) == 1 and is_prefix(shapes[0], specs[0]):
         flat = xs[0].reshape(-1)
     else:
         pairs = list(zip(xs, specs, strict=True))
-        flat = _pack([_chunk(x, spec, m) for m in members for x, spec in pairs])
+        flat = pack([chunk(x, spec, m) for m in members for x, spec in pairs])
     flight = group.reduce_scatter(flat, sizes)
-    locals_ = [_local_shape(s, spec, group.rank) for s, spec in zip(shapes, specs, strict=True)]
-    return lambda: _unpack(flight.wait(), locals_)
+    locals_ = [local_shape(s, spec, group.rank) for s, spec in zip(shapes, specs, strict=True)]
+    return lambda: unpack(flight.wait(), locals_)
 
 
 def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     for x, spec in zip(xs, specs, strict=True):
         if spec.source.dim == spec.target.dim:
             raise ValueError(f"swap: source and target are one dim in {spec}")
-        _check_local(x, spec.source, group, "swap")
-        _check_full(x, spec.target, group, "swap")
+        check_local(x, spec.source, group, "swap")
+        check_full(x, spec.target, group, "swap")
     members = range(group.size)
     pairs = list(zip(xs, specs, strict=True))
-    chunks = [_chunk(x, spec.target, m) for m in members for x, spec in pairs]
+    chunks = [chunk(x, spec.target, m) for m in members for x, spec in pairs]
     in_splits = [sum(c.numel() for c in chunks[m * len(xs) : (m + 1) * len(xs)]) for m in members]
     # From member m: my part of the target dim, m's part of the source dim.
-    mine = [_local_shape(x.shape, spec.target, group.rank) for x, spec in pairs]
+    mine = [local_shape(x.shape, spec.target, group.rank) for x, spec in pairs]
     sizes = [
-        [_numel(_local_shape(s, spec.source, m)) for s, spec in zip(mine, specs, strict=True)]
+        [numel(local_shape(s, spec.source, m)) for s, spec in zip(mine, specs, strict=True)]
         for m in members
     ]
     out_splits = [sum(row) for row in sizes]
-    flight = group.all_to_all(_pack(chunks), out_splits, in_splits)
+    flight = group.all_to_all(pack(chunks), out_splits, in_splits)
 
-    def finish() -> list[Tensor]:
-        rows = flight.wait().split_with_sizes([size for row in sizes for size in row])
-        return [
-            _join(
-                [
-                    rows[m * len(mine) + i].view(_chunk_shape(shape, spec.source, m))
-                    for m in members
-                ],
-                spec.source,
-            )
-            for i, (shape, spec) in enumerate(zip(mine, specs, strict=True))
-        ]
-
-    return finish
+    sources = [spec.source for spec in specs]
+    return lambda: joined(flight.wait(), mine, sources, group.size)
 
 
 def _start_swap_back(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
@@ -424,8 +325,8 @@ def _slice(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     def finish() -> list[Tensor]:
         outputs = []
         for x, spec in zip(xs, specs, strict=True):
-            _check_full(x, spec, group, "slice")
-            part = _local(_chunk(x, spec, group.rank), spec)
+            check_full(x, spec, group, "slice")
+            part = local(chunk(x, spec, group.rank), spec)
             outputs.append(part.contiguous().detach())
         return outputs
 
@@ -439,7 +340,7 @@ def _pad(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
         outputs = []
         for x, spec in zip(xs, specs, strict=True):
             full = x.new_zeros((*x.shape[: spec.dim], spec.size, *x.shape[spec.dim + 1 :]))
-            place = _chunk(full, spec, group.rank)
+            place = chunk(full, spec, group.rank)
             place.copy_(x.reshape(place.shape))
             outputs.append(full)
         return outputs
