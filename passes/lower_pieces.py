@@ -9,6 +9,7 @@ from typing import Any
 from autopar.ir.graph import Graph, Value
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
+from autopar.kernel_use import NOWHERE, Places
 
 from .edges import producer_of
 from .follow_micro_batches import Followed
@@ -41,6 +42,7 @@ def lower_pieces(
     storage: Mapping[str, Sharding],
     regather: frozenset[str] = frozenset(),
     ahead: bool = True,
+    kernels: Places = NOWHERE,
 ) -> LoweredPieces:
     """Cut a model in micro-batches, and lower the pieces of the rank's stage.
 
@@ -62,6 +64,7 @@ def lower_pieces(
             regather,
             ahead,
             sends=i < len(pieces) - 1,
+            kernels=kernels,
         )
         made.append((i, lowered))
     return LoweredPieces(

@@ -15,6 +15,7 @@ from autopar.ir.rule import Choice, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.step import StepGraphs
 from autopar.ir.verify import verify
+from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Recompute
 
 from .bucket_collectives import bucket_collectives
@@ -26,7 +27,7 @@ from .mark_blocks import mark_blocks
 from .mark_recompute import mark_recompute, settle_recompute
 from .number_random_calls import number_random_calls
 from .overlap_collectives import overlap_collectives
-from .pipeline import Pass, Stage, run_passes
+from .pipeline import Pass, Stage, run_passes, with_kernels
 from .propagate import propagate
 from .rules_of import rules_of
 from .specialise import specialise
@@ -78,6 +79,7 @@ def lower_part(
     regather: frozenset[str] = frozenset(),
     ahead: bool = True,
     sends: bool = False,
+    kernels: Places = NOWHERE,
 ) -> Lowered:
     """One rank's programs of a step, or of a piece of the model in it.
 
@@ -99,7 +101,7 @@ def lower_part(
     stages = run_passes(graph, common, mesh)
     check_even(stages[-1].graph, mesh)
     made = split_step(stages[-1].graph, mesh, sends)
-    own = _own_passes(mesh, rank, ahead)
+    own = _own_passes(mesh, rank, ahead, kernels)
     found = []
     for part in (made.prologue, made.tail, made.body):
         verify(part, mesh, ("typed", "topological", "no_micro_batch_axis"), "split_step")
@@ -109,7 +111,7 @@ def lower_part(
     return Lowered(replace(made, prologue=prologue, body=body, tail=tail), tuple(stages))
 
 
-def _own_passes(mesh: Mesh, rank: int, ahead: bool) -> list[Pass]:
+def _own_passes(mesh: Mesh, rank: int, ahead: bool, kernels: Places) -> list[Pass]:
     """What is done to each of the three programs."""
     return [
         Pass("bucket_collectives", partial(bucket_collectives, mesh=mesh)),
@@ -120,6 +122,7 @@ def _own_passes(mesh: Mesh, rank: int, ahead: bool) -> list[Pass]:
             ("no_micro_batch_axis",),
         ),
         Pass("overlap_collectives", partial(overlap_collectives, ahead=ahead)),
+        *with_kernels(mesh, kernels),
     ]
 
 

@@ -18,6 +18,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Choice, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.verify import verify
+from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Recompute
 
 from .bucket_collectives import bucket_collectives
@@ -29,6 +30,7 @@ from .mark_recompute import mark_recompute, settle_recompute
 from .overlap_collectives import overlap_collectives
 from .propagate import propagate
 from .specialise import specialise
+from .use_kernels import use_kernels
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ def lowering(
     regather: frozenset[str] = frozenset(),
     recompute: tuple[Recompute, ...] = (),
     ahead: bool = True,
+    kernels: Places = NOWHERE,
 ) -> list[Pass]:
     """The lowering of a captured graph to the program of one rank.
 
-    `ahead` says whether parameters that are dropped after use are gathered ahead of it.
+    `ahead` says whether parameters that are dropped after use are gathered ahead of it, `kernels`
+    where autopar's own run.
     """
     return [
         Pass("specialise", partial(specialise, symbols=symbols), ("typed", "functional")),
@@ -84,7 +88,16 @@ def lowering(
             ends=("resharded", "types_follow", "typed"),
         ),
         Pass("overlap_collectives", partial(overlap_collectives, ahead=ahead)),
+        *with_kernels(mesh, kernels),
     ]
+
+
+def with_kernels(mesh: Mesh, kernels: Places) -> list[Pass]:
+    """The pass that uses kernels, where there are any."""
+    if not kernels:
+        return []
+    run = partial(use_kernels, mesh=mesh, places=kernels)
+    return [Pass("use_kernels", run, ("topological", "kernels_fit"))]
 
 
 def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh, check: bool = True) -> list[Stage]:

@@ -12,6 +12,7 @@ from autopar.ir.rule import Choice
 from autopar.ir.rules.common import arguments
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
+from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Plan
 
 from .case import Case
@@ -32,7 +33,13 @@ def storage_of(graph: Graph, plan: Plan) -> tuple[dict[str, Sharding], frozenset
     return storage, frozenset(regather)
 
 
-def rank_program(graph: Graph, sizes: Mapping[sympy.Symbol, int], plan: Plan, rank: int) -> Graph:
+def rank_program(
+    graph: Graph,
+    sizes: Mapping[sympy.Symbol, int],
+    plan: Plan,
+    rank: int,
+    kernels: Places = NOWHERE,
+) -> Graph:
     """The lowered graph of `rank`: local shapes, exchanges on groups.
 
     `graph` is the prepared captured graph that the plan belongs to, `sizes` are those of one
@@ -43,7 +50,17 @@ def rank_program(graph: Graph, sizes: Mapping[sympy.Symbol, int], plan: Plan, ra
         node: {axis: Choice.parse(text) for axis, text in chosen.items()}
         for node, chosen in plan.choices.items()
     }
-    passes = lowering(plan.mesh, rank, sizes, rules_of, choices, storage, regather, plan.recompute)
+    passes = lowering(
+        plan.mesh,
+        rank,
+        sizes,
+        rules_of,
+        choices,
+        storage,
+        regather,
+        plan.recompute,
+        kernels=kernels,
+    )
     return run_passes(graph, passes, plan.mesh)[-1].graph
 
 

@@ -49,6 +49,7 @@ from .lowered import (
     SwapSpec,
 )
 from .mesh import Axis, Mesh
+from .pointwise import Fusion, Pointwise, parse_pointwise
 from .registry import rule_for
 from .sharding import REDUCTIONS, WHOLE, Sharding, Split
 
@@ -111,6 +112,14 @@ _RECORDS: dict[str, type[Any]] = {
     "Region": Region,
     "Route": Route,
     "Split": Split,
+    "Fusion": Fusion,
+}
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "slice": slice,
+    "device": torch.device,
+    "complex": complex,
+    "pointwise": parse_pointwise,
 }
 
 _INT = re.compile(r"-?\d+\Z")
@@ -195,6 +204,8 @@ def print_argument(arg: object) -> str:
             return f"@ {arg}"
         case GroupRef():
             return repr(arg)
+        case Pointwise():
+            return f"pointwise({json.dumps(str(arg))})"
         case _ if type(arg).__name__ in _RECORDS:
             return _print_record(arg)
     return f"opaque({json.dumps(type(arg).__name__)})"
@@ -567,9 +578,8 @@ def _parse_special(text: str, env: Env) -> Any:
         name, items = match[1], _split(match[2])
         if name == "opaque":
             raise ValueError(f"{items[0]} is an object that text cannot say")
-        if name in ("slice", "device", "complex"):
-            make: Any = {"slice": slice, "device": torch.device, "complex": complex}[name]
-            return make(*(parse_argument(item, env) for item in items))
+        if name in _MAKERS:
+            return _MAKERS[name](*(parse_argument(item, env) for item in items))
         if name in _RECORDS:
             named = [item for item in items if _KEYWORD.match(item)]
             plain = [parse_argument(item, env) for item in items[: len(items) - len(named)]]

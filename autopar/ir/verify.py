@@ -26,6 +26,7 @@ from autopar.errors import PassError
 from .graph import Graph, Value, tensor_inputs, values_of
 from .lowered import BUCKET, COLLECTIVE, RESHARD, SWAP, Collective, GroupRef, LoweredOp
 from .mesh import MICRO_BATCH, Mesh
+from .pointwise import Fusion, Pointwise
 from .registry import rule_for
 from .rule import Choice, ShardingRule, choices, factor_sizes, normalised, place
 from .sharding import Sharding
@@ -410,6 +411,25 @@ def no_micro_batch_axis(graph: Graph, mesh: Mesh | None) -> str | None:
     return None
 
 
+def kernels_fit(graph: Graph, mesh: Mesh | None) -> str | None:
+    """A fused kernel has the tensors that its programs read, all of the shape of its result."""
+    for node in graph.calls():
+        kernel = node.kwargs.get("kernel")
+        if not isinstance(node.target, LoweredOp) or not isinstance(kernel, (Fusion, Pointwise)):
+            continue
+        extras: Any = node.kwargs.get("extras", ())
+        if len(extras) != kernel.extras:
+            return (
+                f"%{node.name} has {len(extras)} further tensors, its kernel reads {kernel.extras}"
+            )
+        if isinstance(kernel, Fusion):
+            shape = values_of(node)[0].shape
+            for x in (node.args[0], *extras):
+                if values_of(x)[0].shape != shape:  # type: ignore[arg-type]
+                    return f"%{node.name} reads {x}, which has another shape than its result"
+    return None
+
+
 # Helpers ------------------------------------------------------------------------------------------
 
 
@@ -464,5 +484,6 @@ INVARIANTS: dict[str, Invariant] = {
         resharded,
         types_follow,
         no_micro_batch_axis,
+        kernels_fit,
     )
 }

@@ -1,0 +1,175 @@
+"""Let autopar's own kernels run where the plan says, and do what stands beside them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.fx
+
+from autopar.ir.graph import Graph, Value, value_of
+from autopar.ir.lowered import (
+    CLOSE,
+    CROSS_ENTROPY,
+    DROPOUT,
+    EXCHANGE,
+    GATHER_VARY,
+    OPEN,
+    PVARY,
+    ROUTED_GATHER,
+    ROUTED_SCATTER,
+    SCATTER_SUM,
+    Collective,
+    GroupRef,
+)
+from autopar.ir.mesh import Mesh
+from autopar.ir.pointwise import PLAIN, Fusion
+from autopar.ir.recomputed import SELECTIVE, mark_of
+from autopar.kernel_use import Places
+
+from .fold_neighbours import described, epilogue_of, prologue_of
+
+Node = torch.fx.Node
+REDUCES_GRADIENTS = (PVARY, GATHER_VARY, SCATTER_SUM)
+
+_MATMULS = frozenset({"linear", "mm", "matmul", "addmm", "bmm"})  # they do not save what they give
+_VIEWS = frozenset({"view", "reshape", "flatten", "unsqueeze", "squeeze", "alias", "_unsafe_view"})
+
+
+@dataclass(frozen=True)
+class Site:
+    """A kernel in a program: at which node, under which name of a plan, what it does besides."""
+
+    kernel: str
+    place: str
+    node: Node
+    fusion: str = ""
+    note: str = ""
+
+
+def use_kernels(graph: Graph, mesh: Mesh, places: Places) -> Graph:
+    """Set `kernel=` on the ops of one rank's program that have one and are among `places`.
+
+    Element-wise neighbours that only such an op reads, or that alone read it, become its prologue
+    and epilogue. Without places nothing changes. Establishes: `kernels_fit`.
+    """
+    if not places:
+        return graph
+    new = graph.copy()
+    for _ in sites(new, mesh, places):
+        pass
+    return new
+
+
+def sites(graph: Graph, mesh: Mesh, places: Places) -> Iterator[Site]:
+    """Put the kernels in, in place; every one of them as it is done."""
+    for node in list(graph.fx.nodes):
+        if node.op != "call_function" or any(0 in v.shape for v in _values(node)):
+            continue
+        if node.target is DROPOUT and places.has("dropout", node.name):
+            yield _dropout(graph, node)
+        elif node.target is CROSS_ENTROPY and places.has("cross_entropy", node.name):
+            yield _cross_entropy(graph, node)
+        elif node.target in (ROUTED_GATHER, ROUTED_SCATTER) and places.has("permute", node.name):
+            node.kwargs = {**node.kwargs, "kernel": True}
+            yield Site("permute", node.name, node)
+        elif node.target in (EXCHANGE, OPEN, CLOSE):
+            yield from _exchange(node, mesh, places)
+
+
+def _dropout(graph: Graph, node: Node) -> Site:
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    before = prologue_of(node, source)
+    after = epilogue_of(node, 4 - len(before.extras))
+    fusion = Fusion(before.fusion.prologue, after.fusion.epilogue)
+    extras = (*before.extras, *after.extras)
+    result = value_of(after.last)
+    if after.last is not node:
+        after.last.append(node)  # where its last operand is there
+        after.last.replace_all_uses_with(node)
+    node.args = (before.source, *node.args[1:])
+    node.kwargs = {"kernel": fusion, "extras": extras, "dtype": result.dtype}
+    node.meta = {**node.meta, "value": result}
+    _erase(graph, (*before.absorbed, *reversed(after.absorbed)))
+    return Site("dropout", node.name, node, described(fusion), before.why or after.why)
+
+
+def _cross_entropy(graph: Graph, node: Node) -> Site:
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    before = prologue_of(node, source)
+    if before.extras:  # this kernel reads the logits alone
+        program, absorbed, logits = PLAIN.prologue, (), source
+    else:
+        program, absorbed, logits = before.fusion.prologue, before.absorbed, before.source
+    why = before.why
+    node.args = (logits, *node.args[1:])
+    node.kwargs = {"kernel": program}
+    _erase(graph, absorbed)
+    kept = why_kept(node, logits)
+    if not kept:
+        node.kwargs = {**node.kwargs, "in_place": True}
+    note = "; ".join(text for text in (why, f"logits are kept: {kept}" if kept else "") if text)
+    return Site("cross_entropy", node.name, node, described(program), note)
+
+
+def why_kept(reader: Node, logits: Node) -> str:
+    """Why the gradient may not be written over the logits, as a clause; nothing if it may."""
+    node = logits
+    after = reader
+    while True:
+        if list(node.users) != [after]:
+            return f"%{node.name} has other readers"
+        if mark_of(node) is not None or mark_of(reader) is not None:
+            return "they are recomputed"
+        if node.op != "call_function":
+            return "they are an input"
+        name = _name(node)
+        if name in _MATMULS:
+            return ""
+        if name not in _VIEWS:
+            return f"%{node.name} ({name}) may save them for its own backward"
+        before = node.args[0]
+        assert isinstance(before, torch.fx.Node)
+        node, after = before, node
+
+
+def _exchange(node: Node, mesh: Mesh, places: Places) -> Iterator[Site]:
+    op, group = node.args[0], node.args[2]
+    assert isinstance(op, Collective) and isinstance(group, GroupRef)
+    mark = mark_of(node)
+    if mark is not None and mark.mode == SELECTIVE:
+        return  # what they give is kept by their arguments
+    axis = str(group)
+    if op in REDUCES_GRADIENTS and node.target is not CLOSE and places.has("int8", axis):
+        node.kwargs = {**node.kwargs, "kernel": "int8"}
+        yield Site("int8", axis, node)
+    elif _packs(node) and places.has("pack", axis):
+        node.kwargs = {**node.kwargs, "kernel": True}
+        yield Site("pack", axis, node)
+
+
+def _packs(node: Node) -> bool:
+    """Whether a collective has several tensors, which travel as one."""
+    tensors = node.args[3:] if node.target is not CLOSE else node.args[4:]
+    op = node.args[0]
+    return len(tensors) > 1 and (op.forward is not None or op.backward is not None)  # type: ignore[union-attr]
+
+
+def _values(node: Node) -> tuple[Value, ...]:
+    value = node.meta.get("value")
+    return (value,) if isinstance(value, Value) else ()
+
+
+def _name(node: Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return "getitem" if target is operator.getitem else str(getattr(target, "__name__", target))
+
+
+def _erase(graph: Graph, nodes: tuple[Node, ...]) -> None:
+    for node in nodes:
+        graph.fx.erase_node(node)
