@@ -28,22 +28,30 @@ from autopar.ir.lowered import (
 
 from . import dispatch, grouped, micro_batches, sharded_ops
 from .attention import causal_attention
-from .collectives import Spec, close, open_
+from .collectives import Spec, Use, close, open_
 from .group import Group
 
 
 def exchange(
-    op: Collective, specs: Sequence[Spec], group: Group, *tensors: Tensor
+    op: Collective, specs: Sequence[Spec], group: Group, *tensors: Tensor, kernel: Use = None
 ) -> Tensor | tuple[Tensor, ...]:
     """A collective that waits at once; a bucket (several tensors) returns a tuple."""
-    *edges, pending = open_(op, specs, group, *tensors)
+    *edges, pending = open_(op, specs, group, *tensors, kernel=kernel)
     return _one(close(op, specs, group, pending, *edges))
 
 
 def close_one(
-    op: Collective, specs: Sequence[Spec], group: Group, pending: Any, *edges: Tensor
+    op: Collective,
+    specs: Sequence[Spec],
+    group: Group,
+    pending: Any,
+    *edges: Tensor,
+    kernel: Use = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """The second phase of a collective; a bucket returns a tuple."""
+    """The second phase of a collective; a bucket returns a tuple.
+
+    Its kernel is that of the first phase, whatever is said here.
+    """
     return _one(close(op, specs, group, pending, *edges))
 
 

@@ -12,7 +12,7 @@ from autopar.ir.lowered import ShardSpec
 from .chunks import chunk_shape, join, local_shape, numel
 
 
-def pack(pieces: Sequence[Tensor]) -> Tensor:
+def pack(pieces: Sequence[Tensor], kernel: bool | str | None = None) -> Tensor:
     """All elements of the pieces one after the other; a single contiguous piece is not copied."""
     if len(pieces) == 1:
         return pieces[0].reshape(-1)
@@ -31,7 +31,11 @@ def unpack(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def joined(
-    flat: Tensor, shapes: Sequence[Sequence[int]], specs: Sequence[ShardSpec], members: int
+    flat: Tensor,
+    shapes: Sequence[Sequence[int]],
+    specs: Sequence[ShardSpec],
+    members: int,
+    kernel: bool | str | None = None,
 ) -> list[Tensor]:
     """Full tensors from `flat`: the chunks of all of them from member 0, then from member 1, ...
 

@@ -31,7 +31,9 @@ from .group import Group
 
 Spec = ShardSpec | SwapSpec | None
 Finish = Callable[[], list[Tensor]]
-Starter = Callable[[list[Tensor], Sequence[Any], Group], Finish]
+Use = bool | str | None
+"""The kernel that a call was opened with: True packs buckets in one launch; None: torch alone."""
+Starter = Callable[[list[Tensor], Sequence[Any], Group, Use], Finish]
 
 
 @dataclass
@@ -54,18 +56,26 @@ class Pending:
     gradients: Finish | None = None
     differentiable: list[int] = field(default_factory=list)
     missing: set[int] = field(default_factory=set)
+    kernel: Use = None
     ties: list[Tensor] | None = None
     """For pmax and pmin: the local inputs, then each rank's share of the gradient."""
 
 
 def open_(
-    op: Collective | str, specs: Sequence[Spec], group: Group, *tensors: Tensor
+    op: Collective | str,
+    specs: Sequence[Spec],
+    group: Group,
+    *tensors: Tensor,
+    kernel: Use = None,
 ) -> tuple[Any, ...]:
-    """Issue a collective; return one autograd edge per tensor, then what is pending."""
+    """Issue a collective; return one autograd edge per tensor, then what is pending.
+
+    `kernel` is used in the forward and in the backward.
+    """
     name = op if isinstance(op, str) else op.name
     if name not in COLLECTIVES:
         raise ValueError(f"unknown collective {name!r}")
-    pending = Pending()
+    pending = Pending(kernel=kernel)
     if torch.is_grad_enabled():
         pending.differentiable = [i for i, x in enumerate(tensors) if x.requires_grad]
     if pending.differentiable:
@@ -73,7 +83,7 @@ def open_(
             name, tuple(specs), group, pending, *tensors
         )
         return (*edges, pending)
-    pending.finish = _FORWARD[name](list(tensors), specs, group)
+    pending.finish = _FORWARD[name](list(tensors), specs, group, kernel)
     return (*(x.new_empty(0) for x in tensors), pending)
 
 
@@ -111,7 +121,7 @@ class _Open(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Detached: what close() returns must not carry the history of what came in here.
         inputs = [x.detach() for x in tensors]
-        pending.finish = _FORWARD[name](inputs, specs, group)
+        pending.finish = _FORWARD[name](inputs, specs, group, pending.kernel)
         if name in _EXTREMA:
             pending.ties = inputs
         edges = tuple(x.new_empty(0) for x in tensors)
@@ -165,7 +175,9 @@ class _Close(torch.autograd.Function):
             shares = [pending.ties[i] for i in kept]
             pending.gradients = lambda: [g * share for g, share in zip(grads, shares, strict=True)]
         else:
-            pending.gradients = _BACKWARD[name](grads, [specs[i] for i in kept], group)
+            pending.gradients = _BACKWARD[name](
+                grads, [specs[i] for i in kept], group, pending.kernel
+            )
         edges: list[Tensor | None] = [None] * len(gradients)
         for i, grad in zip(kept, grads, strict=True):
             edges[i] = grad.new_empty(0)
@@ -189,7 +201,7 @@ def _shares(inputs: list[Tensor], outputs: list[Tensor], group: Group) -> list[T
     same wherever there are no ties.
     """
     hits = [(x == y).to(y.dtype) for x, y in zip(inputs, outputs, strict=True)]
-    counts = _all_reduce("sum")(hits, (None,) * len(hits), group)()
+    counts = _all_reduce("sum")(hits, (None,) * len(hits), group, None)()
     return [hit / count for hit, count in zip(hits, counts, strict=True)]
 
 
@@ -207,12 +219,12 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 def _bucketed(start: Starter) -> Starter:
     """Lift `start`, which wants tensors of one dtype, to any list of tensors."""
 
-    def start_all(tensors: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+    def start_all(tensors: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
         buckets = _by_dtype(tensors)
         if len(buckets) == 1:
-            return start(tensors, specs, group)
+            return start(tensors, specs, group, kernel)
         flights = [
-            start([tensors[i] for i in bucket], [specs[i] for i in bucket], group)
+            start([tensors[i] for i in bucket], [specs[i] for i in bucket], group, kernel)
             for bucket in buckets
         ]
 
@@ -231,18 +243,18 @@ def _bucketed(start: Starter) -> Starter:
 # --- Communication on lists of tensors, no autograd -------------------------------------------
 
 
-def _identity(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _identity(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     return lambda: xs
 
 
-def _view(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _view(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     """Identity in the forward: new tensors on the same memory, which may get their own history."""
     return lambda: [x.detach() for x in xs]
 
 
 def _all_reduce(op: str) -> Starter:
-    def start(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
-        flat = pack(xs)
+    def start(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
+        flat = pack(xs, kernel)
         # One contiguous tensor is not copied, and others may hold its memory.
         ours = flat.data_ptr() != xs[0].data_ptr()
         flight = group.all_reduce(flat, op, in_place=ours)
@@ -252,7 +264,7 @@ def _all_reduce(op: str) -> Starter:
     return _bucketed(start)
 
 
-def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     for x, spec in zip(xs, specs, strict=True):
         check_local(x, spec, group, "all_gather")
     shapes = [x.shape for x in xs]
@@ -261,19 +273,21 @@ def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finis
         [numel(local_shape(shape, spec, m)) for shape, spec in zip(shapes, specs, strict=True)]
         for m in members
     ]
-    flight = group.all_gather(pack(xs), [sum(sizes) for sizes in pieces])
+    flight = group.all_gather(pack(xs, kernel), [sum(sizes) for sizes in pieces])
 
     def finish() -> list[Tensor]:
         flat = flight.wait()
         if len(shapes) == 1 and is_prefix(shapes[0], specs[0]):
             shape, spec = shapes[0], specs[0]
             return [flat.view(*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])]
-        return joined(flat, shapes, specs, group.size)
+        return joined(flat, shapes, specs, group.size, kernel)
 
     return finish
 
 
-def _start_reduce_scatter(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _start_reduce_scatter(
+    xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use
+) -> Finish:
     for x, spec in zip(xs, specs, strict=True):
         check_full(x, spec, group, "reduce_scatter")
     members = range(group.size)
@@ -286,13 +300,13 @@ def _start_reduce_scatter(xs: list[Tensor], specs: Sequence[Any], group: Group) 
         flat = xs[0].reshape(-1)
     else:
         pairs = list(zip(xs, specs, strict=True))
-        flat = pack([chunk(x, spec, m) for m in members for x, spec in pairs])
+        flat = pack([chunk(x, spec, m) for m in members for x, spec in pairs], kernel)
     flight = group.reduce_scatter(flat, sizes)
     locals_ = [local_shape(s, spec, group.rank) for s, spec in zip(shapes, specs, strict=True)]
     return lambda: unpack(flight.wait(), locals_)
 
 
-def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     for x, spec in zip(xs, specs, strict=True):
         if spec.source.dim == spec.target.dim:
             raise ValueError(f"swap: source and target are one dim in {spec}")
@@ -309,17 +323,17 @@ def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
         for m in members
     ]
     out_splits = [sum(row) for row in sizes]
-    flight = group.all_to_all(pack(chunks), out_splits, in_splits)
+    flight = group.all_to_all(pack(chunks, kernel), out_splits, in_splits)
 
     sources = [spec.source for spec in specs]
-    return lambda: joined(flight.wait(), mine, sources, group.size)
+    return lambda: joined(flight.wait(), mine, sources, group.size, kernel)
 
 
-def _start_swap_back(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
-    return _swap(xs, [SwapSpec(spec.target, spec.source) for spec in specs], group)
+def _start_swap_back(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
+    return _swap(xs, [SwapSpec(spec.target, spec.source) for spec in specs], group, kernel)
 
 
-def _slice(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _slice(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     """This member's part; contiguous, as the ops of one device would have made it."""
 
     def finish() -> list[Tensor]:
@@ -333,7 +347,7 @@ def _slice(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     return finish
 
 
-def _pad(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _pad(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     """The full tensor with this member's part in place and zeros elsewhere."""
 
     def finish() -> list[Tensor]:
@@ -348,9 +362,9 @@ def _pad(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
     return finish
 
 
-def _keep_first(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Finish:
+def _keep_first(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> Finish:
     if group.rank == 0:
-        return _view(xs, specs, group)
+        return _view(xs, specs, group, kernel)
     return lambda: [torch.zeros_like(x) for x in xs]
 
 

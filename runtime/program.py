@@ -27,6 +27,7 @@ from autopar.ir.recomputed import mark_of
 
 from .bindings import BINDINGS, close_one, exchange
 from .codegen import compile_graph
+from .collectives import Pending, Use
 from .group import Group
 from .recompute import run_region
 from .regather import Regather
@@ -180,16 +181,24 @@ def _mark_regathered(graph: Graph, dropped: set[str]) -> Graph:
 
 
 def _regathering(keeper: Regather) -> dict[LoweredOp, Callable[..., Any]]:
-    def exchanged(op: Collective, specs: Any, group: Group, *tensors: Tensor) -> Any:
-        out = exchange(op, specs, group, *tensors)
-        keeper.register(op, specs, group, tensors, _many(out))
+    def exchanged(
+        op: Collective, specs: Any, group: Group, *tensors: Tensor, kernel: Use = None
+    ) -> Any:
+        out = exchange(op, specs, group, *tensors, kernel=kernel)
+        keeper.register(op, specs, group, tensors, _many(out), kernel)
         return out
 
     def closed(
-        op: Collective, specs: Any, group: Group, shards: Any, pending: Any, *edges: Tensor
+        op: Collective,
+        specs: Any,
+        group: Group,
+        shards: Any,
+        pending: Pending,
+        *edges: Tensor,
+        kernel: Use = None,
     ) -> Any:
-        out = close_one(op, specs, group, pending, *edges)
-        keeper.register(op, specs, group, shards, _many(out))
+        out = close_one(op, specs, group, pending, *edges, kernel=kernel)
+        keeper.register(op, specs, group, shards, _many(out), pending.kernel)
         return out
 
     return {_REGATHERED_EXCHANGE: exchanged, _REGATHERED_CLOSE: closed}

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autopar.ir.lowered import Collective
 
-from .collectives import Spec, close, open_
+from .collectives import Spec, Use, close, open_
 from .group import Group
 
 Finish = Callable[[], tuple[Tensor, ...]]
@@ -119,6 +119,7 @@ class Regather:
         group: Group,
         sources: Sequence[Tensor],
         gathered: Sequence[Tensor],
+        kernel: Use = None,
     ) -> None:
         """Note that `gathered` came from `sources` by `op`; those may be gathered ones themselves.
 
@@ -129,7 +130,7 @@ class Regather:
 
         def begin(tensors: Sequence[Tensor]) -> Finish:
             with torch.no_grad():
-                *edges, pending = open_(op, specs, group, *tensors)
+                *edges, pending = open_(op, specs, group, *tensors, kernel=kernel)
 
             def finish() -> tuple[Tensor, ...]:
                 with torch.no_grad():

@@ -118,9 +118,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, seen: dict[int, Gathered]) -> None:
     """Note what the gathers of parameters make in each thread."""
     original = collectives._FORWARD["gather_vary"]
 
-    def start(xs: list[Tensor], specs: Sequence[Any], group: Group) -> Any:
+    def start(xs: list[Tensor], specs: Sequence[Any], group: Group, *rest: Any) -> Any:
         mine = seen[threading.get_ident()]
-        finish = original(xs, specs, group)
+        finish = original(xs, specs, group, *rest)
         nbytes = sum(x.nbytes for x in xs) * group.size
         mine.coming += nbytes
         mine.look()
