@@ -1,6 +1,7 @@
 # make           what there is to run
 # make demo      train one small model on four ranks and show the plan
 # make test      all tests;  make check: ruff, mypy and import-linter
+# make test-kernels   those of the Triton kernels alone: interpreted, compiled, across processes
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +12,7 @@ PYTEST_WORKERS ?= 2
 CPU_RANKS := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test test-slow check format verify bench clean
+.PHONY: help venv browser demo test test-slow test-kernels test-kernels-slow check format verify bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -22,7 +23,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[test,dev,kernels]'
 	touch $@
 
 # Some tests of the report look at it in a browser, and are skipped without one: never a failure here.
@@ -41,10 +42,29 @@ demo: venv
 	$(CPU_RANKS) $(PY) examples/run_demo.py
 
 test: venv
-	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m "not slow" tests
+	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m "not slow" --ignore tests/kernels tests
+	$(MAKE) --no-print-directory test-kernels
 
 test-slow: venv
-	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m slow tests
+	$(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m slow --ignore tests/kernels tests
+	$(MAKE) --no-print-directory test-kernels-slow
+
+# Triton is interpreted or compiles, for good, from its import on: each job is a call of its own. A
+# job without tests (pytest's exit code 5) is none that failed.
+KERNEL_JOBS := interpret ahead processes e2e
+test-kernels: KERNEL_TESTS := not slow
+test-kernels-slow: KERNEL_TESTS := slow
+test-kernels test-kernels-slow: venv
+	@if ! $(PY) -c "import triton" 2>/dev/null; then \
+	  echo "Triton is not installed: tests of its kernels are skipped"; exit 0; \
+	fi; \
+	for job in $(KERNEL_JOBS); do \
+	  test -d tests/kernels/$$job || continue; \
+	  echo "tests/kernels/$$job"; \
+	  if test $$job = ahead; then unset TRITON_INTERPRET; else export TRITON_INTERPRET=1; fi; \
+	  $(CPU_RANKS) $(PY) -m pytest -n $(PYTEST_WORKERS) -m "$(KERNEL_TESTS)" tests/kernels/$$job || \
+	    { code=$$?; test $$code = 5 || exit $$code; }; \
+	done
 
 check: venv
 	$(VENV)/bin/ruff check .

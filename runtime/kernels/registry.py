@@ -1,0 +1,15 @@
+"""The kernels there are, by the names of their modules."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+MODULES = ("dropout", "int8")
+
+
+def kernel_module(name: str) -> ModuleType:
+    """The module of a kernel; raises KeyError for a name that is not in `MODULES`."""
+    if name not in MODULES:
+        raise KeyError(name)
+    return import_module(f"autopar.runtime.kernels.{name}")
