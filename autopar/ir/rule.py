@@ -210,12 +210,19 @@ def factor_sizes(rule: ShardingRule, shapes: Sequence[Sequence[int]]) -> dict[st
     for dim, size in dims:
         if len(dim) == 1:
             sizes.setdefault(dim[0], size)
-    for _ in range(len(dims)):
-        for dim, size in dims:
+    left = [(dim, size) for dim, size in dims if len(dim) > 1]
+    while left:
+        waiting = []
+        for dim, size in left:
             unknown = [f for f in dim if f not in sizes]
             if len(unknown) == 1:
                 known = math.prod(sizes[f] for f in dim if f in sizes)
                 sizes[unknown[0]] = size // known if known else 0
+            elif unknown:
+                waiting.append((dim, size))
+        if len(waiting) == len(left):
+            break
+        left = waiting
     return sizes
 
 
