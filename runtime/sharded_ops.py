@@ -7,6 +7,7 @@ language promises (see `autopar.ir.lowered`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import Region
+from autopar.ir.pointwise import Fusion
 
 from .group import Group
+from .kernels import dropout as dropout_kernel
 from .random import keep_mask, local_shape
 
 # Elements of logits that are worked on at a time on CPU: a quarter to a half MiB, so that maximum,
@@ -34,16 +37,26 @@ def dropout(
     call: int,
     region: Region | tuple[Region, ...],
     micro_batch: int = 0,
+    *,
+    kernel: Fusion | None = None,
+    extras: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x * mask / (1 - p)`, with the mask of `autopar.runtime.random` for the region of `x`.
 
-    Of several regions, `x` is that of its micro-batch. The result is contiguous. Raises ValueError
-    if `p` is no probability or `x` not of the region's shape.
+    Of several regions, `x` is that of its micro-batch. The result is contiguous. With a `kernel` it
+    is made in one pass, along with what the fusion says of `x` and `extras`, in `dtype`. Raises
+    ValueError if `p` is no probability or `x` not of the region's shape.
     """
     if isinstance(region, tuple):
         region = region[micro_batch]
     if tuple(x.shape) != local_shape(region):
         raise ValueError(f"dropout: shape {tuple(x.shape)} is not that of the region {region}")
+    if kernel is not None:
+        if dropout_kernel.takes(x, extras):
+            return dropout_kernel.dropout(x, p, seed, call, region, kernel, extras, dtype)
+        mask = keep_mask(p, seed, call, region, x.device)
+        return dropout_kernel.reference(x, mask, p, kernel, extras, dtype)
     if p == 0.0:
         return x
     y: Tensor = _Dropout.apply(x, p, seed, call, region)  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ from autopar.runtime.random import H0, H1, M0, M1, M2, M3, MASK32, keys, segment
 from .ahead import Specialisation
 from .emit import Kernel, fill, triton_lines
 from .launch import block_size, cdiv, launch
+from .support import fall_back, usable
 
 NAME = "dropout"
 BLOCK = 2048
@@ -137,6 +138,16 @@ def _filled(
         store_tail=stores(", mask=i < n"),
     )
     return Kernel(name, source)
+
+
+def takes(x: Tensor, extras: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernel runs on these tensors, all of them float64 or none; warns once if not."""
+    if not usable(NAME, x, *extras):
+        return False
+    double = {t.dtype is torch.float64 for t in (x, *extras)}
+    if len(double) > 1:
+        fall_back(NAME, "it has no form for float64 among other dtypes")
+    return len(double) == 1
 
 
 def dropout(
