@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ir.pointwise import Fusion, parse_pointwise
-from autopar.runtime.kernels import dropout
+from autopar.runtime.kernels import adamw, combine, dropout, int8, permute
 from autopar.runtime.random import keep_mask, keep_mask_traced, whole
 
 P, SEED, CALL = 0.1, 1234, 0
@@ -79,6 +79,177 @@ def dropout_residual(device: torch.device, tiny: bool) -> Case:
     )
 
 
+def adamw_step(device: torch.device, tiny: bool) -> Case:
+    """AdamW over the shards of 48 parameters, which also writes their bfloat16 copies."""
+    count, size = (3, 1000) if tiny else (48, 2 << 20)
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    made = {name: [torch.rand(size, device=device) for _ in range(count)] for name in names}
+    copies = [x.bfloat16() for x in made["param"]]
+    steps = [torch.tensor(1.0, device=device) for _ in range(count)]
+    lists = [*made.values(), [], steps]
+    numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+
+    def ours() -> None:
+        adamw.adamw(*lists, **numbers, copies=copies, capturable=True)
+
+    def error() -> float:
+        before = [[x.clone() for x in column] for column in lists]
+        again = [x.clone() for x in copies]
+        adamw.reference(*before, **numbers, copies=again)
+        adamw.adamw(*lists, **numbers, copies=copies, capturable=True)
+        pairs = [*zip(lists[0], before[0], strict=True), *zip(lists[3], before[3], strict=True)]
+        return max(largest_difference(a, b) for a, b in pairs)
+
+    def torchs() -> None:
+        torch._fused_adamw_(*lists, amsgrad=False, maximize=False, **numbers)
+        torch._foreach_copy_(copies, lists[0])
+
+    return Case(
+        "adamw",
+        f"{count} x {size} fp32, bf16 copies",
+        count * size * 30,
+        ours,
+        error,
+        1e-6,
+        {"inductor": inductor(_foreach_adamw(lists, copies, numbers), device), "torch": torchs},
+    )
+
+
+def _foreach_adamw(
+    lists: Sequence[list[Tensor]], copies: list[Tensor], numbers: Mapping[str, float]
+) -> Callable[[], Any]:
+    """Torch's multi-tensor AdamW and the copies under Inductor."""
+
+    def step() -> None:
+        params, grads, first, second, _, steps = lists
+        torch._foreach_add_(steps, 1)
+        torch._foreach_mul_(params, 1 - numbers["lr"] * numbers["weight_decay"])
+        torch._foreach_lerp_(first, grads, 1 - numbers["beta1"])
+        torch._foreach_mul_(second, numbers["beta2"])
+        torch._foreach_addcmul_(second, grads, grads, 1 - numbers["beta2"])
+        for p, m, v, t, c in zip(params, first, second, steps, copies, strict=True):
+            root = v.sqrt() / (1 - numbers["beta2"] ** t).sqrt() + numbers["eps"]
+            p.sub_(numbers["lr"] / (1 - numbers["beta1"] ** t) * m / root)
+            c.copy_(p)
+
+    return step
+
+
+def quantise(device: torch.device, tiny: bool) -> Case:
+    """A bucket of gradients to int8 blocks."""
+    size = 5000 if tiny else 64 << 20
+    x = torch.randn(size, device=device, dtype=torch.bfloat16)
+    compiled = inductor(int8.reference, device)
+    return Case(
+        "int8",
+        f"quantise {size} bf16",
+        3 * size,
+        lambda: int8.quantise(x),
+        lambda: largest_difference(int8.quantise(x), int8.reference(x)),
+        0.0,
+        {"inductor": lambda: compiled(x), "torch": lambda: int8.reference(x)},
+    )
+
+
+def requantise(device: torch.device, tiny: bool) -> Case:
+    """The pieces of 8 members summed and quantised again."""
+    members, size = 8, 5000 if tiny else 16 << 20
+    x = torch.randn(members, size, device=device)
+    wire = torch.cat([int8.reference(row) for row in x])
+    compiled = inductor(int8.reference_reduce, device)
+    return Case(
+        "int8",
+        f"sum of {members} x {size}",
+        wire.nbytes // members * (members + 1),
+        lambda: int8.reduce(wire),
+        lambda: largest_difference(int8.reduce(wire), int8.reference_reduce(wire)),
+        0.0,
+        {"inductor": lambda: compiled(wire), "torch": lambda: int8.reference_reduce(wire)},
+    )
+
+
+def dequantise(device: torch.device, tiny: bool) -> Case:
+    """int8 blocks to bfloat16."""
+    size = 5000 if tiny else 64 << 20
+    wire = int8.reference(torch.randn(size, device=device))
+
+    def reference(wire: Tensor) -> Tensor:
+        return int8.reference_dequantise(wire, size, torch.bfloat16)
+
+    compiled = inductor(reference, device)
+    return Case(
+        "int8",
+        f"dequantise {size} to bf16",
+        3 * size,
+        lambda: int8.dequantise(wire, size, torch.bfloat16),
+        lambda: largest_difference(int8.dequantise(wire, size, torch.bfloat16), reference(wire)),
+        0.0,
+        {"inductor": lambda: compiled(wire), "torch": lambda: reference(wire)},
+    )
+
+
+def _routing(device: torch.device, tiny: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [tokens, width], the token of every position, and the two positions of every token."""
+    tokens, width = (24, 64) if tiny else (16384, 4096)
+    x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    order = torch.randperm(2 * tokens, device=device)
+    index = order % tokens
+    position = torch.argsort(index, stable=True).view(tokens, 2)
+    return x, index, position
+
+
+def permute_rows(device: torch.device, tiny: bool) -> Case:
+    """Every token's row to its two experts."""
+    x, index, _ = _routing(device, tiny)
+    compiled = inductor(lambda x, index: x[index], device)
+    return Case(
+        "permute",
+        f"{len(index)} x {x.shape[1]} bf16",
+        2 * len(index) * x.shape[1] * 2,
+        lambda: permute.permute(x, index),
+        lambda: largest_difference(permute.permute(x, index), permute.reference(x, index)),
+        0.0,
+        {
+            "inductor": lambda: compiled(x, index),
+            "torch": lambda: x.index_select(0, index),
+        },
+    )
+
+
+def combine_rows(device: torch.device, tiny: bool) -> Case:
+    """The weighted rows of two experts, and a residual."""
+    x, index, position = _routing(device, tiny)
+    y = x[index]
+    weight = torch.rand(len(x), 2, device=device)
+    epilogue = parse_pointwise("add(x, a0)")
+
+    def run(make: Callable[..., Any]) -> Any:
+        return make(y, position, weight, epilogue, (x,))
+
+    def plain(y: Tensor, position: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return ((y[position] * weight[..., None]).sum(1) + x).to(y.dtype)
+
+    compiled = inductor(plain, device)
+    return Case(
+        "combine",
+        f"{len(x)} x 2 x {x.shape[1]} bf16, residual",
+        y.nbytes + 2 * x.nbytes,
+        lambda: run(combine.combine),
+        lambda: largest_difference(run(combine.combine), run(combine.reference)),
+        2**-6,
+        {
+            "inductor": lambda: compiled(y, position, weight, x),
+            "torch": lambda: plain(y, position, weight, x),
+        },
+    )
+
+
 CASES: dict[str, Callable[[torch.device, bool], Case]] = {
+    "adamw:step": adamw_step,
+    "int8:quantise": quantise,
+    "int8:reduce": requantise,
+    "int8:dequantise": dequantise,
+    "permute:rows": permute_rows,
+    "combine:rows": combine_rows,
     "dropout:residual": dropout_residual,
 }
