@@ -27,12 +27,14 @@ from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 
 from .buckets import joined, pack, unpack
 from .chunks import check_full, check_local, chunk, is_prefix, local, local_shape, numel
+from .compressed import compressed
 from .group import Group
 
 Spec = ShardSpec | SwapSpec | None
 Finish = Callable[[], list[Tensor]]
 Use = bool | str | None
-"""The kernel that a call was opened with: True packs buckets in one launch; None: torch alone."""
+"""The kernel that a call was opened with: True packs buckets in one launch, "int8" also sums
+gradients as int8 in the backward; None: torch alone."""
 Starter = Callable[[list[Tensor], Sequence[Any], Group, Use], Finish]
 
 
@@ -175,9 +177,10 @@ class _Close(torch.autograd.Function):
             shares = [pending.ties[i] for i in kept]
             pending.gradients = lambda: [g * share for g, share in zip(grads, shares, strict=True)]
         else:
-            pending.gradients = _BACKWARD[name](
-                grads, [specs[i] for i in kept], group, pending.kernel
-            )
+            start = _BACKWARD[name]
+            if pending.kernel == "int8":
+                start = compressed(start)
+            pending.gradients = start(grads, [specs[i] for i in kept], group, pending.kernel)
         edges: list[Tensor | None] = [None] * len(gradients)
         for i, grad in zip(kept, grads, strict=True):
             edges[i] = grad.new_empty(0)
