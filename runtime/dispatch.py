@@ -4,6 +4,9 @@ Every member has positions (token slots, ids) anywhere in an indexed dim that is
 members. `routed_gather` is `x[indices]` and `routed_scatter` is `x[indices] = values` (or `+=`).
 Positions are sorted by owner; counts, positions and rows are exchanged by all-to-all, and the
 gradients take the way back. Tensors are local; the gradient of each input is that of a shard.
+
+With `kernel=True` rows of floating point numbers are copied and added up by the kernels of
+`autopar.runtime.kernels.permute` where they run.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +22,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import Route
+from autopar.ir.pointwise import IDENTITY, parse_pointwise
 
 from .group import Group
+from .kernels.combine import NAME as COMBINE
+from .kernels.combine import combine
+from .kernels.permute import NAME, Segments, gather_rows, sum_segments, takes
+
+ADD = parse_pointwise("add(x, a0)")
 
 
 def routed_gather(
-    x: Tensor, indices: Sequence[Tensor], route: Route, group: Group, padding_idx: int = -1
+    x: Tensor,
+    indices: Sequence[Tensor],
+    route: Route,
+    group: Group,
+    padding_idx: int = -1,
+    kernel: bool | None = None,
 ) -> Tensor:
     """`x[..., i, j, ...]` with the first indexed dim of `x` divided among the group.
 
@@ -32,12 +47,39 @@ def routed_gather(
     Raises IndexError for positions out of range.
     """
     positions, shape = _positions(indices, route)
-    plan = _Exchange.of(positions, route, group)
+    plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x))
     padding = padding_idx - route.owned[group.rank][0] if padding_idx >= 0 else -1
     rows: Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
         _as_rows(x, route), plan, padding
     )
     return _from_rows(rows, shape, x, route)
+
+
+def routed_combine(
+    x: Tensor,
+    indices: Sequence[Tensor],
+    weight: Tensor,
+    ways: int,
+    route: Route,
+    group: Group,
+    dtype: torch.dtype | None = None,
+    kernel: bool | None = None,
+) -> Tensor:
+    """`(x[indices] * weight).view(-1, ways, width).sum(1)`, [positions / ways, width] of `dtype`.
+
+    `x` is [rows..., width], the indices of all its dims but the last one-dimensional, and `weight`
+    [positions, 1]. By the kernel the rows that come back are read once, and not written again.
+    """
+    width = x.shape[-1]
+    if not (kernel and x.is_floating_point() and takes(COMBINE, x, weight)):
+        rows = routed_gather(x, indices, route, group, kernel=kernel)
+        return (rows * weight).view(-1, ways, width).sum(1, dtype=dtype)
+    positions, _ = _positions(indices, route)
+    plan = _Exchange.of(positions, route, group, True)
+    arrived: Tensor = _Fetch.apply(_as_rows(x, route), plan)  # type: ignore[no-untyped-call]
+    where, scale = plan.inverse.view(-1, ways), weight.reshape(-1, ways)
+    # Every row that arrived was asked for at one position.
+    return combine(arrived, where, scale, dtype=dtype or x.dtype, once=True)
 
 
 def routed_scatter(
@@ -48,6 +90,7 @@ def routed_scatter(
     group: Group,
     accumulate: bool = False,
     scale: float = 1.0,
+    kernel: bool | None = None,
 ) -> Tensor:
     """`x` with `x[..., i, j, ...] = scale * values` (or `+=`), its first indexed dim divided.
 
@@ -55,7 +98,7 @@ def routed_scatter(
     position the last one stays, members counting in order. Raises IndexError as `routed_gather`.
     """
     positions, shape = _positions(indices, route)
-    plan = _Exchange.of(positions, route, group)
+    plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x, values))
     k, dim = len(route.sizes), route.dim
     values = values if scale == 1 else values * scale
     wide = values.expand(*x.shape[:dim], *shape, *x.shape[dim + k :])
@@ -72,6 +115,11 @@ def prefix_sum(x: Tensor, dim: int, group: Group, dtype: torch.dtype | None = No
     """`x.cumsum(dim)` of a dim whose consecutive pieces the members of the group hold in order."""
     y: Tensor = _PrefixSum.apply(x, dim, group, dtype)  # type: ignore[no-untyped-call]
     return y
+
+
+def _by_kernel(wanted: bool | None, *tensors: Tensor) -> bool:
+    floating = all(x.is_floating_point() for x in tensors)
+    return bool(wanted) and floating and takes(NAME, *tensors)
 
 
 def _as_rows(x: Tensor, route: Route) -> Tensor:
@@ -124,7 +172,7 @@ class _Exchange:
 
     `order` lists the positions of this member by owner (those that nobody owns are left out),
     `sent[i]` of them belong to member `i`; `here` are the rows of this member that others (and
-    itself) asked for, `asked[i]` of them by member `i`.
+    itself) asked for, `asked[i]` of them by member `i`. `kernel` says what moves the rows.
     """
 
     order: Tensor
@@ -133,9 +181,10 @@ class _Exchange:
     asked: list[int]
     count: int
     group: Group
+    kernel: bool
 
     @staticmethod
-    def of(positions: Tensor, route: Route, group: Group) -> _Exchange:
+    def of(positions: Tensor, route: Route, group: Group, kernel: bool = False) -> _Exchange:
         with torch.no_grad():
             inner = math.prod(route.sizes[1:])
             owner = _owners(positions, route, inner)
@@ -150,16 +199,46 @@ class _Exchange:
             order = order[: sum(sent)]
             wanted = group.all_to_all(positions.index_select(0, order), asked, sent).wait()
             here = wanted - route.owned[group.rank][0] * inner
-        return _Exchange(order, here, sent, asked, positions.numel(), group)
+        return _Exchange(order, here, sent, asked, positions.numel(), group, kernel)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """Where in `order` each position of this member is; -1 where nobody owns it."""
+        inverse = self.order.new_full((self.count,), -1)
+        places = torch.arange(len(self.order), device=self.order.device)
+        return inverse.index_copy_(0, self.order, places)
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """The rows that were asked for."""
+        return gather_rows(rows, self.here) if self.kernel else rows.index_select(0, self.here)
+
+    def added(
+        self, rows: Tensor, count: int, padding: int = -1, to: Tensor | None = None
+    ) -> Tensor:
+        """Rows in the order of `here` added up where they belong, in all `count`, and to `to`.
+
+        Those for the row `padding` are left out.
+        """
+        if self.kernel:
+            here = self.here.masked_fill(self.here == padding, -1) if padding >= 0 else self.here
+            segments = Segments.of(here, count)
+            return sum_segments(rows, segments, *((IDENTITY,) if to is None else (ADD, (to,))))
+        if padding >= 0:
+            rows = rows.masked_fill((self.here == padding)[:, None], 0)
+        total = _sum_rows(rows, self.here, count)
+        return total if to is None else to + total
 
     def to_owners(self, rows: Tensor) -> Tensor:
         """Rows in the order of this member's positions, to where they belong."""
-        sorted_rows = rows.index_select(0, self.order)
+        take = gather_rows if self.kernel else _select
+        sorted_rows = take(rows, self.order)
         return self.group.all_to_all(sorted_rows, self.asked, self.sent).wait()
 
     def to_askers(self, rows: Tensor) -> Tensor:
         """Rows in the order of `here`, back to who asked; zeros where nobody owns a position."""
         got = self.group.all_to_all(rows, self.sent, self.asked).wait()
+        if self.kernel:
+            return gather_rows(got, self.inverse)
         make = got.new_empty if len(self.order) == self.count else got.new_zeros
         return make((self.count, *rows.shape[1:])).index_copy_(0, self.order, got)
 
@@ -177,6 +256,17 @@ def _owners(positions: Tensor, route: Route, inner: int) -> Tensor:
     return member.where(positions >= begin, n)  # in a gap: before its owner's start
 
 
+def _last(index: Tensor, count: int) -> Tensor:
+    """The last position in `index` of each of `count` numbers; -1 of those that are not there."""
+    last = index.new_full((count,), -1)
+    places = torch.arange(len(index), device=index.device)
+    return last.scatter_reduce_(0, index, places, "amax")
+
+
+def _select(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.index_select(0, index)
+
+
 def _sum_rows(rows: Tensor, here: Tensor, count: int) -> Tensor:
     """`zeros(count).index_add(0, here, rows)`, by the faster kernel where there is one."""
     if rows.is_floating_point() and count and rows.shape[1]:
@@ -189,16 +279,29 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Exchange, padding: int) -> Tensor:
         ctx.plan, ctx.count, ctx.padding = plan, x.shape[0], padding
-        return plan.to_askers(x.index_select(0, plan.here))
+        return plan.to_askers(plan.taken(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Exchange = ctx.plan
-        arrived = plan.to_owners(grad)
-        if ctx.padding >= 0:
-            arrived = arrived.masked_fill((plan.here == ctx.padding)[:, None], 0)
-        return _sum_rows(arrived, plan.here, ctx.count), None, None
+        return plan.added(plan.to_owners(grad), ctx.count, ctx.padding), None, None
+
+
+class _Fetch(torch.autograd.Function):
+    """The rows of `_Gather` by owner, as they arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: _Exchange) -> Tensor:
+        ctx.plan, ctx.count = plan, x.shape[0]
+        return plan.group.all_to_all(plan.taken(x), plan.sent, plan.asked).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Exchange = ctx.plan
+        arrived = plan.group.all_to_all(grad.contiguous(), plan.asked, plan.sent).wait()
+        return plan.added(arrived, ctx.count), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -207,7 +310,9 @@ class _Scatter(torch.autograd.Function):
         ctx.plan, ctx.accumulate = plan, accumulate
         arrived = plan.to_owners(values)
         if accumulate:
-            return x + _sum_rows(arrived, plan.here, x.shape[0])
+            return plan.added(arrived, x.shape[0], to=x)
+        if plan.kernel:
+            return gather_rows(arrived, _last(plan.here, x.shape[0]), default=x)
         return x.index_put((plan.here,), arrived)
 
     @staticmethod
@@ -218,7 +323,7 @@ class _Scatter(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = grad if ctx.accumulate else grad.index_fill(0, plan.here, 0)
         if ctx.needs_input_grad[1]:
-            of_values = plan.to_askers(grad.index_select(0, plan.here))
+            of_values = plan.to_askers(plan.taken(grad))
         return of_x, of_values, None, None
 
 

@@ -1,8 +1,8 @@
 """Weighted sums of the rows that experts sent back.
 
-`combine` is `out[t] = epilogue(sum_k weight[t, k] * y[position[t, k]])`, in one pass. A position out
-of range (-1 for a dropped token) adds nothing. One launch of the backward gives the gradients of
-the rows and of the weights, and of the epilogue's further tensors.
+`combine` is `out[t] = epilogue(sum_k weight[t, k] * y[position[t, k]])`. A position out of range
+(-1 for a dropped token) adds nothing. One launch of the backward gives the gradients of the rows
+and of the weights, and of the epilogue's further tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .ahead import Specialisation
 from .emit import Kernel, fill, triton_lines
 from .launch import block_size, cdiv, launch
 from .permute import (
-    SUM_TILE_BYTES,
     TILE,
     Segments,
     compute_dtype,
@@ -32,6 +31,7 @@ from .permute import (
 )
 
 NAME = "combine"
+TILE_BYTES = 4096  # what a program writes
 ONE = "mul(1.0, 1.0)"  # how a derivative prints that is 1 everywhere
 # A row's products with the gradient are added up by one program: this many of its columns at once.
 LONGEST_BLOCK = 4096
@@ -278,7 +278,7 @@ class _Combine(torch.autograd.Function):
         inputs = [y.contiguous(), position.contiguous(), *given]
         others = [a.contiguous() for a in extras]
         kernel = emit(epilogue, weight is not None, compute_dtype(y))
-        r, block = tile(width, out.element_size(), SUM_TILE_BYTES)
+        r, block = tile(width, out.element_size(), TILE_BYTES)
         tensors = [*inputs, *others, out]
         launch_rows(kernel, tensors, out, rows, K=ways, ROWS=r, BLOCK=block)
         ctx.call = epilogue, once, weight is not None
@@ -347,7 +347,7 @@ def _run_backward(
 def _whole_rows(width: int, element_bytes: int, ways: int) -> dict[str, int]:
     """The backward's constants: a program has all columns of its rows."""
     block = min(block_size(LONGEST_BLOCK), 1 << max(width - 1, 0).bit_length())
-    rows = max(1, block_size(SUM_TILE_BYTES // element_bytes) // block)
+    rows = max(1, block_size(TILE_BYTES // element_bytes) // block)
     return {"K": ways, "WAYS": 1 << max(ways - 1, 0).bit_length(), "ROWS": rows, "BLOCK": block}
 
 
@@ -356,12 +356,16 @@ def specialisations() -> list[Specialisation]:
     residual = parse_pointwise("add(x, a0)")
     forms = []
     for dtype in ("fp32", "bf16", "fp16"):
-        forms.append(form(emit(), dtype, K=2))
-        forms.append(form(emit(residual), dtype, K=2))
+        forms.append(form(emit(), dtype, TILE_BYTES, K=2))
+        forms.append(form(emit(residual), dtype, TILE_BYTES, K=2))
         constants = _whole_rows(1024, 4 if dtype == "fp32" else 2, 2)
-        forms.append(form(emit_backward(residual, True, ("weight", "y")), dtype, **constants))
-    forms.append(form(emit(), "bf16", K=8))
+        forms.append(
+            form(emit_backward(residual, True, ("weight", "y")), dtype, TILE_BYTES, **constants)
+        )
+    forms.append(form(emit(), "bf16", TILE_BYTES, K=8))
     constants = _whole_rows(1024, 2, 8)
-    forms.append(form(emit_backward(IDENTITY, True, ("weight", "y")), "bf16", **constants))
-    forms.append(form(emit(weighted=False), "bf16", K=2))
+    forms.append(
+        form(emit_backward(IDENTITY, True, ("weight", "y")), "bf16", TILE_BYTES, **constants)
+    )
+    forms.append(form(emit(weighted=False), "bf16", TILE_BYTES, K=2))
     return forms

@@ -25,7 +25,7 @@ from .support import fall_back, usable
 
 NAME = "permute"
 TILE_BYTES = 8192  # what a program writes: four 128-bit stores for each of 128 threads
-SUM_TILE_BYTES = 4096  # of a program that keeps sums in registers
+SUM_TILE_BYTES = 4096  # of a program of sums, which has several rows in flight for each
 LARGEST = 1 << 62  # offsets of rows are 64-bit
 
 # Every kernel of rows covers a tile of ROWS x BLOCK. WIDTH is a constant of the model, from which
@@ -62,8 +62,8 @@ def sum_segments(
     start = tl.load(starts_ptr + i, mask=here, other=0)
     stop = tl.load(starts_ptr + i + 1, mask=here, other=0)
     total = tl.zeros([ROWS, BLOCK], $compute)
-    for first in range(0, tl.max(stop - start, 0), 4):
-        for step in tl.static_range(4):
+    for first in range(0, tl.max(stop - start, 0), 2):
+        for step in tl.static_range(2):
             at = start + first + step
             live = at < stop
             slot = tl.load(order_ptr + at, mask=live, other=0)
@@ -279,27 +279,26 @@ def tile(width: int, element_bytes: int, tile_bytes: int) -> tuple[int, int]:
 
 
 def specialisations() -> list[Specialisation]:
-    """Rows of a usual model's width, gathered and added up, plain and with a cast or a residual."""
+    """Rows of a usual width, gathered and added up, plain and with a scale or a residual."""
     half = parse_pointwise("mul(x, 0.5)")
     residual = parse_pointwise("add(x, a0)")
     forms = []
     for dtype in ("fp32", "bf16", "fp16"):
-        forms.append(form(emit(), dtype))
-        forms.append(form(emit_sum(), dtype, SLOTS=1))
-        forms.append(form(emit_sum(residual), dtype, SLOTS=1))
-    forms.append(form(emit(half), "bf16"))
-    forms.append(form(emit(default=True), "bf16"))
-    forms.append(form(emit_sum(weighted=True), "bf16", SLOTS=2))
+        forms.append(form(emit(), dtype, TILE_BYTES))
+        forms.append(form(emit_sum(), dtype, SUM_TILE_BYTES, SLOTS=1))
+        forms.append(form(emit_sum(residual), dtype, SUM_TILE_BYTES, SLOTS=1))
+    forms.append(form(emit(half), "bf16", TILE_BYTES))
+    forms.append(form(emit(default=True), "bf16", TILE_BYTES))
+    forms.append(form(emit_sum(weighted=True), "bf16", SUM_TILE_BYTES, SLOTS=2))
     return forms
 
 
-def form(kernel: Kernel, dtype: str, **constants: int) -> Specialisation:
+def form(kernel: Kernel, dtype: str, tile_bytes: int, **constants: int) -> Specialisation:
     """A kernel of rows for a width of 1024, all tensors of one dtype but integers: int64."""
     head = kernel.source.split("(\n", 1)[1].split("):\n")[0]
     names = [p.strip() for p in head.split(",") if p.strip() and ":" not in p]
     whole = ("index_ptr", "order_ptr", "starts_ptr", "position_ptr")
     kinds = {n: "*i64" if n in whole else f"*{dtype}" for n in names if n.endswith("_ptr")}
-    tile_bytes = TILE_BYTES if kernel.name == "permute" else SUM_TILE_BYTES
     rows, block = tile(1024, 4 if dtype == "fp32" else 2, tile_bytes)
     return Specialisation(
         kernel,
