@@ -29,6 +29,7 @@ from autopar.ir.lowered import (
 from . import dispatch, grouped, micro_batches, sharded_ops
 from .attention import causal_attention
 from .collectives import Spec, Use, close, open_
+from .cross_entropy import cross_entropy
 from .group import Group
 
 
@@ -66,7 +67,7 @@ BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
     DROPOUT: sharded_ops.dropout,
     CAUSAL_ATTENTION: causal_attention,
     MASKED_EMBEDDING: sharded_ops.masked_embedding,
-    CROSS_ENTROPY: sharded_ops.cross_entropy,
+    CROSS_ENTROPY: cross_entropy,
     BATCH_NORM: sharded_ops.batch_norm,
     PREFIX_SUM: dispatch.prefix_sum,
     ROUTED_GATHER: dispatch.routed_gather,
