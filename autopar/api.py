@@ -10,11 +10,12 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
+from .compression import checked_compression
 from .controller import Controller
 from .cost.cluster import Cluster, parse_cluster
 from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
-from .launch import MEMORY
+from .launch import COMPRESS, MEMORY
 from .options import Options
 from .passes.families import FAMILIES
 from .pipeline_options import pipelines_asked
@@ -45,6 +46,7 @@ def parallelize(
     stages: int | None = ...,
     schedule: str | None = ...,
     micro_batches: int | None = ...,
+    compress: str | None = ...,
 ) -> Callable[[Any], Any]: ...
 
 
@@ -63,6 +65,7 @@ def parallelize(
     stages: int | None = ...,
     schedule: str | None = ...,
     micro_batches: int | None = ...,
+    compress: str | None = ...,
 ) -> M: ...
 
 
@@ -80,6 +83,7 @@ def parallelize(
     stages: int | None = None,
     schedule: str | None = None,
     micro_batches: int | None = None,
+    compress: str | None = None,
 ) -> Any:
     """Make a module (or a module class, as a decorator) train on all devices of this run.
 
@@ -108,6 +112,9 @@ def parallelize(
         stages: how many stages a pipeline has; the search chooses by default.
         schedule: "gpipe", "1f1b", "interleaved" or "zero_bubble"; the search chooses by default.
         micro_batches: how many a step has; the search chooses by default.
+        compress: "int8" sums the gradients of parameters as int8 where they cross hosts (on one
+            host along all axes), which changes numbers: see docs/compression.md. By default
+            `autopar run --compress`, and without it nothing is rounded.
 
     Raises:
         UserError: for anything above that cannot be done, and on the first call for models that
@@ -132,6 +139,7 @@ def parallelize(
         checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
         micro_batch_statistics=micro_batch_statistics,
         micro_batches=micro_batches,
+        compress=checked_compression(compress or os.environ.get(COMPRESS) or None),
         pipelines=pipelines_asked(
             strategy,
             stages,

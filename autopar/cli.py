@@ -184,6 +184,9 @@ def run(
         str | None,
         typer.Option(help="Limit per rank, such as 6GiB; measured and shown at the end."),
     ] = None,
+    compress: Annotated[
+        str | None, typer.Option(help="int8: gradients between hosts, at a price in accuracy.")
+    ] = None,
 ) -> None:
     """Run a script on several ranks of this machine, or of several hosts.
 
@@ -192,7 +195,8 @@ def run(
     from autopar.cli_run import run_script
 
     nodes = check_nodes(nnodes, node_rank, rdzv_endpoint, rdzv_backend, rdzv_id)
-    raise typer.Exit(run_script(script, nproc, arguments or [], nodes, rdzv_timeout, memory))
+    code = run_script(script, nproc, arguments or [], nodes, rdzv_timeout, memory, compress)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .launch import FAILURES, LAUNCHER, MEMORY
+from .launch import COMPRESS, FAILURES, LAUNCHER, MEMORY
 from .nodes import MEET_FIX, Nodes, first_line, meet
 
 if TYPE_CHECKING:  # torch takes long to load
@@ -50,10 +50,12 @@ def run_script(
     nodes: Nodes | None = None,
     timeout_s: int = MEET_S,
     memory: str | None = None,
+    compress: str | None = None,
 ) -> int:
     """Run `script` on `nproc` ranks of this machine; the exit code that the command ends with.
 
-    `memory` is the limit per rank of a model whose `parallelize` names none. With several `nodes`,
+    `memory` is the limit per rank of a model whose `parallelize` names none, `compress` how its
+    gradients travel. With several `nodes`,
     each of them makes the same call, and has `timeout_s` to do so. The code
     is 0, the script's own, 2 for a UserError, and 128 + n where signal n ended a rank or this
     command. Raises UserError for a script or a number of processes that cannot be started, and for
@@ -71,6 +73,10 @@ def run_script(
 
         parse_bytes(memory)
         os.environ[MEMORY] = memory
+    if compress is not None:
+        from .compression import checked_compression
+
+        os.environ[COMPRESS] = checked_compression(compress) or ""
     with tempfile.TemporaryDirectory(prefix="autopar-run-") as folder:
         failures = Path(folder, "failures")
         failures.mkdir()

@@ -22,4 +22,5 @@ class Options:
     checkpoint: str | None = None
     micro_batch_statistics: bool = False
     micro_batches: int | None = None
+    compress: str | None = None
     pipelines: Wanted | None = None

@@ -16,6 +16,7 @@ from .ir.graph import Graph, Value
 from .ir.lowered import GroupRef
 from .ir.recomputed import mark_of
 from .ir.step import StepGraphs
+from .kernel_use import NOWHERE, Places
 from .passes.follow_micro_batches import Followed
 from .passes.lower_pieces import LoweredPieces, lower_pieces
 from .passes.pipeline_plan import matching_cuts
@@ -43,6 +44,7 @@ def load_pipelined_step(
     groups: dict[tuple[str, ...], Group],
     device: torch.device,
     backend: str | None = None,
+    kernels: Places = NOWHERE,
 ) -> PipelinedStep:
     """The step of this rank: its pieces' programs, the engine of the schedule, tied parameters.
 
@@ -63,6 +65,7 @@ def load_pipelined_step(
             storage,
             regather,
             ahead=device.type != "cpu",
+            kernels=kernels,
         )
     )
     compiled = backend not in (None, "eager")

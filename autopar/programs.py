@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .capture import Capture
 from .errors import ShardingWarning, UserError
 from .ir.rule import Choice
+from .kernel_use import NOWHERE, Places
 from .passes.follow_micro_batches import Followed, batch_size, largest_count
 from .passes.lower_step import lower_part, micro_batched
 from .passes.mark_recompute import matching_recompute
@@ -100,7 +101,7 @@ class Loader:
 
     `parameters` are the module's by all their names. `groups` are shared by all programs, `stages`
     what every pass left when the last one was lowered. `statistics` says whether batch
-    normalisation may take those of a micro-batch.
+    normalisation may take those of a micro-batch. `kernels` are where autopar's own kernels run.
     """
 
     plan: Plan
@@ -110,6 +111,7 @@ class Loader:
     device: torch.device
     backend: str | None
     statistics: bool = False
+    kernels: Places = NOWHERE
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     stages: list[Stage] = field(default_factory=list)
 
@@ -158,6 +160,7 @@ class Loader:
             regather,
             self._recompute(made, sizes),
             ahead=self._ahead,
+            kernels=self.kernels,
         )
         self.stages = run_passes(graph, passes, plan.mesh)
         lowered = self.stages[-1].graph
@@ -184,6 +187,7 @@ class Loader:
             self.groups,
             self.device,
             self.backend,
+            self.kernels,
         )
         if step.is_trained and self.rank == 0:
             note = another_schedule(self.plan, count)
@@ -214,7 +218,15 @@ class Loader:
     ) -> Runnable:
         storage, regather = storage_of(made.graph, self.plan)
         followed = self._followed(made, sizes, choices, count)
-        found = lower_part(followed, followed.graph, self.rank, storage, regather, self._ahead)
+        found = lower_part(
+            followed,
+            followed.graph,
+            self.rank,
+            storage,
+            regather,
+            self._ahead,
+            kernels=self.kernels,
+        )
         self.stages = list(found.stages)
         self._start_groups(found.graphs.prologue, found.graphs.body, found.graphs.tail)
         part = load_part(found.graphs, self.groups, self.backend, self.device)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .capture import Capture, CaptureMismatchError, capture
+from .compression import with_compression, with_note
 from .errors import ShardingWarning, UserError
 from .first_plan import fitted, searched
 from .hints import hints_of
 from .ir.rule import Choice
 from .ir.text import parse_sharding
+from .kernel_use import NOWHERE
 from .memory_report import report_at_exit
 from .options import Options
 from .passes.follow_micro_batches import BATCH
@@ -259,8 +261,10 @@ class Session:
 
         def make() -> str:
             if given is None:
-                return searched(trained, options, hints).to_json()
-            return fitted(given, trained, options, self.world_size).to_json()
+                made = searched(trained, options, hints)
+            else:
+                made = fitted(given, trained, options, self.world_size)
+            return with_note(made, options.compress).to_json()
 
         self.plan = plan_from_json(self._on_rank_zero(make))
         if self.rank == 0:
@@ -341,6 +345,7 @@ class Session:
                 self._device(),
                 self.options.backend,
                 self.options.micro_batch_statistics,
+                with_compression(NOWHERE, self.plan.mesh, self.options.compress),
                 dict(self.module.named_parameters(remove_duplicate=False)),
             )
             captured.programs[key] = loader.load(captured.capture, sizes, captured.choices)

@@ -118,7 +118,8 @@ def schedule_of(graph: Graph) -> str:
             arguments: list[Any] = list(node.args)
             parts = [str(a) for a in arguments if isinstance(a, (Collective, GroupRef))]
             dtypes = [str(v.dtype) for v in values_of(node)]
-            digest.update(f"{node.target.name} {parts} {dtypes} {mark_of(node)}\n".encode())
+            wire = "int8" if node.kwargs.get("kernel") == "int8" else ""  # other messages
+            digest.update(f"{node.target.name} {parts} {dtypes} {mark_of(node)}{wire}\n".encode())
     return digest.hexdigest()
 
 
