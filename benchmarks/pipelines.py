@@ -136,7 +136,8 @@ class InLoop:
 
 def plan_with(model: nn.Module, schedule: str, batch: tuple[Tensor, Tensor]) -> Any:
     """A plan of `RANKS` stages of one device each, cut before the blocks' first norms."""
-    from autopar.capture import capture
+    from autopar.runtime.children import exit_on_termination
+from autopar.capture import capture
     from autopar.ir.mesh import Mesh
     from autopar.ir.sharding import Sharding
     from autopar.passes.pipeline_plan import with_pipeline
@@ -197,7 +198,8 @@ def measure(schedule: str, rounds: int, steps: int) -> Result:
         pipes.append(ours)
         processes.append(process)
     try:
-        answers = [pipe.recv() for pipe in pipes]
+        with exit_on_termination():
+            answers = [pipe.recv() for pipe in pipes]
     finally:
         for process in processes:
             process.kill()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.runtime.calibrate import RANK_ENVIRONMENT
+from autopar.runtime.children import ended_together
 
 
 def run_ranks(
@@ -23,7 +24,7 @@ def run_ranks(
     """
     out = folder / "out.json"
     processes: list[subprocess.Popen[bytes]] = []
-    try:
+    with ended_together(processes):
         for rank in range(ranks):
             file = folder / f"{rank}.json"
             parts = {"rank": rank, "nproc": ranks, "store": f"{folder}/store", "out": str(out)}
@@ -43,8 +44,3 @@ def run_ranks(
         if any(process.wait() for process in processes) or not out.exists():
             raise RuntimeError(f"{worker}: a rank failed")
         return json.loads(out.read_text())
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()

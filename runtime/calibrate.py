@@ -27,6 +27,7 @@ from autopar.errors import UserError
 
 from .calibrate_collectives import Sample
 from .calibrate_curves import collectives_from_samples, device_from_samples
+from .children import ended_together
 
 # Page faults otherwise dominate: a 64 MB clone takes 60 to 205 ms instead of 14 to 20.
 RANK_ENVIRONMENT = {
@@ -130,55 +131,50 @@ def _run(
     title = f"{nproc} ranks" if nproc > 1 else f"one process with {threads} threads"
     if hosts.count > 1:
         title = f"{hosts.count} hosts of {title}"
-    with tempfile.TemporaryDirectory(prefix="autopar-calibrate-") as folder:
-        processes: list[subprocess.Popen[str]] = []
-        environment = {**os.environ, **RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
-        try:
-            for rank in range(nproc):
-                job = Path(folder) / f"{rank}.json"
-                job.write_text(
-                    json.dumps(
-                        {
-                            "rank": hosts.this * nproc + rank,
-                            "nproc": nproc * hosts.count,
-                            "inside": nproc,
-                            "threads": threads,
-                            "quick": quick,
-                            "rounds": rounds,
-                            "store": f"tcp://{hosts.endpoint}"
-                            if hosts.count > 1
-                            else f"file://{folder}/store",
-                            "timeout_s": RENDEZVOUS_S,
-                        }
-                    )
+    processes: list[subprocess.Popen[str]] = []
+    temporary = tempfile.TemporaryDirectory(prefix="autopar-calibrate-")
+    environment = {**os.environ, **RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+    with temporary as folder, ended_together(processes):
+        for rank in range(nproc):
+            job = Path(folder) / f"{rank}.json"
+            job.write_text(
+                json.dumps(
+                    {
+                        "rank": hosts.this * nproc + rank,
+                        "nproc": nproc * hosts.count,
+                        "inside": nproc,
+                        "threads": threads,
+                        "quick": quick,
+                        "rounds": rounds,
+                        "store": f"tcp://{hosts.endpoint}"
+                        if hosts.count > 1
+                        else f"file://{folder}/store",
+                        "timeout_s": RENDEZVOUS_S,
+                    }
                 )
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "autopar.runtime.calibrate_worker", str(job)],
-                        env=environment,
-                        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                        stderr=(Path(folder) / f"{rank}.err").open("w"),
-                        text=True,
-                    )
+            )
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "autopar.runtime.calibrate_worker", str(job)],
+                    env=environment,
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                    stderr=(Path(folder) / f"{rank}.err").open("w"),
+                    text=True,
                 )
-            results: list[Sample] = []
-            foreign = 0.0
-            assert processes[0].stdout is not None
-            for line in processes[0].stdout:
-                message = json.loads(line)
-                if "progress" in message:
-                    step(f"{title}: {message['progress']}")
-                else:
-                    results = [(str(k), float(x), float(t)) for k, x, t in message["results"]]
-                    foreign = float(message["foreign"])
-            codes = [process.wait() for process in processes]
-            if any(codes) or not results:
-                errors = [(Path(folder) / f"{rank}.err").read_text() for rank in range(nproc)]
-                last = next((e.strip().splitlines()[-1] for e in errors if e.strip()), "no message")
-                raise UserError(f"calibration failed on {title}: {last}")
-            return results, foreign
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+            )
+        results: list[Sample] = []
+        foreign = 0.0
+        assert processes[0].stdout is not None
+        for line in processes[0].stdout:
+            message = json.loads(line)
+            if "progress" in message:
+                step(f"{title}: {message['progress']}")
+            else:
+                results = [(str(k), float(x), float(t)) for k, x, t in message["results"]]
+                foreign = float(message["foreign"])
+        codes = [process.wait() for process in processes]
+        if any(codes) or not results:
+            errors = [(Path(folder) / f"{rank}.err").read_text() for rank in range(nproc)]
+            last = next((e.strip().splitlines()[-1] for e in errors if e.strip()), "no message")
+            raise UserError(f"calibration failed on {title}: {last}")
+        return results, foreign
