@@ -63,15 +63,13 @@ class Places:
 NOWHERE = Places()
 
 
-def everywhere(compress: str | None = None) -> Places:
-    """All kernels at all their places; "int8" changes numbers, and is for those who ask for it."""
-    return Places({name: None for name in KERNELS if name != "int8" or compress == "int8"})
+def everywhere() -> Places:
+    """All kernels at all their places, but "int8": it changes numbers, for users who ask for it."""
+    return Places({name: None for name in KERNELS if name != "int8"})
 
 
-def places_of(
-    uses: tuple[KernelUse, ...], mode: str, compress: str | None = None, planned: bool = True
-) -> Places:
-    """Where to put kernels under a plan.
+def places_of(uses: tuple[KernelUse, ...], mode: str, planned: bool = True) -> Places:
+    """Where to put kernels under a plan, but "int8", which is not the plan's to choose.
 
     `planned` says whether the graph to lower is the plan's own, or another capture of its model (of
     evaluation, or of another batch), whose nodes have other names: that has the plan's kernels
@@ -80,10 +78,10 @@ def places_of(
     if mode == "off":
         return NOWHERE
     if mode in ("all", "interpret"):
-        return everywhere(compress)
+        return everywhere()
     found: dict[str, frozenset[str] | None] = {}
     for use in uses:
-        if use.kernel == "int8" and compress != "int8":
+        if use.kernel == "int8":
             continue
         before = found.get(use.kernel, frozenset())
         named = planned or use.kernel in ON_AXES

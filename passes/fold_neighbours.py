@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from autopar.cost.families import op_name
 from autopar.ir.graph import Value
 from autopar.ir.lowered import CLOSE, EXCHANGE, GATHER_VARY, PVARY
 from autopar.ir.pointwise import IDENTITY, Fusion, Pointwise
@@ -63,7 +64,7 @@ def epilogue_of(made_by: Node, room: int = MOST_EXTRAS) -> Neighbours:
         if mark_of(user) != mark_of(made_by) or user.op != "call_function":
             break
         found = folded(user, last)
-        if found is None or any(map(_is_parameter, found.operands[1:])):
+        if found is None or any(map(is_parameter, found.operands[1:])):
             break
         before = program if program else rounded(IDENTITY, last.meta["value"].dtype)
         longer = before.then(found.program)
@@ -97,11 +98,11 @@ def _absorbable(node: Node, reader: Node) -> tuple[Folded | None, str]:
     if made is None:
         return None, ""
     if list(node.users) != [reader]:
-        return None, f"%{node.name} has other readers"
+        return None, f"the {op_name(node.target)} before it has other readers"
     if mark_of(node) != mark_of(reader):
-        return None, f"%{node.name} is outside of the region that is recomputed"
-    if any(map(_is_parameter, made.operands)):
-        return None, f"%{node.name} reads a parameter"
+        return None, f"the {op_name(node.target)} before it is not recomputed with it"
+    if any(map(is_parameter, made.operands)):
+        return None, f"the {op_name(node.target)} before it reads a parameter"
     return made, ""
 
 
@@ -109,8 +110,11 @@ def _folds(node: Node) -> bool:
     return any(folded(node, n) is not None for n in node.all_input_nodes)
 
 
-def _is_parameter(node: Node) -> bool:
-    """Parameters may be dropped and gathered again, by what every op saves."""
+def is_parameter(node: Node) -> bool:
+    """Whether a value is a parameter, or one of a bucket, or gathered.
+
+    Such may be dropped and gathered again, by what every op saves.
+    """
     while node.op == "call_function" and str(getattr(node.target, "__name__", "")) == "getitem":
         node = node.args[0]  # type: ignore[assignment]
     if node.op == "placeholder":

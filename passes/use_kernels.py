@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.fx
 
+from autopar.cost.families import op_name
 from autopar.ir.graph import Graph, Value, value_of
 from autopar.ir.lowered import (
     CLOSE,
@@ -19,7 +19,6 @@ from autopar.ir.lowered import (
     PVARY,
     ROUTED_GATHER,
     ROUTED_SCATTER,
-    SCATTER_SUM,
     Collective,
     GroupRef,
 )
@@ -28,10 +27,10 @@ from autopar.ir.pointwise import PLAIN, Fusion
 from autopar.ir.recomputed import SELECTIVE, mark_of
 from autopar.kernel_use import Places
 
-from .fold_neighbours import described, epilogue_of, prologue_of
+from .fold_neighbours import described, epilogue_of, is_parameter, prologue_of
 
 Node = torch.fx.Node
-REDUCES_GRADIENTS = (PVARY, GATHER_VARY, SCATTER_SUM)
+REDUCES_GRADIENTS = (PVARY, GATHER_VARY)
 
 _MATMULS = frozenset({"linear", "mm", "matmul", "addmm", "bmm"})  # they do not save what they give
 _VIEWS = frozenset({"view", "reshape", "flatten", "unsqueeze", "squeeze", "alias", "_unsafe_view"})
@@ -121,16 +120,16 @@ def why_kept(reader: Node, logits: Node) -> str:
     after = reader
     while True:
         if list(node.users) != [after]:
-            return f"%{node.name} has other readers"
+            return "others read them"
         if mark_of(node) is not None or mark_of(reader) is not None:
             return "they are recomputed"
         if node.op != "call_function":
             return "they are an input"
-        name = _name(node)
+        name = op_name(node.target)
         if name in _MATMULS:
             return ""
         if name not in _VIEWS:
-            return f"%{node.name} ({name}) may save them for its own backward"
+            return f"{name}, which makes them, may save them"
         before = node.args[0]
         assert isinstance(before, torch.fx.Node)
         node, after = before, node
@@ -143,12 +142,19 @@ def _exchange(node: Node, mesh: Mesh, places: Places) -> Iterator[Site]:
     if mark is not None and mark.mode == SELECTIVE:
         return  # what they give is kept by their arguments
     axis = str(group)
-    if op in REDUCES_GRADIENTS and node.target is not CLOSE and places.has("int8", axis):
+    if _reduces_gradients(node) and places.has("int8", axis):
         node.kwargs = {**node.kwargs, "kernel": "int8"}
         yield Site("int8", axis, node)
     elif _packs(node) and places.has("pack", axis):
         node.kwargs = {**node.kwargs, "kernel": True}
         yield Site("pack", axis, node)
+
+
+def _reduces_gradients(node: Node) -> bool:
+    """Whether the backward of an exchange sums gradients of parameters."""
+    if node.target is CLOSE or node.args[0] not in REDUCES_GRADIENTS:
+        return False
+    return all(is_parameter(n) for n in node.args[3:] if isinstance(n, torch.fx.Node))
 
 
 def _packs(node: Node) -> bool:
@@ -161,13 +167,6 @@ def _packs(node: Node) -> bool:
 def _values(node: Node) -> tuple[Value, ...]:
     value = node.meta.get("value")
     return (value,) if isinstance(value, Value) else ()
-
-
-def _name(node: Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
-    return "getitem" if target is operator.getitem else str(getattr(target, "__name__", target))
 
 
 def _erase(graph: Graph, nodes: tuple[Node, ...]) -> None:
