@@ -32,6 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from autopar.runtime.children import exit_on_termination
+
 from .models import GPT, MODELS
 from .workers import MALLOC, RANKS
 
@@ -136,8 +138,7 @@ class InLoop:
 
 def plan_with(model: nn.Module, schedule: str, batch: tuple[Tensor, Tensor]) -> Any:
     """A plan of `RANKS` stages of one device each, cut before the blocks' first norms."""
-    from autopar.runtime.children import exit_on_termination
-from autopar.capture import capture
+    from autopar.capture import capture
     from autopar.ir.mesh import Mesh
     from autopar.ir.sharding import Sharding
     from autopar.passes.pipeline_plan import with_pipeline
