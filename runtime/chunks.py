@@ -54,6 +54,11 @@ def local_shape(shape: Sequence[int], spec: ShardSpec, member: int) -> tuple[int
     return (*shape[: spec.dim], spec.local_size(member), *shape[spec.dim + 1 :])
 
 
+def full_shape(shape: Sequence[int], spec: ShardSpec) -> tuple[int, ...]:
+    """Shape of the full tensor, whose other dims are those of `shape`."""
+    return (*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])
+
+
 def is_prefix(shape: Sequence[int], spec: ShardSpec) -> bool:
     """Whether the members' chunks are consecutive in memory."""
     return spec.outer == 1 and numel(shape[: spec.dim]) == 1

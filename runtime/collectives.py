@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 
 from .buckets import joined, pack, unpack
-from .chunks import check_full, check_local, chunk, is_prefix, local, local_shape, numel
+from .chunks import check_full, check_local, chunk, full_shape, is_prefix, local, local_shape, numel
 from .compressed import compressed
 from .group import Group
 
@@ -282,7 +282,7 @@ def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: 
         flat = flight.wait()
         if len(shapes) == 1 and is_prefix(shapes[0], specs[0]):
             shape, spec = shapes[0], specs[0]
-            return [flat.view(*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])]
+            return [flat.view(full_shape(shape, spec))]
         return joined(flat, shapes, specs, group.size, kernel)
 
     return finish
@@ -356,7 +356,7 @@ def _pad(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Use) -> F
     def finish() -> list[Tensor]:
         outputs = []
         for x, spec in zip(xs, specs, strict=True):
-            full = x.new_zeros((*x.shape[: spec.dim], spec.size, *x.shape[spec.dim + 1 :]))
+            full = x.new_zeros(full_shape(x.shape, spec))
             place = chunk(full, spec, group.rank)
             place.copy_(x.reshape(place.shape))
             outputs.append(full)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("adamw", "cross_entropy", "dropout", "int8")
+MODULES = ("adamw", "cross_entropy", "dropout", "int8", "pack")
 
 
 def kernel_module(name: str) -> ModuleType:
