@@ -39,13 +39,19 @@ def routed_gather(
     group: Group,
     padding_idx: int = -1,
     kernel: bool | None = None,
+    weight: Tensor | None = None,
+    ways: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x[..., i, j, ...]` with the first indexed dim of `x` divided among the group.
 
     The index tensors (int, broadcast against each other) stand for the dims from `route.dim` on and
     may differ between members. `padding_idx` is a position whose row gets no gradient, or negative.
-    Raises IndexError for positions out of range.
+    With a `weight`, [positions, 1], the result is `(rows * weight).view(-1, ways, width).sum(1)` of
+    `dtype` for rows [positions, width]. Raises IndexError for positions out of range.
     """
+    if weight is not None:
+        return _combined(x, indices, weight, ways, route, group, dtype, kernel)
     positions, shape = _positions(indices, route)
     plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x))
     padding = padding_idx - route.owned[group.rank][0] if padding_idx >= 0 else -1
@@ -55,25 +61,20 @@ def routed_gather(
     return _from_rows(rows, shape, x, route)
 
 
-def routed_combine(
+def _combined(
     x: Tensor,
     indices: Sequence[Tensor],
     weight: Tensor,
     ways: int,
     route: Route,
     group: Group,
-    dtype: torch.dtype | None = None,
-    kernel: bool | None = None,
+    dtype: torch.dtype | None,
+    kernel: bool | None,
 ) -> Tensor:
-    """`(x[indices] * weight).view(-1, ways, width).sum(1)`, [positions / ways, width] of `dtype`.
-
-    `x` is [rows..., width], the indices of all its dims but the last one-dimensional, and `weight`
-    [positions, 1]. By the kernel the rows that come back are read once, and not written again.
-    """
-    width = x.shape[-1]
+    """By the kernel the rows that come back are read once, and never put in order."""
     if not (kernel and x.is_floating_point() and takes(COMBINE, x, weight)):
         rows = routed_gather(x, indices, route, group, kernel=kernel)
-        return (rows * weight).view(-1, ways, width).sum(1, dtype=dtype)
+        return (rows * weight).view(-1, ways, x.shape[-1]).sum(1, dtype=dtype)
     positions, _ = _positions(indices, route)
     plan = _Exchange.of(positions, route, group, True)
     arrived: Tensor = _Fetch.apply(_as_rows(x, route), plan)  # type: ignore[no-untyped-call]

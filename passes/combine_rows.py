@@ -1,0 +1,100 @@
+"""Weigh and add up the rows that a routed gather brings back by its own kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from autopar.ir.graph import Graph, value_of
+from autopar.ir.lowered import ROUTED_GATHER, Route
+from autopar.ir.recomputed import mark_of
+
+from .fold_neighbours import reason
+
+Node = torch.fx.Node
+
+aten = torch.ops.aten
+_VIEWS = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+_SMALL = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """`rows * weight`, seen as [tokens, ways, width], and summed over the ways."""
+
+    scaled: Node
+    view: Node
+    total: Node
+    weight: Node
+    ways: int
+
+
+def combine_rows(graph: Graph, node: Node) -> str:
+    """Fold the weighted sum of a routed gather's rows into it, in place; what it then does.
+
+    `(x[slot] * weight).view(tokens, ways, width).sum(1)` becomes one routed gather with `weight=`,
+    `ways=` and `dtype=`, if nobody else reads what is between. An empty text if it is not so.
+    """
+    found = None if reason(node, node) else _sum_of(node)
+    if found is None:
+        return ""
+    value = value_of(found.total)
+    found.scaled.append(node)  # where the weights are there
+    found.total.replace_all_uses_with(node)
+    for gone in (found.total, found.view, found.scaled):
+        graph.fx.erase_node(gone)
+    extra = {"weight": found.weight, "ways": found.ways, "dtype": value.dtype}
+    node.kwargs = {**node.kwargs, **extra}
+    node.meta = {**node.meta, "value": value}
+    return f"weighted sum of {found.ways}"
+
+
+def _sum_of(node: Node) -> _Sum | None:
+    if node.target is not ROUTED_GATHER or not _takes_whole_rows(node):
+        return None
+    count, width = value_of(node).int_shape()
+    scaled = _only_user(node)
+    if scaled is None or scaled.target is not aten.mul.Tensor:
+        return None
+    others = [a for a in scaled.args if isinstance(a, torch.fx.Node) and a is not node]
+    if len(others) != 1 or others[0].op == "placeholder":
+        return None
+    weight = others[0]
+    view = _only_user(scaled)
+    if view is None or view.target not in _VIEWS or value_of(view).rank != 3:
+        return None
+    total = _only_user(view)
+    if total is None or total.target is not aten.sum.dim_IntList or not _sums_ways(total):
+        return None
+    tokens, ways, last = value_of(view).int_shape()
+    if (tokens * ways, last) != (count, width) or value_of(weight).int_shape() != (count, 1):
+        return None
+    dtypes = {value_of(n).dtype for n in (node, weight, total)}
+    if not (dtypes <= _SMALL or dtypes == {torch.float64}):
+        return None
+    return _Sum(scaled, view, total, weight, ways)
+
+
+def _takes_whole_rows(node: Node) -> bool:
+    """Whether it gives [positions, width]: all dims but the last indexed, no row left out."""
+    x, indices, route, _, *padding = node.args
+    assert isinstance(x, torch.fx.Node) and isinstance(route, Route)
+    assert isinstance(indices, (list, tuple))
+    flat = all(value_of(i).rank == 1 for i in indices)  # type: ignore[arg-type]
+    whole = route.dim == 0 and value_of(x).rank == len(route.sizes) + 1
+    return flat and whole and value_of(node).rank == 2 and padding in ([], [-1])
+
+
+def _sums_ways(total: Node) -> bool:
+    dims, *rest = total.args[1:]
+    return dims in ([1], [-2], (1,), (-2,)) and not any(rest) and not total.kwargs.get("keepdim")
+
+
+def _only_user(node: Node) -> Node | None:
+    """The one reader of a value, recomputed with it or not at all."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    return user if user.op == "call_function" and mark_of(user) == mark_of(node) else None
