@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 
 from autopar.compat import dtensor_like, local_of
 
+from .kernel_steps import WITH_KERNEL
 from .on_stage import placed_like
 
 ELEMENTWISE = (
@@ -48,7 +49,9 @@ class LocalSteps:
     raises leaves the user's as it was, and hooks of the user's see DTensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = False) -> None:
+        """`kernels`: elements of Adam and AdamW go through the kernel where it is usable."""
+        self.kernels = kernels
         self._local: WeakKeyDictionary[Any, _LocalGroups] = WeakKeyDictionary()
         self._handles = (
             register_optimizer_step_pre_hook(self.before),
@@ -74,7 +77,8 @@ class LocalSteps:
             return None
         if not any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]):
             return None
-        local = object.__new__(type(optimizer))
+        kind = type(optimizer)
+        local = object.__new__(WITH_KERNEL.get(kind, kind) if self.kernels else kind)
         vars(local).update(vars(optimizer))
         local.state = defaultdict(dict)
         local.param_groups = self._local[optimizer] = _LocalGroups(optimizer, local.state)
