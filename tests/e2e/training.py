@@ -8,6 +8,7 @@ which is the largest element of all gradients of that step, or of all parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,9 @@ class Run:
 class Outcome:
     """One model under one strategy; `inapplicable` is the planner's reason, errors are relative.
 
-    `recomputed` counts the regions of rank 0's program that the backward runs again.
+    `recomputed` counts the regions of rank 0's program that the backward runs again. `compression`
+    is the distance of the first step's gradients from those of one device over their norm, all in
+    one: where gradients travel compressed, that is the compression's error.
     """
 
     mesh: str = ""
@@ -54,6 +57,7 @@ class Outcome:
     parameter: float = 0.0
     worst: str = ""
     recomputed: int = 0
+    compression: float = 0.0
 
 
 def build(entry: Entry, dtype: str) -> nn.Module:
@@ -109,16 +113,24 @@ def make_reference(name: str, dtype: str, steps: int, file: Path) -> None:
 
 
 def train_and_compare(
-    name: str, strategy: str, dtype: str, steps: int, file: str, plan: str | None = None
+    name: str,
+    strategy: str,
+    dtype: str,
+    steps: int,
+    file: str,
+    plan: str | None = None,
+    compress: str | None = None,
 ) -> Outcome | None:
     """On every rank: train in parallel; on rank 0, compare with the reference in `file`.
 
-    `plan` is the text of a plan to follow instead of a strategy.
+    `plan` is the text of a plan to follow instead of a strategy, `compress` how gradients travel.
     """
     entry = MODELS[name]
     keep = dtype == "float64"
     given = plan_from_json(plan) if plan is not None else None
-    model = autopar.parallelize(build(entry, dtype), strategy=strategy, plan=given)
+    model = autopar.parallelize(
+        build(entry, dtype), strategy=strategy, plan=given, compress=compress
+    )
     try:
         run = train(entry, model, steps, keep)
     except UserError as error:
@@ -141,6 +153,7 @@ def train_and_compare(
             default=0.0,
         ),
         parameter=error_of(run.state, state, worst) if keep else 0.0,
+        compression=distance(run.gradients[0], gradients[0]) if keep else 0.0,
     )
     largest = max(worst, key=worst.__getitem__, default="")
     return Outcome(**{**vars(outcome), "worst": largest})
@@ -164,6 +177,15 @@ def error_of(
         worst[name] = max(worst.get(name, 0.0), error)
         largest = max(largest, error)
     return largest
+
+
+def distance(mine: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """The norm of the difference of all tensors together, over that of the reference."""
+    square = sum(
+        float((mine[n].double() - v.double()).square().sum()) for n, v in reference.items()
+    )
+    norm = sum(float(v.double().square().sum()) for v in reference.values())
+    return math.sqrt(square / norm) if norm else 0.0
 
 
 def scale_of(value: Tensor) -> float:
