@@ -156,7 +156,8 @@ def _cross_entropy(node: Node) -> Forms:
 def _permute(node: Node) -> Forms:
     value = value_of(node)
     width = int(value.shape[-1]) if value.rank > 1 else 1
-    rows = int(value.numel()) // max(width, 1)
+    ways: Any = node.kwargs.get("ways", 1)
+    rows = int(value.numel()) // max(width, 1) * ways
     return permute_forms(rows, width, value.dtype.itemsize, node.target is ROUTED_SCATTER)
 
 

@@ -27,6 +27,7 @@ from autopar.ir.pointwise import PLAIN, Fusion
 from autopar.ir.recomputed import SELECTIVE, mark_of
 from autopar.kernel_use import Places
 
+from .combine_rows import combine_rows
 from .fold_neighbours import described, epilogue_of, is_parameter, prologue_of
 
 Node = torch.fx.Node
@@ -70,9 +71,9 @@ def sites(graph: Graph, mesh: Mesh, places: Places) -> Iterator[Site]:
             yield _dropout(graph, node)
         elif node.target is CROSS_ENTROPY and places.has("cross_entropy", node.name):
             yield _cross_entropy(graph, node)
-        elif node.target in (ROUTED_GATHER, ROUTED_SCATTER) and places.has("permute", node.name):
+        elif _moves_rows(node) and places.has("permute", node.name):
             node.kwargs = {**node.kwargs, "kernel": True}
-            yield Site("permute", node.name, node)
+            yield Site("permute", node.name, node, combine_rows(graph, node))
         elif node.target in (EXCHANGE, OPEN, CLOSE):
             yield from _exchange(node, mesh, places)
 
@@ -155,6 +156,13 @@ def _reduces_gradients(node: Node) -> bool:
     if node.target is CLOSE or node.args[0] not in REDUCES_GRADIENTS:
         return False
     return all(is_parameter(n) for n in node.args[3:] if isinstance(n, torch.fx.Node))
+
+
+def _moves_rows(node: Node) -> bool:
+    """Whether rows of floating point numbers are routed; positions are not a kernel's."""
+    return node.target in (ROUTED_GATHER, ROUTED_SCATTER) and all(
+        v.dtype.is_floating_point for v in _values(node)
+    )
 
 
 def _packs(node: Node) -> bool:

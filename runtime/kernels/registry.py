@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("adamw", "cross_entropy", "dropout", "int8", "pack")
+MODULES = ("adamw", "combine", "cross_entropy", "dropout", "int8", "pack", "permute")
 
 
 def kernel_module(name: str) -> ModuleType:
