@@ -15,7 +15,8 @@ from .controller import Controller
 from .cost.cluster import Cluster, parse_cluster
 from .cost.memory import OPTIMIZER_STATES
 from .errors import UserError
-from .launch import COMPRESS, MEMORY
+from .kernel_options import checked_kernels
+from .launch import COMPRESS, KERNELS, MEMORY
 from .options import Options
 from .passes.families import FAMILIES
 from .pipeline_options import pipelines_asked
@@ -47,6 +48,7 @@ def parallelize(
     schedule: str | None = ...,
     micro_batches: int | None = ...,
     compress: str | None = ...,
+    kernels: str | None = ...,
 ) -> Callable[[Any], Any]: ...
 
 
@@ -66,6 +68,7 @@ def parallelize(
     schedule: str | None = ...,
     micro_batches: int | None = ...,
     compress: str | None = ...,
+    kernels: str | None = ...,
 ) -> M: ...
 
 
@@ -84,6 +87,7 @@ def parallelize(
     schedule: str | None = None,
     micro_batches: int | None = None,
     compress: str | None = None,
+    kernels: str | None = None,
 ) -> Any:
     """Make a module (or a module class, as a decorator) train on all devices of this run.
 
@@ -115,6 +119,10 @@ def parallelize(
         compress: "int8" sums the gradients of parameters as int8 where they cross hosts (on one
             host along all axes), which changes numbers: see docs/compression.md. By default
             `autopar run --compress`, and without it nothing is rounded.
+        kernels: where autopar's own Triton kernels run: "auto" where the plan predicts them faster
+            (nowhere on CPU), "off" nowhere, "all" wherever there is one, "interpret" as "all" in
+            Triton's interpreter, for tests (needs TRITON_INTERPRET=1). By default
+            `autopar run --kernels`, else "auto".
 
     Raises:
         UserError: for anything above that cannot be done, and on the first call for models that
@@ -140,6 +148,7 @@ def parallelize(
         micro_batch_statistics=micro_batch_statistics,
         micro_batches=micro_batches,
         compress=checked_compression(compress or os.environ.get(COMPRESS) or None),
+        kernels=checked_kernels(kernels or os.environ.get(KERNELS) or "auto"),
         pipelines=pipelines_asked(
             strategy,
             stages,

@@ -103,6 +103,9 @@ def plan(
     hints: Annotated[
         Path | None, typer.Option(help="A JSON file of hints, see docs/hints_and_editing.md.")
     ] = None,
+    kernels: Annotated[
+        str, typer.Option(help="Of autopar's own: auto (where faster, none on CPU), off or all.")
+    ] = "auto",
     json: Annotated[
         Path | None,
         typer.Option("--json", "--save", help="Write the plan to this file; - prints it."),
@@ -125,6 +128,7 @@ def plan(
         hints,
         stages,
         schedule,
+        kernels,
     )
 
 
@@ -187,6 +191,9 @@ def run(
     compress: Annotated[
         str | None, typer.Option(help="int8: gradients between hosts, at a price in accuracy.")
     ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="auto, off, all or interpret: where autopar's own run.")
+    ] = None,
 ) -> None:
     """Run a script on several ranks of this machine, or of several hosts.
 
@@ -195,7 +202,9 @@ def run(
     from autopar.cli_run import run_script
 
     nodes = check_nodes(nnodes, node_rank, rdzv_endpoint, rdzv_backend, rdzv_id)
-    code = run_script(script, nproc, arguments or [], nodes, rdzv_timeout, memory, compress)
+    code = run_script(
+        script, nproc, arguments or [], nodes, rdzv_timeout, memory, compress, kernels
+    )
     raise typer.Exit(code)
 
 

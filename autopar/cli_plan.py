@@ -32,6 +32,7 @@ from .report import make_console, print_plan
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
+PLANNED_MODES = ("auto", "off", "all")
 _INPUT = re.compile(r"(?:(?P<name>[a-z_]\w*)=)?(?P<dtype>\w+)\[(?P<sizes>[^\]]*)\]", re.IGNORECASE)
 _EXAMPLE = "write for example 'int64[8,1024]', or 'ids=int64[8,1024]'"
 
@@ -50,6 +51,7 @@ def plan_target(
     hints: Path | None = None,
     stages: int | None = None,
     schedule: str | None = None,
+    kernels: str = "auto",
 ) -> None:
     """Plan `FILE.py:NAME`, print the tables and write the plan; raises UserError for bad input."""
     where = parse_cluster(cluster)
@@ -59,6 +61,9 @@ def plan_target(
             f"unknown strategy {strategy!r}", fix=f"use one of {', '.join(map(repr, FAMILIES))}"
         )
     kind = optimizer_name(optimizer)
+    if kernels not in PLANNED_MODES:
+        choices = ", ".join(map(repr, PLANNED_MODES))
+        raise UserError(f"unknown kernels {kernels!r}", fix=f"use one of {choices}")
     if batch is not None and batch < 1:
         raise UserError(f"the batch size {batch} is not positive", fix="use --batch 1 or more")
     counts = parse_counts(micro_batches) if micro_batches is not None else None
@@ -92,6 +97,7 @@ def plan_target(
             hints=given,
             stages=stages,
             schedule=schedule,
+            kernels=kernels,
             progress=lambda text: status.update(f"planning: {text}"),
         )
     if only_json:

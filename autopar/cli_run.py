@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .launch import COMPRESS, FAILURES, LAUNCHER, MEMORY
+from .kernel_use import KERNEL_MODES
+from .launch import COMPRESS, FAILURES, KERNELS, LAUNCHER, MEMORY
 from .nodes import MEET_FIX, Nodes, first_line, meet
 
 if TYPE_CHECKING:  # torch takes long to load
@@ -51,11 +52,12 @@ def run_script(
     timeout_s: int = MEET_S,
     memory: str | None = None,
     compress: str | None = None,
+    kernels: str | None = None,
 ) -> int:
     """Run `script` on `nproc` ranks of this machine; the exit code that the command ends with.
 
     `memory` is the limit per rank of a model whose `parallelize` names none, `compress` how its
-    gradients travel. With several `nodes`,
+    gradients travel, `kernels` where autopar's own run. With several `nodes`,
     each of them makes the same call, and has `timeout_s` to do so. The code
     is 0, the script's own, 2 for a UserError, and 128 + n where signal n ended a rank or this
     command. Raises UserError for a script or a number of processes that cannot be started, and for
@@ -77,6 +79,11 @@ def run_script(
         from .compression import checked_compression
 
         os.environ[COMPRESS] = checked_compression(compress) or ""
+    if kernels is not None:
+        if kernels not in KERNEL_MODES:
+            choices = ", ".join(map(repr, KERNEL_MODES))
+            raise UserError(f"unknown kernels {kernels!r}", fix=f"use one of {choices}")
+        os.environ[KERNELS] = kernels
     with tempfile.TemporaryDirectory(prefix="autopar-run-") as folder:
         failures = Path(folder, "failures")
         failures.mkdir()

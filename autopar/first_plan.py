@@ -11,7 +11,9 @@ from .capture import Capture
 from .errors import UserError
 from .ir.graph import Graph
 from .ir.hint import Hint
+from .kernel_options import axes_of
 from .options import Options
+from .passes.choose_kernels import choose_kernels
 from .passes.edits import illegal_edits, missing_sizes, reprice
 from .passes.follow_micro_batches import batch_size, largest_count
 from .passes.hinted import search_hinted
@@ -71,6 +73,17 @@ def _searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Pla
     if options.micro_batches is not None:
         counts = (options.micro_batches,)
     return that_runs(best, captured.graph, captured.symbols, counts, options.micro_batch_statistics)
+
+
+def with_kernels(plan: Plan, captured: Capture, options: Options, given: Plan | None) -> Plan:
+    """The plan with its kernels; one that the user gave keeps its own, unless asked for others."""
+    assert options.cluster is not None
+    if given is not None and options.kernels == "auto":
+        return plan
+    axes = axes_of(plan, options.compress)
+    arguments = (captured.graph, captured.symbols, plan, options.cluster)
+    found = choose_kernels(*arguments, options.kernels, axes, options.optimizer)
+    return replace(plan, kernels=found)
 
 
 def powers_of_two(batch: int | None) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from autopar.errors import UserError
 FAILURES = "AUTOPAR_FAILURES"  # environment variable: the folder
 MEMORY = "AUTOPAR_MEMORY"  # environment variable: the limit per rank, as `memory_limit=`
 COMPRESS = "AUTOPAR_COMPRESS"  # environment variable: as `compress=`
+KERNELS = "AUTOPAR_KERNELS"  # environment variable: as `kernels=`
 LAUNCHER = "AUTOPAR_LAUNCHER"  # environment variable: the launcher's process id
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

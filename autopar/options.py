@@ -23,4 +23,5 @@ class Options:
     micro_batch_statistics: bool = False
     micro_batches: int | None = None
     compress: str | None = None
+    kernels: str = "auto"
     pipelines: Wanted | None = None

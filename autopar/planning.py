@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .errors import UserError
 from .first_plan import powers_of_two, that_runs
 from .hints import hints_of
 from .ir.hint import Hint
+from .passes.choose_kernels import choose_kernels
 from .passes.hinted import search_hinted
 from .passes.prepare import prepare
 from .passes.search import MODES
@@ -38,6 +40,7 @@ def make_plan(
     hints: Sequence[Hint] = (),
     stages: int | None = None,
     schedule: str | None = None,
+    kernels: str = "auto",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """The best plan for training `module(*args, **kwargs)` on a cluster.
@@ -46,7 +49,8 @@ def make_plan(
     it is from then on. `memory_limit` is bytes per device, `optimizer` a name. `micro_batches`
     (default: the powers of two up to 64 that divide the batch) and `recompute` (of `MODES`; default
     all) are what may be tried; `hints` come on top of those in the code. With `stages` the plan has
-    a pipeline of so many, with `schedule` those that it has follow that. Raises UserError where the
+    a pipeline of so many, with `schedule` those that it has follow that; `kernels` is what
+    `choose_kernels` takes. Raises UserError where the
     module cannot be captured, the strategy does not apply, a hint cannot be kept, or nothing fits.
     """
     for tensor in tree_flatten((tuple(args), dict(kwargs)))[0]:
@@ -80,7 +84,10 @@ def make_plan(
             pipelines=pipelines,
         )
 
-    return that_runs(best, graph, captured.symbols, counts)
+    plan = that_runs(best, graph, captured.symbols, counts)
+    progress("choosing kernels")
+    found = choose_kernels(graph, captured.symbols, plan, cluster, kernels, (), optimizer)
+    return replace(plan, kernels=found)
 
 
 def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) -> tuple[int, ...]:

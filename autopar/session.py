@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_flatten
 from .capture import Capture, CaptureMismatchError, capture
 from .compression import with_compression, with_note
 from .errors import ShardingWarning, UserError
-from .first_plan import fitted, searched
+from .first_plan import fitted, searched, with_kernels
 from .hints import hints_of
 from .ir.rule import Choice
 from .ir.text import parse_sharding
-from .kernel_use import NOWHERE
+from .kernel_use import OPTIMIZER, Places, places_of
 from .memory_report import report_at_exit
 from .options import Options
 from .passes.follow_micro_batches import BATCH
@@ -99,8 +99,8 @@ class Session:
         self._live = world.flat_mesh(self.world_size, device)
         self._check = agree.StepCheck(make_group())
         place_optimizer_states()  # before the states are taken apart into local tensors
-        steps = LocalSteps()
-        weakref.finalize(self, steps.close)
+        self._steps = LocalSteps()
+        weakref.finalize(self, self._steps.close)
         self._hints = hints_of(module)  # before the parameters that have them are replaced
         if self.plan is not None:
             self._hints += hints_of_plan(self.plan)
@@ -264,6 +264,7 @@ class Session:
                 made = searched(trained, options, hints)
             else:
                 made = fitted(given, trained, options, self.world_size)
+            made = with_kernels(made, trained, options, given)
             return with_note(made, options.compress).to_json()
 
         self.plan = plan_from_json(self._on_rank_zero(make))
@@ -333,6 +334,17 @@ class Session:
         )
         return all(mine.get(name) == theirs.get(name) for name in self.plan.choices)
 
+    def _places(self, captured: Capture) -> Places:
+        """Where autopar's own kernels run in the programs of a capture."""
+        assert self.plan is not None
+        planned = captured.fingerprint == self.plan.fingerprint
+        # A plan for GPUs that runs on CPUs has nothing to launch.
+        on_cpu = self.options.kernels == "auto" and self.device_type == "cpu"
+        mode = "off" if on_cpu else self.options.kernels
+        places = places_of(self.plan.kernels, mode, planned)
+        self._steps.kernels = places.has("adamw", OPTIMIZER)
+        return with_compression(places, self.plan.mesh, self.options.compress)
+
     def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Runnable:
         key = tuple(sizes[symbol] for symbol in captured.capture.symbols)
         if key not in captured.programs:
@@ -345,7 +357,7 @@ class Session:
                 self._device(),
                 self.options.backend,
                 self.options.micro_batch_statistics,
-                with_compression(NOWHERE, self.plan.mesh, self.options.compress),
+                self._places(captured.capture),
                 dict(self.module.named_parameters(remove_duplicate=False)),
             )
             captured.programs[key] = loader.load(captured.capture, sizes, captured.choices)
