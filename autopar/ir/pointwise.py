@@ -259,7 +259,9 @@ class _Derivative:
             return step.operands[1 - position]
         if step.op == "div":
             if position == 0:
-                return self._emit("div", 1.0, step.operands[1])
+                by = step.operands[1]
+                # A step of numbers alone would be rounded to float32 in a kernel of float64.
+                return 1.0 / by if isinstance(by, float) and by else self._emit("div", 1.0, by)
             return self._emit("neg", self._emit("div", result, step.operands[1]))
         if step.op == "neg":
             return -1.0
