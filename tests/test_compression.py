@@ -1,0 +1,42 @@
+"""Which axes' gradients travel compressed, and what the plan says of it."""
+
+from __future__ import annotations
+
+from autopar.compression import compressed_axes, with_compression, with_note
+from autopar.ir.mesh import Axis, Mesh
+from autopar.kernel_use import Places
+from autopar.plan import Plan, Prediction
+
+INSIDE = Mesh.of(dp=2, tp=2)
+HOSTS = Mesh((Axis("dp", 2, 1), Axis("fsdp", 4), Axis("tp", 2)))
+STAGES = Mesh((Axis("pp", 2, 1), Axis("dp", 4)))
+
+
+def plan(mesh: Mesh, *notes: str) -> Plan:
+    predicted = Prediction(1.0, 1.0, 0.0, 0.0, 1)
+    return Plan("f", mesh, "cluster", "data", {}, {}, predicted, notes=notes)
+
+
+def test_axes() -> None:
+    assert compressed_axes(INSIDE) == ("dp", "tp")
+    assert compressed_axes(HOSTS) == ("dp",)
+    assert compressed_axes(STAGES) == ()
+    assert compressed_axes(Mesh(())) == ()
+
+
+def test_places_are_the_users_choice_alone() -> None:
+    everywhere = Places({"int8": None, "pack": None})
+    assert not with_compression(everywhere, HOSTS, None).has("int8", "dp")
+    places = with_compression(everywhere, HOSTS, "int8")
+    assert places.has("int8", "dp") and not places.has("int8", "fsdp")
+    assert places.has("pack", "fsdp")
+
+
+def test_notes() -> None:
+    (note,) = with_note(plan(HOSTS), "int8").notes
+    assert note.startswith("compress: gradients along dp travel as int8")
+    (note,) = with_note(plan(STAGES), "int8").notes
+    assert note.startswith("compress: no gradients are summed between hosts")
+    before = with_note(plan(INSIDE, "something else"), "int8")
+    assert len(before.notes) == 2 and with_note(before, "int8").notes == before.notes
+    assert with_note(before, None).notes == ("something else",)
