@@ -159,10 +159,10 @@ def unpack_with_norm(
 def reference(
     pieces: Sequence[Tensor], program: Pointwise = IDENTITY, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`pack_with_norm` in torch."""
+    """`pack_with_norm` in torch, squares added in float64."""
     values = [program(p).reshape(-1) for p in pieces]
     joined = torch.cat(values) if values else torch.empty(0)
-    return joined.to(dtype or pieces[0].dtype), torch.linalg.vector_norm(joined)
+    return joined.to(dtype or pieces[0].dtype), _norm(joined.double().square()).to(joined.dtype)
 
 
 def reference_unpack(
@@ -172,7 +172,7 @@ def reference_unpack(
     values = program(flat)
     for place, part in zip(places, values.split([p.numel() for p in places]), strict=True):
         place.copy_(part.view(place.shape))
-    return torch.linalg.vector_norm(values)
+    return _norm(values.double().square()).to(values.dtype)
 
 
 def packable(tensors: Sequence[Tensor]) -> bool:
