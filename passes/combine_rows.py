@@ -8,7 +8,7 @@ import torch
 import torch.fx
 
 from autopar.ir.graph import Graph, value_of
-from autopar.ir.lowered import ROUTED_GATHER, Route
+from autopar.ir.lowered import ROUTED_GATHER, LoweredOp, Route
 from autopar.ir.recomputed import mark_of
 
 from .fold_neighbours import reason
@@ -35,10 +35,11 @@ def combine_rows(graph: Graph, node: Node) -> str:
     """Fold the weighted sum of a routed gather's rows into it, in place; what it then does.
 
     `(x[slot] * weight).view(tokens, ways, width).sum(1)` becomes one routed gather with `weight=`,
-    `ways=` and `dtype=`, if nobody else reads what is between. An empty text if it is not so.
+    `ways=` and `dtype=`, if nobody else reads what is between and nothing communicates there: a
+    rank without tokens is not folded, and ranks must keep one order. Empty if it is not so.
     """
     found = None if reason(node, node) else _sum_of(node)
-    if found is None:
+    if found is None or _communicates_between(node, found.scaled):
         return ""
     value = value_of(found.total)
     found.scaled.append(node)  # where the weights are there
@@ -75,6 +76,15 @@ def _sum_of(node: Node) -> _Sum | None:
     if not (dtypes <= _SMALL or dtypes == {torch.float64}):
         return None
     return _Sum(scaled, view, total, weight, ways)
+
+
+def _communicates_between(first: Node, last: Node) -> bool:
+    node = first.next
+    while node is not last:
+        if isinstance(node.target, LoweredOp):
+            return True
+        node = node.next
+    return False
 
 
 def _takes_whole_rows(node: Node) -> bool:

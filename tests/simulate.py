@@ -26,6 +26,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Choice, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
+from autopar.kernel_use import NOWHERE, Places
 from autopar.passes.pipeline import lowering, run_passes
 from autopar.passes.prepare import prepare
 from autopar.passes.rules_of import rules_of
@@ -200,6 +201,7 @@ def simulate(
     decisions: Decisions,
     seed: int = SEED,
     rules: Mapping[str, ShardingRule] | None = None,
+    kernels: Places = NOWHERE,
 ) -> Result:
     """Loss, gradients and buffers of one step on all ranks of the decisions' mesh.
 
@@ -210,7 +212,7 @@ def simulate(
     sizes = subject.capture.bind(inputs)
     assert sizes is not None, "the capture does not cover this batch"
     mesh = decisions.mesh
-    graphs = lower_all(subject.graph, sizes, decisions, rules)
+    graphs = lower_all(subject.graph, sizes, decisions, rules, kernels=kernels)
     world = ThreadWorld(mesh.size)
     buffers = dict(subject.module.named_buffers(remove_duplicate=False))
 
@@ -258,6 +260,7 @@ def lower_all(
     decisions: Decisions,
     rules: Mapping[str, ShardingRule] | None = None,
     ahead: bool = True,
+    kernels: Places = NOWHERE,
 ) -> list[Graph]:
     """Every rank's program; the passes before `localise_shapes` run once, as they are the same."""
     mesh, known = decisions.mesh, rules
@@ -274,6 +277,7 @@ def lower_all(
             decisions.regather,
             decisions.recompute,
             ahead,
+            kernels,
         )
         cut = next(i for i, p in enumerate(passes) if p.name == "localise_shapes")
         if common is None:

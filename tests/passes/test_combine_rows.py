@@ -58,6 +58,10 @@ REPLACED = {
     ),
     "a sum over the columns": ("(%view, [1])", "(%view, [2])"),
     "a sum that keeps its dim": ("(%view, [1])", "(%view, [1], True)"),
+    "a message between": (
+        "%column:",
+        "%all: f32[12] = exchange(gather_vary, [ShardSpec(0, (6, 6))], <dp>, %w)\n%column:",
+    ),
     "a padding row": ("<dp>)", "<dp>, 3)"),
     "a number": ("(%rows, %column)", "(%rows, 2.0)"),
     "weights of more bits": ("%column: f32", "%column: f64"),
