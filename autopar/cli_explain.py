@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .cost.families import op_name
 from .cost.formula import axis_size, formula_text
 from .errors import UserError
 from .ir.graph import tensor_inputs, value_of
+from .kernel_use import KernelUse
 from .passes.alternatives import OptionCost, op_alternatives, storage_alternatives, why_chosen
 from .passes.bucket_collectives import BUCKET_BYTES
 from .passes.case import Case
@@ -29,7 +31,7 @@ from .passes.step_formula import BATCH, MICRO_BATCHES
 from .passes.timeline_of import timeline_of
 from .plan import load_plan
 from .questions import Question, ask, find_ops, find_params, place_of
-from .report import MOST_ROWS, make_console, plain_table
+from .report import MOST_ROWS, kernels_table, make_console, plain_table
 from .units import bytes_text, seconds_text
 from .win_where import VARIABLES, crossover_report, print_crossover
 
@@ -149,6 +151,7 @@ def _step(case: Case) -> dict[str, Any]:
         "timeline_s": timeline_of(case).step_s,
         "overlap": step.overlap,
         "sizes": {str(symbol): size for symbol, size in sizes.items()},
+        "kernels": [asdict(use) for use in case.plan.kernels],
         "terms": sorted(terms, key=lambda t: (t["unit"] != "s", -float(t["value"]))),
     }
 
@@ -187,6 +190,7 @@ def _print_step(step: Mapping[str, Any], console: Console) -> None:
             f"time = compute + communication + optimizer + max(0, parameter communication - "
             f"{step['overlap']:g} (compute + communication inside ops))"
         )
+    _print_kernels(step["kernels"], console)
     console.print(Text("\nformulas", style="bold"))
     for term in step["terms"]:
         console.print(Text(f"\n{term['category']} {term['label']}:", style="dim"))
@@ -196,6 +200,29 @@ def _print_step(step: Mapping[str, Any], console: Console) -> None:
         "seconds of a\ncollective along a mesh axis: docs/formulas.md.",
         style="dim",
     )
+
+
+def _print_kernels(uses: Sequence[Mapping[str, Any]], console: Console) -> None:
+    found = [KernelUse(**use) for use in uses]
+    table = kernels_table(found)
+    if table is None:
+        return
+    console.print()
+    console.print(table)
+    for use in found:
+        if use.note:
+            console.print(Text(f"{use.kernel}: {use.note}"), style="dim")
+
+
+def kernel_text(case: Case, node: Node) -> str:
+    """What a plan has at an op of autopar's own kernels: `dropout, besides x | add(a0, x): ...`."""
+    for use in case.plan.kernels:
+        if node.name in use.where:
+            besides = f", besides {use.fusion}" if use.fusion else ""
+            times = f"{seconds_text(use.time_s)}, not {seconds_text(use.unfused_s)}"
+            note = f" ({use.note})" if use.note else ""
+            return f"{use.kernel}{besides}: {times}, for {use.count} per step{note}"
+    return ""
 
 
 def _print_formula(text: str, console: Console) -> None:
@@ -240,6 +267,7 @@ def _op(question: Question, case: Case, node: Node) -> dict[str, Any]:
         "copies": _copies(case, node),
         "rule": str(case.rules[node.name]),
         "choice": choices_text(chosen.choices),
+        "kernel": kernel_text(case, node),
         "gives": [str(s) for s in chosen.gives],
         "why": why_chosen(costs, question.limit - case.memory_bytes),
         "alternatives": [_cost(c, choices_text(c.option.choices)) for c in costs],
@@ -325,7 +353,7 @@ def _print_point(point: Mapping[str, Any], formula: bool, console: Console) -> N
     console.print()
     times = f" × {point['copies']}" if point["copies"] > 1 else ""
     console.print(Text(f"{point.get('op', 'parameter')} {point['name']}{times}", style="bold"))
-    for key in ("module", "source", "type", "rule", "choice", "why"):
+    for key in ("module", "source", "type", "rule", "choice", "kernel", "why"):
         if point.get(key):
             console.print(Text.assemble((f"{key:8}", "dim"), str(point[key])))
     table = plain_table(

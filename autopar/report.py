@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .cost.families import FAMILY, op_family, short_name
+from .kernel_use import KernelUse
 from .passes.describe import collapse, pattern
 from .passes.hinted import price_text
 from .plan import Activation, Alternative, Plan, Storage
@@ -31,7 +33,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or make_console()
     console.print()
     _header(plan, console)
-    tables = (_stages, _parameters, _activations, _traffic, _alternatives)
+    tables = (_stages, _parameters, _activations, _traffic, _kernels, _alternatives)
     for table in (made(plan) for made in tables):
         if table is not None:
             console.print()
@@ -274,6 +276,42 @@ def _traffic(plan: Plan) -> Table | None:
         for t in plan.traffic
     ]
     return fitted(table, rows)
+
+
+def _kernels(plan: Plan) -> Table | None:
+    return kernels_table(plan.kernels)
+
+
+def kernels_table(uses: Sequence[KernelUse]) -> Table | None:
+    """Where a plan uses autopar's own kernels, and what each is predicted to save per step."""
+    if not uses:
+        return None
+    table = plain_table(
+        "kernels (not counted in the predicted step)",
+        *("kernel", "*at", ">×", ">with", ">without", ">saves", "*besides (before | after)"),
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            use.kernel,
+            _places(use),
+            str(use.count),
+            seconds_text(use.time_s),
+            seconds_text(use.unfused_s),
+            bytes_text(use.saved_bytes) if use.saved_bytes else "-",
+            use.fusion or "-",
+        )
+        for use in uses
+    ]
+    return fitted(table, rows)
+
+
+def _places(use: KernelUse) -> str:
+    """Names that differ in the number at their end, together: `dropout, dropout_{1..4}`."""
+    alike: dict[str, list[str]] = {}
+    for name in use.where:
+        alike.setdefault(re.sub(r"_\d+$", "_#", name), []).append(re.sub(r"_(\d+)$", r".\1", name))
+    shown = (re.sub(r"\.(\d+|\{[^}]*\})$", r"_\1", collapse(names)) for names in alike.values())
+    return ", ".join(shown)
 
 
 def _alternatives(plan: Plan) -> Table | None:
