@@ -13,6 +13,7 @@ from autopar.ir.lowered import BUCKET, COLLECTIVE, GATHER_VARY, PVARY, Collectiv
 from autopar.ir.mesh import Mesh
 from autopar.ir.recomputed import mark_of
 
+from .cast_before_gather import is_plain_cast
 from .mark_blocks import block_of
 
 Node = torch.fx.Node
@@ -23,10 +24,11 @@ BUCKET_BYTES = 25 * 2**20  # what DistributedDataParallel uses, too
 def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES) -> Graph:
     """Merge the collectives that parameters go through before their first use into buckets.
 
-    Parameters share a bucket if they make the same step (collective, axis, dtype) at the same depth
-    from the parameter, and are alike in being gathered again in the backward (`meta["regather"]`)
-    and, if they are, in the block that reads them first and the region that is recomputed with them
-    there: what is dropped after use must not wait for the use of another block.
+    Parameters, cast to a lower precision or not, share a bucket if they make the same step
+    (collective, axis, dtype) at the same depth from the parameter, and are alike in being gathered
+    again in the backward (`meta["regather"]`) and, if they are, in the block that reads them first
+    and the region that is recomputed with them there: what is dropped after use must not wait for
+    the use of another block.
     A bucket holds about `limit_bytes` of local data, in the order of first use, so that its
     gradients are complete together.
     """
@@ -34,6 +36,7 @@ def bucket_collectives(graph: Graph, mesh: Mesh, limit_bytes: int = BUCKET_BYTES
     order = {node: i for i, node in enumerate(new.fx.nodes)}
     groups: dict[tuple[Any, ...], list[Node]] = defaultdict(list)
     depth: dict[Node, int] = dict.fromkeys(new.placeholders("param"), 0)
+    depth |= dict.fromkeys((node for node in new.calls() if is_plain_cast(node)), 0)
     dropped = {node for node in depth if node.meta.get("regather")}
     for node in new.fx.nodes:
         if node.target is COLLECTIVE and node.args[2] in depth:

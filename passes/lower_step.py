@@ -19,6 +19,7 @@ from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Recompute
 
 from .bucket_collectives import bucket_collectives
+from .cast_before_gather import cast_before_gather
 from .follow_micro_batches import Followed, batch_size, follow_micro_batches, with_micro_batches
 from .insert_reshards import insert_reshards
 from .localise_shapes import localise_shapes
@@ -95,6 +96,7 @@ def lower_part(
             ),
             ("typed", "functional", "axis_used_once", "axes_exist"),
         ),
+        Pass("cast_before_gather", partial(cast_before_gather, mesh=mesh)),
         Pass("insert_reshards", insert_reshards, ("resharded",)),
         Pass("lower_collectives", partial(lower_collectives, mesh=mesh), ("types_follow",)),
     ]

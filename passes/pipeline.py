@@ -22,6 +22,7 @@ from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Recompute
 
 from .bucket_collectives import bucket_collectives
+from .cast_before_gather import cast_before_gather
 from .insert_reshards import insert_reshards
 from .localise_shapes import localise_shapes
 from .lower_collectives import lower_collectives
@@ -78,6 +79,7 @@ def lowering(
             lambda g: propagate(g, mesh, rules(g), choices, storage, regather),
             ("axis_used_once", "axes_exist"),
         ),
+        Pass("cast_before_gather", partial(cast_before_gather, mesh=mesh)),
         Pass("insert_reshards", insert_reshards, ("resharded",)),
         Pass("lower_collectives", partial(lower_collectives, mesh=mesh), ("types_follow",)),
         Pass("bucket_collectives", partial(bucket_collectives, mesh=mesh)),

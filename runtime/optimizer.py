@@ -78,7 +78,7 @@ class LocalSteps:
         if not any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]):
             return None
         kind = type(optimizer)
-        local = object.__new__(WITH_KERNEL.get(kind, kind) if self.kernels else kind)
+        local: Any = object.__new__(WITH_KERNEL.get(kind, kind) if self.kernels else kind)
         vars(local).update(vars(optimizer))
         local.state = defaultdict(dict)
         local.param_groups = self._local[optimizer] = _LocalGroups(optimizer, local.state)

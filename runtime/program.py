@@ -156,6 +156,7 @@ def _mark_regathered(graph: Graph, dropped: set[str]) -> Graph:
     """Give the gathers of `dropped` parameters targets of their own, those of several axes too."""
     new = graph.copy()
     known = {node for node in new.placeholders("param") if node.name in dropped}
+    known |= {node for node in new.calls() if node.meta.get("regather")}  # casts of such
     for node in list(new.fx.nodes):
         if node.target is operator.getitem:
             known.update({node} if node.args[0] in known else ())
