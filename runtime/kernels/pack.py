@@ -170,7 +170,8 @@ def reference_unpack(
 ) -> Tensor:
     """`unpack_with_norm` in torch."""
     values = program(flat)
-    for place, part in zip(places, values.split([p.numel() for p in places]), strict=True):
+    parts = values.split_with_sizes([p.numel() for p in places])
+    for place, part in zip(places, parts, strict=True):
         place.copy_(part.view(place.shape))
     return _norm(values.double().square()).to(values.dtype)
 

@@ -151,16 +151,20 @@ def test_nothing_to_pack() -> None:
     assert norm == 0
 
 
-def test_a_buffer_that_is_there_may_start_anywhere() -> None:
-    xs = [random((WHOLE,), torch.float32), random((5,), torch.float32)]
-    around = torch.zeros(WHOLE + 9)
-    packing.pack(xs, HALF, out=around[3:-1])
-    assert torch.equal(around[3:-1], torch.cat(xs) * 0.5)
-    assert not around[:3].any()
-    assert not around[-1]
-    places = [torch.empty(WHOLE), torch.empty(5)]
-    packing.unpack(around[3:-1], places, parse_pointwise("mul(x, 2.0)"))
+@pytest.mark.parametrize("start", [3, 4])
+def test_nothing_beside_a_buffer_is_written(start: int) -> None:
+    xs = [random((5,), torch.float32), random((3,), torch.float32), random((WHOLE - 1,), FLOATS[0])]
+    around = torch.zeros(start + WHOLE + 7 + 2)
+    inside = around[start:-2]
+    packing.pack(xs, HALF, out=inside)
+    assert torch.equal(inside, torch.cat(xs) * 0.5)
+    assert not around[:start].any()
+    assert not around[-2:].any()
+    fulls = [torch.zeros(x.numel() + 2) for x in xs]
+    places = [full[:-2] for full in fulls]
+    packing.unpack(inside, places, parse_pointwise("mul(x, 2.0)"))
     assert all(map(torch.equal, places, xs))
+    assert not any(full[-2:].any() for full in fulls)
 
 
 @settings(max_examples=15, deadline=None)
