@@ -7,8 +7,9 @@ The backward computes the mask again, so that the forward saves at most `x`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import Region
-from autopar.ir.pointwise import PLAIN, Fusion, parse_pointwise
+from autopar.ir.pointwise import PLAIN, Fusion, Pointwise, Step, parse_pointwise
 from autopar.runtime.random import H0, H1, M0, M1, M2, M3, MASK32, keys, segments, threshold
 
 from .ahead import Specialisation
 from .emit import Kernel, fill, triton_lines
-from .launch import block_size, cdiv, launch
-from .support import fall_back, usable
+from .launch import INTERPRETED_BLOCK, block_size, cdiv, launch
+from .support import LARGEST, fall_back, usable
 
 NAME = "dropout"
 BLOCK = 2048
+# The last program reaches less than a block beyond the last element, in the interpreter's too.
+REACH = LARGEST - INTERPRETED_BLOCK
+REGIONS = 256  # of which the starts stay on the device
 
 # Parts: the parameters and loads of the further tensors, the work before and after the mask, and
 # what is stored. `g` is the gradient of the output; the forward has none.
@@ -34,16 +38,16 @@ _TEMPLATE = f"""
 def $name(
     $pointers
     starts_ptr, n, length, k0, k1,
-    LIMIT: tl.constexpr, SCALE: tl.constexpr, RUNS: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr, NONE: tl.constexpr, SCALE: tl.constexpr, RUNS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    first = tl.program_id(0) * BLOCK
     i = first + tl.arange(0, BLOCK)
     if RUNS == 1:
         index = tl.load(starts_ptr) + i
     else:
-        run = (i // length).to(tl.int32)
-        index = tl.load(starts_ptr + run, mask=i < n, other=0) + i % length
+        run = i // length
+        index = tl.load(starts_ptr + run, mask=i < n, other=0) + (i - run * length)
     lo = index.to(tl.uint32)
     bits = lo * {M0:#x} + k0.to(tl.uint32, bitcast=True)
     key = k1.to(tl.uint32, bitcast=True)
@@ -55,6 +59,9 @@ def $name(
     bits = bits ^ key
     bits = (bits ^ (bits >> 15)) * {M2:#x}
     bits = (bits ^ (bits >> 16)) * {M3:#x}
+    keep = bits >= LIMIT
+    if NONE:
+        keep = bits != bits
     if first + BLOCK <= n:
         $load_block
         $work
@@ -72,7 +79,7 @@ def emit(fusion: Fusion, compute: str = "tl.float32") -> Kernel:
     before, after = fusion.prologue, fusion.epilogue
     extras = [f"a{i}" for i in range(fusion.extras)]
     work = triton_lines(before, "x", extras[: before.extras], "u", compute, "p")
-    work.append("v = tl.where(bits >= LIMIT, u * SCALE, 0.0)")
+    work.append("v = tl.where(keep, u * SCALE, 0.0)")
     work += triton_lines(after, "v", extras[before.extras :], "y", compute, "q")
     return _filled("dropout", ["x", *extras], work, ["y"], compute)
 
@@ -88,7 +95,7 @@ def emit_backward(fusion: Fusion, wanted: tuple[str, ...], compute: str = "tl.fl
     early, late = extras[: before.extras], extras[before.extras :]
     work = triton_lines(before, "x", early, "u", compute, "p") if saved(fusion) else []
     if saved(fusion):
-        work.append("v = tl.where(bits >= LIMIT, u * SCALE, 0.0)")
+        work.append("v = tl.where(keep, u * SCALE, 0.0)")
     for name in wanted:
         if name in late:
             slope = after.derivative(f"a{late.index(name)}")
@@ -96,7 +103,7 @@ def emit_backward(fusion: Fusion, wanted: tuple[str, ...], compute: str = "tl.fl
             work.append(f"d{name} = g * s_{name}")
     if set(wanted) - set(late):
         work += triton_lines(after.derivative(), "v", late, "s_v", compute, "r")
-        work.append("dv = tl.where(bits >= LIMIT, g * s_v * SCALE, 0.0)")
+        work.append("dv = tl.where(keep, g * s_v * SCALE, 0.0)")
     for name in wanted:
         if name not in late:
             which = "x" if name == "x" else f"a{early.index(name)}"
@@ -111,6 +118,14 @@ def emit_backward(fusion: Fusion, wanted: tuple[str, ...], compute: str = "tl.fl
 def saved(fusion: Fusion) -> bool:
     """Whether the backward reads the inputs: not if every derivative is a constant."""
     return fusion.saves_inputs
+
+
+@cache
+def added(fusion: Fusion) -> tuple[str, ...]:
+    """The further tensors that are only added to the result: their gradient is the result's."""
+    before, after = fusion.prologue.extras, fusion.epilogue
+    one = Pointwise((Step("mul", (1.0, 1.0)),))
+    return tuple(f"a{before + i}" for i in range(after.extras) if after.derivative(f"a{i}") == one)
 
 
 def _filled(
@@ -137,7 +152,7 @@ def _filled(
 
 def takes(x: Tensor, extras: Sequence[Tensor] = ()) -> bool:
     """Whether the kernel runs on these tensors, all of them float64 or none; warns once if not."""
-    if not usable(NAME, x, *extras):
+    if not usable(NAME, x, *extras, largest=REACH):
         return False
     double = {t.dtype is torch.float64 for t in (x, *extras)}
     if len(double) > 1:
@@ -207,16 +222,18 @@ class _Dropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         names = ["x", *(f"a{i}" for i in range(len(ctx.like) - 1))]
-        wanted = tuple(n for n, (_, needed) in zip(names, ctx.like, strict=True) if needed)
+        needed = {n: dtype for n, (dtype, is_) in zip(names, ctx.like, strict=True) if is_}
+        same = {n: grad for n in added(ctx.fusion) if needed.get(n) is grad.dtype}
         made = {
             name: torch.empty(grad.shape, dtype=dtype, device=grad.device)
-            for name, (dtype, needed) in zip(names, ctx.like, strict=True)
-            if needed
+            for name, dtype in needed.items()
+            if name not in same
         }
-        kernel = emit_backward(ctx.fusion, wanted, _compute(grad))
-        inputs = [grad.contiguous(), *ctx.saved_tensors]
-        _run(kernel, inputs, list(made.values()), *ctx.random)
-        first, *rest = [made.get(name) for name in names]
+        if made:
+            kernel = emit_backward(ctx.fusion, tuple(made), _compute(grad))
+            inputs = [grad.contiguous(), *ctx.saved_tensors]
+            _run(kernel, inputs, list(made.values()), *ctx.random)
+        first, *rest = [{**made, **same}.get(name) for name in names]
         return first, None, None, None, None, None, None, *rest
 
 
@@ -230,29 +247,34 @@ def _run(
     region: Region,
 ) -> None:
     n = outputs[0].numel()
-    starts, length = segments(region)
-    size = 1
-    for s in region.shape:
-        size *= s
+    if n == 0:
+        return
+    starts, length = _starts(region, outputs[0].device)
     limit = threshold(p)
-    # No hash reaches 2^32: of p = 1 nothing is left, whatever the limit.
-    scale = 0.0 if limit > MASK32 else _scale(p)
     block = block_size(BLOCK)
     launch(
         kernel,
         (cdiv(n, block),),
         *inputs,
         *outputs,
-        torch.from_numpy(starts).to(outputs[0].device),
+        starts,
         n,
         length,
         *map(_signed, keys(seed, call)),
         LIMIT=min(limit, MASK32),
-        SCALE=scale,
-        RUNS=min(len(starts), 2),
-        WIDE=size > 1 << 32,
+        NONE=limit > MASK32,  # of p = 1 nothing is left: no hash reaches 2^32
+        SCALE=_scale(p),
+        RUNS=min(starts.numel(), 2),
+        WIDE=math.prod(region.shape) > 1 << 32,
         BLOCK=block,
     )
+
+
+@lru_cache(maxsize=REGIONS)
+def _starts(region: Region, device: torch.device) -> tuple[Tensor, int]:
+    """What `segments` gives, on the device: copied at the first call, not at every one."""
+    starts, length = segments(region)
+    return torch.from_numpy(starts).to(device), length
 
 
 def _scale(p: float) -> float:
@@ -274,20 +296,26 @@ def specialisations() -> list[Specialisation]:
         "t0 = mul(x, 0.7071067811865476); t1 = erf(t0); t2 = add(t1, 1.0); t3 = mul(x, t2);"
         " mul(t3, 0.5)"
     )
-    residual = parse_pointwise("add(x, a0)")
+    residual = Fusion(epilogue=parse_pointwise("add(x, a0)"))
     forms = []
-    for fusion in (Fusion(), Fusion(epilogue=residual), Fusion(prologue=gelu)):
-        for dtype in ("fp32", "bf16", "fp16"):
-            for runs in (1, 2):
-                forms.append(_form(emit(fusion), 1 + fusion.extras + 1, dtype, runs))
-                reads = 1 + fusion.extras if saved(fusion) else 0
-                wanted = ("x", *(f"a{i}" for i in range(fusion.extras)))
-                kernel = emit_backward(fusion, wanted)
-                forms.append(_form(kernel, 1 + reads + len(wanted), dtype, runs))
+    for fusion, dtype, runs, wide in (
+        (Fusion(), "fp32", 1, False),
+        (Fusion(), "bf16", 2, False),
+        (Fusion(), "fp16", 1, True),
+        (residual, "bf16", 1, False),
+        (residual, "fp16", 2, False),
+        (Fusion(prologue=gelu), "fp32", 2, True),
+    ):
+        forms.append(_form(emit(fusion), 1 + fusion.extras + 1, dtype, runs, wide))
+        reads = 1 + fusion.extras if saved(fusion) else 0
+        extras = {f"a{i}" for i in range(fusion.extras)}
+        wanted = ("x", *sorted(extras.difference(added(fusion))))
+        kernel = emit_backward(fusion, wanted)
+        forms.append(_form(kernel, 1 + reads + len(wanted), dtype, runs, wide))
     return forms
 
 
-def _form(kernel: Kernel, tensors: int, dtype: str, runs: int) -> Specialisation:
+def _form(kernel: Kernel, tensors: int, dtype: str, runs: int, wide: bool) -> Specialisation:
     names = [word.strip(" ,") for word in kernel.source.split("(\n", 1)[1].split(",")[:tensors]]
     integers = {"n": "i32", "length": "i32", "k0": "i32", "k1": "i32"}
     return Specialisation(
@@ -295,9 +323,10 @@ def _form(kernel: Kernel, tensors: int, dtype: str, runs: int) -> Specialisation
         {**dict.fromkeys(names, f"*{dtype}"), "starts_ptr": "*i64", **integers},
         {
             "LIMIT": threshold(0.1),
+            "NONE": False,
             "SCALE": _scale(0.1),
             "RUNS": runs,
-            "WIDE": False,
+            "WIDE": wide,
             "BLOCK": BLOCK,
         },
         (*names, "n"),
