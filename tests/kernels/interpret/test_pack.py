@@ -153,18 +153,18 @@ def test_nothing_to_pack() -> None:
 
 @pytest.mark.parametrize("start", [3, 4])
 def test_nothing_beside_a_buffer_is_written(start: int) -> None:
-    xs = [random((5,), torch.float32), random((3,), torch.float32), random((WHOLE - 1,), FLOATS[0])]
-    around = torch.zeros(start + WHOLE + 7 + 2)
+    xs = [random((n + 1,), torch.float32)[:n] for n in (5, 3, WHOLE - 1)]
+    around = torch.full((start + WHOLE + 7 + 2,), 9.0)
     inside = around[start:-2]
     packing.pack(xs, HALF, out=inside)
     assert torch.equal(inside, torch.cat(xs) * 0.5)
-    assert not around[:start].any()
-    assert not around[-2:].any()
-    fulls = [torch.zeros(x.numel() + 2) for x in xs]
+    assert (around[:start] == 9).all()
+    assert (around[-2:] == 9).all()
+    fulls = [torch.ones(x.numel() + 2) for x in xs]
     places = [full[:-2] for full in fulls]
     packing.unpack(inside, places, parse_pointwise("mul(x, 2.0)"))
     assert all(map(torch.equal, places, xs))
-    assert not any(full[-2:].any() for full in fulls)
+    assert all((full[-2:] == 1).all() for full in fulls)
 
 
 @settings(max_examples=15, deadline=None)
