@@ -9,9 +9,10 @@ import torch.fx
 
 from autopar.ir.graph import Graph, value_of
 from autopar.ir.lowered import ROUTED_GATHER, LoweredOp, Route
+from autopar.ir.pointwise import IDENTITY
 from autopar.ir.recomputed import mark_of
 
-from .fold_neighbours import reason
+from .fold_neighbours import Neighbours, epilogue_of, reason
 
 Node = torch.fx.Node
 
@@ -25,7 +26,6 @@ class _Sum:
     """`rows * weight`, seen as [tokens, ways, width], and summed over the ways."""
 
     scaled: Node
-    view: Node
     total: Node
     weight: Node
     ways: int
@@ -35,21 +35,52 @@ def combine_rows(graph: Graph, node: Node) -> str:
     """Fold the weighted sum of a routed gather's rows into it, in place; what it then does.
 
     `(x[slot] * weight).view(tokens, ways, width).sum(1)` becomes one routed gather with `weight=`,
-    `ways=` and `dtype=`, if nobody else reads what is between and nothing communicates there: a
-    rank without tokens is not folded, and ranks must keep one order. Empty if it is not so.
+    `ways=`, `shape=` and `dtype=`, if nobody else reads what is between. Element-wise ops that
+    alone read the sum, perhaps seen in another shape, become its `epilogue=`. Nothing moves past
+    a message: a rank without tokens is not folded, and ranks must keep one order. Empty if none.
     """
     found = None if reason(node, node) else _sum_of(node)
     if found is None or _communicates_between(node, found.scaled):
         return ""
-    value = value_of(found.total)
-    found.scaled.append(node)  # where the weights are there
-    found.total.replace_all_uses_with(node)
-    for gone in (found.total, found.view, found.scaled):
-        graph.fx.erase_node(gone)
-    extra = {"weight": found.weight, "ways": found.ways, "dtype": value.dtype}
-    node.kwargs = {**node.kwargs, **extra}
+    after = _epilogue_of(found.total)
+    epilogue, last = after.fusion.epilogue, after.last
+    if not epilogue or _communicates_between(node, last):
+        epilogue, last = IDENTITY, found.total
+    value = value_of(last)
+    gone = _from(last, found.scaled)
+    (last if epilogue else found.scaled).append(node)  # where the other operands are there
+    last.replace_all_uses_with(node)
+    for absorbed in gone:
+        graph.fx.erase_node(absorbed)
+    node.kwargs = {
+        **node.kwargs,
+        "weight": found.weight,
+        "ways": found.ways,
+        "shape": value.int_shape(),
+        "dtype": value.dtype,
+        **({"epilogue": epilogue, "extras": after.extras} if epilogue else {}),
+    }
     node.meta = {**node.meta, "value": value}
-    return f"weighted sum of {found.ways}"
+    return f"weighted sum of {found.ways}" + (f" | {epilogue}" if epilogue else "")
+
+
+def _epilogue_of(total: Node) -> Neighbours:
+    """What follows the sum, or its only reader if that is the sum in another shape."""
+    user = _only_user(total)
+    width = value_of(total).int_shape()[-1]
+    viewed = (
+        user is not None and user.target in _VIEWS and value_of(user).int_shape()[-1:] == (width,)
+    )
+    return epilogue_of(user if user is not None and viewed else total)
+
+
+def _from(last: Node, first: Node) -> list[Node]:
+    """The chain of only readers from `first` to `last`, backwards."""
+    chain = [first]
+    while chain[-1] is not last:
+        (user,) = chain[-1].users
+        chain.append(user)
+    return chain[::-1]
 
 
 def _sum_of(node: Node) -> _Sum | None:
@@ -75,7 +106,7 @@ def _sum_of(node: Node) -> _Sum | None:
     dtypes = {value_of(n).dtype for n in (node, weight, total)}
     if not (dtypes <= _SMALL or dtypes == {torch.float64}):
         return None
-    return _Sum(scaled, view, total, weight, ways)
+    return _Sum(scaled, total, weight, ways)
 
 
 def _communicates_between(first: Node, last: Node) -> bool:
@@ -99,7 +130,7 @@ def _takes_whole_rows(node: Node) -> bool:
 
 def _sums_ways(total: Node) -> bool:
     dims, *rest = total.args[1:]
-    return dims in ([1], [-2], (1,), (-2,)) and not any(rest) and not total.kwargs.get("keepdim")
+    return dims in ([1], [-2], (1,), (-2,)) and not any(rest) and not any(total.kwargs.values())
 
 
 def _only_user(node: Node) -> Node | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import Route
-from autopar.ir.pointwise import IDENTITY, parse_pointwise
+from autopar.ir.pointwise import IDENTITY, Pointwise, parse_pointwise
 
 from .group import Group
 from .kernels.combine import NAME as COMBINE
@@ -41,17 +41,22 @@ def routed_gather(
     kernel: bool | None = None,
     weight: Tensor | None = None,
     ways: int = 1,
+    shape: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    epilogue: Pointwise = IDENTITY,
+    extras: Sequence[Tensor] = (),
 ) -> Tensor:
     """`x[..., i, j, ...]` with the first indexed dim of `x` divided among the group.
 
     The index tensors (int, broadcast against each other) stand for the dims from `route.dim` on and
     may differ between members. `padding_idx` is a position whose row gets no gradient, or negative.
     With a `weight`, [positions, 1], the result is `(rows * weight).view(-1, ways, width).sum(1)` of
-    `dtype` for rows [positions, width]. Raises IndexError for positions out of range.
+    rows [positions, width], seen as `shape`, after which comes the epilogue; its dtype is `dtype`.
+    Raises IndexError for positions out of range.
     """
     if weight is not None:
-        return _combined(x, indices, weight, ways, route, group, dtype, kernel)
+        call = _Combination(weight, ways, shape, dtype or x.dtype, epilogue, tuple(extras))
+        return _combined(x, indices, route, group, kernel, call)
     positions, shape = _positions(indices, route)
     plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x))
     padding = padding_idx - route.owned[group.rank][0] if padding_idx >= 0 else -1
@@ -61,26 +66,39 @@ def routed_gather(
     return _from_rows(rows, shape, x, route)
 
 
+@dataclass(frozen=True)
+class _Combination:
+    weight: Tensor
+    ways: int
+    shape: Sequence[int] | None
+    dtype: torch.dtype
+    epilogue: Pointwise
+    extras: tuple[Tensor, ...]
+
+
 def _combined(
     x: Tensor,
     indices: Sequence[Tensor],
-    weight: Tensor,
-    ways: int,
     route: Route,
     group: Group,
-    dtype: torch.dtype | None,
     kernel: bool | None,
+    call: _Combination,
 ) -> Tensor:
     """By the kernel the rows that come back are read once, and never put in order."""
-    if not (kernel and x.is_floating_point() and takes(COMBINE, x, weight)):
+    ways, width = call.ways, x.shape[-1]
+    if not (_by_kernel(kernel, x) and takes(COMBINE, x, call.weight, *call.extras)):
         rows = routed_gather(x, indices, route, group, kernel=kernel)
-        return (rows * weight).view(-1, ways, x.shape[-1]).sum(1, dtype=dtype)
+        total = (rows * call.weight).view(-1, ways, width).sum(1)
+        total = total if call.shape is None else total.view(tuple(call.shape))
+        return call.epilogue(total, *call.extras).to(call.dtype) if call.epilogue else total
     positions, _ = _positions(indices, route)
     plan = _Exchange.of(positions, route, group, True)
     arrived: Tensor = _Fetch.apply(_as_rows(x, route), plan)  # type: ignore[no-untyped-call]
-    where, scale = plan.inverse.view(-1, ways), weight.reshape(-1, ways)
+    where, scale = plan.inverse.view(-1, ways), call.weight.reshape(-1, ways)
+    extras = [a.reshape(-1, width) for a in call.extras]
     # Every row that arrived was asked for at one position.
-    return combine(arrived, where, scale, dtype=dtype or x.dtype, once=True)
+    out = combine(arrived, where, scale, call.epilogue, extras, call.dtype, once=True)
+    return out if call.shape is None else out.view(tuple(call.shape))
 
 
 def routed_scatter(

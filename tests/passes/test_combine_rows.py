@@ -20,9 +20,16 @@ mesh dp=2
 %scaled: f32[6, 4] = aten.mul.Tensor(%rows, %column)
 %view: f32[3, 2, 4] = aten.reshape(%scaled, [3, 2, 4])
 %sum: f32[3, 4] = aten.sum.dim_IntList(%view, [1])
-%out: f32[3, 4] = aten.relu(%sum)
+%out: f32[3, 4] = aten.erfinv(%sum)
 return %out
 """
+RESIDUAL = PROGRAM.replace(
+    "%out: f32[3, 4] = aten.erfinv(%sum)",
+    """\
+%h: f32[1, 3, 4] = aten.exp(%z)
+%seen: f32[1, 3, 4] = aten.reshape(%sum, [1, 3, 4])
+%out: f32[1, 3, 4] = aten.add.Tensor(%h, %seen)""",
+).replace("%rows", '%z: input f32[1, 3, 4] "z"\n%rows', 1)
 
 
 def combined(text: str) -> tuple[str, str]:
@@ -44,10 +51,32 @@ class TestProgram(expecttest.TestCase):
 %slot: input i64[6] "slot"
 %w: input f32[6] "w"
 %column: f32[6, 1] = aten.reshape(%w, [6, 1])
-%rows: f32[3, 4] = routed_gather(%x, [%slot], Route(0, (16,), ((0, 8), (8, 16))), <dp>, weight=%column, ways=2, dtype=f32)
-%out: f32[3, 4] = aten.relu(%rows)
+%rows: f32[3, 4] = routed_gather(%x, [%slot], Route(0, (16,), ((0, 8), (8, 16))), <dp>, weight=%column, ways=2, shape=(3, 4), dtype=f32)
+%out: f32[3, 4] = aten.erfinv(%rows)
 return %out""",
         )
+
+    def test_with_a_residual_in_another_shape(self) -> None:
+        said, text = combined(RESIDUAL)
+        assert said == "weighted sum of 2 | add(a0, x)"
+        self.assertExpectedInline(
+            text,
+            """\
+%x: input f32[8, 4] "x"
+%slot: input i64[6] "slot"
+%w: input f32[6] "w"
+%z: input f32[1, 3, 4] "z"
+%column: f32[6, 1] = aten.reshape(%w, [6, 1])
+%h: f32[1, 3, 4] = aten.exp(%z)
+%rows: f32[1, 3, 4] = routed_gather(%x, [%slot], Route(0, (16,), ((0, 8), (8, 16))), <dp>, weight=%column, ways=2, shape=(1, 3, 4), dtype=f32, epilogue=pointwise("add(a0, x)"), extras=(%h,))
+return %rows""",
+        )
+
+    def test_nothing_moves_past_a_message(self) -> None:
+        message = "%all: f32[2, 3, 4] = exchange(gather_inv, [ShardSpec(0, (1, 1))], <dp>, %z)"
+        said, text = combined(RESIDUAL.replace("%h: ", f"{message}\n%h: "))
+        assert said == "weighted sum of 2"
+        assert "%out: f32[1, 3, 4] = aten.add.Tensor(%h, %seen)" in text
 
 
 REPLACED = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autopar.ir.lowered import Route
+from autopar.ir.pointwise import parse_pointwise
 from autopar.runtime import dispatch
 from autopar.runtime.dispatch import routed_gather, routed_scatter
 from autopar.runtime.group import Group, ThreadWorld, run_threads
@@ -129,6 +130,23 @@ def test_weighted_sum(
         plain = (rows * weight.detach()).view(len(index) // ways, ways, 5).sum(1)
         torch.testing.assert_close(y.detach(), plain, rtol=0.05, atol=0.05)
         return y, [x, weight]
+
+    compare(program, monkeypatch, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_sum_and_residual(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shape of the residual, whose gradient is that of the result."""
+
+    def program(rank: int, group: Group, kernel: bool | None) -> tuple[Tensor, Result]:
+        x, shape = rows_of(ROUTE, rank, (12, 5), dtype), (1 + rank, 3, 5)
+        index = torch.tensor([3, 3, 11, 0, 7, 6, 4, 10, 3, 3, 0, 1])[: 6 * (1 + rank)]
+        weight, residual = normal(rank, (len(index), 1), dtype), normal(7, shape, dtype)
+        more: Any = {"weight": weight, "ways": 2, "shape": shape, "dtype": dtype, "kernel": kernel}
+        add = parse_pointwise("add(a0, x)")
+        y = routed_gather(x, [index], ROUTE, group, **more, epilogue=add, extras=(residual,))
+        assert y.shape == shape
+        return y, [x, weight, residual]
 
     compare(program, monkeypatch, dtype)
 

@@ -27,8 +27,8 @@ from tests.zoo import ZOO
 PERMUTE = Places({"permute": None})
 
 # Routed with a kernel: the vocabulary's rows and, in two layers, the ways to experts and back; how
-# many of these are weighted sums.
-MODELS = {"moe_mask": (1, 0), "moe_scatter": (5, 2), "moe_sort": (11, 0)}
+# many of these are weighted sums, and how many of those add the residual.
+MODELS = {"moe_mask": (1, 0, 0), "moe_scatter": (5, 2, 2), "moe_sort": (11, 0, 0)}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -39,7 +39,8 @@ def test_equal_to_one_device(model: str, monkeypatch: pytest.MonkeyPatch) -> Non
     program = lower_all(graph, {}, decisions, kernels=PERMUTE)[0]
     routed = [n for n in program.calls() if n.target in (ROUTED_GATHER, ROUTED_SCATTER)]
     by_kernel = [n for n in routed if n.kwargs.get("kernel")]
-    assert (len(by_kernel), sum("weight" in n.kwargs for n in by_kernel)) == MODELS[model]
+    more = [sum(name in n.kwargs for n in by_kernel) for name in ("weight", "epilogue")]
+    assert (len(by_kernel), *more) == MODELS[model]
     launched: list[str] = []
     original = launch.launch
 
