@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
 
 from autopar.ir.graph import Graph, value_of
-from autopar.ir.lowered import ROUTED_GATHER, LoweredOp, Route
+from autopar.ir.lowered import ROUTED_GATHER, LoweredOp
 from autopar.ir.pointwise import IDENTITY
 from autopar.ir.recomputed import mark_of
 
@@ -52,14 +53,15 @@ def combine_rows(graph: Graph, node: Node) -> str:
     last.replace_all_uses_with(node)
     for absorbed in gone:
         graph.fx.erase_node(absorbed)
-    node.kwargs = {
-        **node.kwargs,
+    more: dict[str, Any] = {
         "weight": found.weight,
         "ways": found.ways,
         "shape": value.int_shape(),
         "dtype": value.dtype,
-        **({"epilogue": epilogue, "extras": after.extras} if epilogue else {}),
     }
+    if epilogue:
+        more |= {"epilogue": epilogue, "extras": after.extras}
+    node.kwargs = {**node.kwargs, **more}
     node.meta = {**node.meta, "value": value}
     return f"weighted sum of {found.ways}" + (f" | {epilogue}" if epilogue else "")
 
@@ -120,10 +122,9 @@ def _communicates_between(first: Node, last: Node) -> bool:
 
 def _takes_whole_rows(node: Node) -> bool:
     """Whether it gives [positions, width]: all dims but the last indexed, no row left out."""
-    x, indices, route, _, *padding = node.args
-    assert isinstance(x, torch.fx.Node) and isinstance(route, Route)
-    assert isinstance(indices, (list, tuple))
-    flat = all(value_of(i).rank == 1 for i in indices)  # type: ignore[arg-type]
+    args: Any = node.args
+    x, indices, route, _, *padding = args
+    flat = all(value_of(i).rank == 1 for i in indices)
     whole = route.dim == 0 and value_of(x).rank == len(route.sizes) + 1
     return flat and whole and value_of(node).rank == 2 and padding in ([], [-1])
 
