@@ -107,6 +107,8 @@ def _cross_entropy(graph: Graph, node: Node) -> Site:
     why = before.why
     node.args = (logits, *node.args[1:])
     node.kwargs = {"kernel": program}
+    if absorbed:
+        node.kwargs = {**node.kwargs, "dtype": value_of(source).dtype}
     _erase(graph, absorbed)
     kept = why_kept(node, logits)
     if not kept:

@@ -1,0 +1,109 @@
+"""Which kernels a plan has, by cluster and by what a user asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from autopar.capture import Capture
+from autopar.cost.cluster import parse_cluster
+from autopar.errors import UserError
+from autopar.ir.graph import Graph
+from autopar.kernel_use import KernelUse, Places, places_of
+from autopar.passes.choose_kernels import choose_kernels
+from autopar.passes.edits import illegal_edits
+from autopar.passes.prepare import prepare
+from autopar.plan import Plan, plan_from_json
+from autopar.planning import capture_training, make_plan
+from tests.zoo import ZOO
+
+
+@cache
+def planned(cluster: str, strategy: str) -> tuple[Graph, Capture, Plan]:
+    entry = ZOO["gpt"]
+    args, kwargs = entry.inputs(0)
+    where = parse_cluster(cluster)
+    plan = make_plan(entry.build(), args, kwargs, where, strategy=strategy, kernels="off")
+    captured = capture_training(entry.build(), args, kwargs)
+    return prepare(captured.graph), captured, plan
+
+
+def chosen(cluster: str, mode: str, strategy: str = "data", **more: object) -> dict[str, KernelUse]:
+    graph, captured, plan = planned(cluster, strategy)
+    found = choose_kernels(graph, captured.symbols, plan, parse_cluster(cluster), mode, **more)  # type: ignore[arg-type]
+    return {f"{use.kernel} {use.fusion}".strip(): use for use in found}
+
+
+def test_on_gpus_what_is_faster_and_on_cpus_nothing() -> None:
+    found = chosen("2xH100", "auto")
+    assert set(found) == {"dropout", "dropout x | add(a0, x)", "cross_entropy"}
+    for use in found.values():
+        assert use.time_s < use.unfused_s
+        assert use.saved_bytes > 0
+    assert found["dropout x | add(a0, x)"].where == tuple(f"dropout_{i}" for i in range(1, 5))
+    assert found["dropout x | add(a0, x)"].count == 4
+    assert not chosen("cpu:2", "auto")
+    assert not chosen("2xH100", "off")
+
+
+def test_all_of_them_whatever_they_take() -> None:
+    names = {use.kernel for use in chosen("cpu:2", "all").values()}
+    assert names == {"dropout", "cross_entropy", "pack", "adamw"}
+    assert chosen("2xH100", "all")["adamw"].where == ("optimizer",)
+    assert "adamw" not in chosen("2xH100", "all", optimizer="sgd")
+
+
+def test_int8_where_the_user_has_gradients_travel_so_and_nowhere_else() -> None:
+    assert "int8" not in chosen("2xH100", "all")
+    for mode in ("auto", "off"):
+        found = chosen("2xH100", mode, compressed=("dp",))["int8"]
+        assert (found.where, found.count) == (("dp",), 1)
+        assert found.unfused_s > 0
+
+
+def test_a_pipeline_has_them_in_every_micro_batch() -> None:
+    found = chosen("2xH100", "auto", "pipeline")
+    _, _, plan = planned("2xH100", "pipeline")
+    assert found["dropout"].count == plan.micro_batches > 1
+
+
+def test_uses_go_through_json_and_are_checked() -> None:
+    graph, captured, plan = planned("2xH100", "data")
+    uses = tuple(chosen("2xH100", "all").values())
+    plan = replace(plan, kernels=uses)
+    assert plan_from_json(plan.to_json()) == plan
+    cluster = parse_cluster("2xH100")
+    assert not illegal_edits(plan, graph, captured.symbols, cluster)
+    wrong = replace(plan, kernels=(replace(uses[1], where=("dropuot",)),))
+    (said,) = illegal_edits(wrong, graph, captured.symbols, cluster)
+    assert said.startswith("kernels: dropout has no place 'dropuot'; nearest: dropout")
+    for field, value, message in (
+        ("kernel", "drop", "unknown kernel 'drop'"),
+        ("where", "dropout", "not a list of names"),
+        ("time_s", "fast", "time_s is 'fast'"),
+    ):
+        text = replace(plan, kernels=(replace(uses[0], **{field: value}),)).to_json()
+        with pytest.raises(UserError, match=message):
+            plan_from_json(text)
+    text = replace(plan, kernels=(KernelUse("pack", ("xp",)),)).to_json()
+    with pytest.raises(UserError, match="pack names the axis 'xp'"):
+        plan_from_json(text)
+
+
+def test_places_by_mode() -> None:
+    uses = (
+        KernelUse("dropout", ("a", "b")),
+        KernelUse("pack", ("dp",)),
+        KernelUse("int8", ("dp",)),
+    )
+    auto = places_of(uses, "auto")
+    assert auto == Places({"dropout": frozenset("ab"), "pack": frozenset({"dp"})})
+    other = places_of(uses, "auto", planned=False)  # a capture whose nodes have other names
+    assert other.has("dropout", "z")
+    assert not other.has("pack", "tp")
+    assert not places_of(uses, "off")
+    everything = places_of((), "interpret")
+    assert everything.has("adamw", "optimizer")
+    assert not everything.has("int8", "dp")
