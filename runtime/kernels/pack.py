@@ -43,6 +43,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # A row of the table: elements, address of the piece, its place in the buffer, length and stride of
 # its rows, and whether all of its vectors are aligned: no vector then crosses the end of a row.
+# A hint stays with the operation that made its value, so that those of the first branch are made in
+# that branch: hints on what both branches read would hold in the other, too.
 _TEMPLATE = """
 @triton.jit
 def $name(
@@ -53,22 +55,23 @@ def $name(
     entry = rows_ptr + 6 * tl.load(block)
     first = tl.load(block + 1) * BLOCK
     n = tl.load(entry).to(tl.int32)
-    piece_ptr = tl.load(entry + 1).to(tl.pointer_type($piece))
-    flat_ptr += tl.load(entry + 2)
+    piece = tl.load(entry + 1)
+    offset = tl.load(entry + 2)
     length = tl.load(entry + 3).to(tl.int32)
     stride = tl.load(entry + 4)
     $first
     if (tl.load(entry + 5) != 0) & (first + BLOCK <= n):
-        flat_ptr = tl.multiple_of(flat_ptr, 16)
-        piece_ptr = tl.multiple_of(piece_ptr, 16)
-        length = tl.multiple_of(length, VECTOR)
-        stride = tl.multiple_of(stride, VECTOR)
-        start = first + VECTOR * tl.arange(0, BLOCK // VECTOR)[:, None]
+        piece_ptr = tl.multiple_of(piece.to(tl.pointer_type($piece)), 16)
+        place_ptr = tl.multiple_of(flat_ptr + offset, 16)
+        vector = first // VECTOR + tl.arange(0, BLOCK // VECTOR)[:, None]
+        row = (vector // (length // VECTOR)).to(tl.int64) * (stride // VECTOR)
         lane = tl.arange(0, VECTOR)[None, :]
-        i = start + lane
-        j = (start // length).to(tl.int64) * stride + start % length + lane
+        i = vector * VECTOR + lane
+        j = (row + vector % (length // VECTOR)) * VECTOR + lane
         $block
     else:
+        piece_ptr = piece.to(tl.pointer_type($piece))
+        place_ptr = flat_ptr + offset
         for begin in tl.range(first, tl.minimum(first + BLOCK, n), BLOCK // 4):
             i = begin + tl.arange(0, BLOCK // 4)
             j = (i // length).to(tl.int64) * stride + i % length
@@ -88,8 +91,8 @@ def emit(
     """
 
     def lines(mask: str) -> list[str]:
-        target, source = ("flat", "piece") if name == "pack" else ("piece", "flat")
-        places = {"flat": "flat_ptr + i", "piece": "piece_ptr + j"}
+        target, source = ("place", "piece") if name == "pack" else ("piece", "place")
+        places = {"place": "place_ptr + i", "piece": "piece_ptr + j"}
         found = [f"x = tl.load({places[source]}{mask})" + (f".to({compute})" if compute else "")]
         found += triton_lines(program, "x", [], "y", compute)
         if norm:

@@ -296,32 +296,33 @@ def pack(
     entry = rows_ptr + 6 * tl.load(block)
     first = tl.load(block + 1) * BLOCK
     n = tl.load(entry).to(tl.int32)
-    piece_ptr = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
-    flat_ptr += tl.load(entry + 2)
+    piece = tl.load(entry + 1)
+    offset = tl.load(entry + 2)
     length = tl.load(entry + 3).to(tl.int32)
     stride = tl.load(entry + 4)
     squares = tl.full([], 0.0, tl.float32)
     if (tl.load(entry + 5) != 0) & (first + BLOCK <= n):
-        flat_ptr = tl.multiple_of(flat_ptr, 16)
-        piece_ptr = tl.multiple_of(piece_ptr, 16)
-        length = tl.multiple_of(length, VECTOR)
-        stride = tl.multiple_of(stride, VECTOR)
-        start = first + VECTOR * tl.arange(0, BLOCK // VECTOR)[:, None]
+        piece_ptr = tl.multiple_of(piece.to(tl.pointer_type(tl.float32)), 16)
+        place_ptr = tl.multiple_of(flat_ptr + offset, 16)
+        vector = first // VECTOR + tl.arange(0, BLOCK // VECTOR)[:, None]
+        row = (vector // (length // VECTOR)).to(tl.int64) * (stride // VECTOR)
         lane = tl.arange(0, VECTOR)[None, :]
-        i = start + lane
-        j = (start // length).to(tl.int64) * stride + start % length + lane
+        i = vector * VECTOR + lane
+        j = (row + vector % (length // VECTOR)) * VECTOR + lane
         x = tl.load(piece_ptr + j).to(tl.float32)
         y = x * (0.5)
         squares += tl.sum(y * y)
-        tl.store(flat_ptr + i, y.to(flat_ptr.dtype.element_ty))
+        tl.store(place_ptr + i, y.to(place_ptr.dtype.element_ty))
     else:
+        piece_ptr = piece.to(tl.pointer_type(tl.float32))
+        place_ptr = flat_ptr + offset
         for begin in tl.range(first, tl.minimum(first + BLOCK, n), BLOCK // 4):
             i = begin + tl.arange(0, BLOCK // 4)
             j = (i // length).to(tl.int64) * stride + i % length
             x = tl.load(piece_ptr + j, mask=i < n).to(tl.float32)
             y = x * (0.5)
             squares += tl.sum(tl.where(i < n, y * y, 0.0))
-            tl.store(flat_ptr + i, y.to(flat_ptr.dtype.element_ty), mask=i < n)
+            tl.store(place_ptr + i, y.to(place_ptr.dtype.element_ty), mask=i < n)
     tl.store(squares_ptr + tl.program_id(0), squares)
 """,
     )
