@@ -10,6 +10,9 @@ has g members::
     all_reduce       2 (g-1)/g (1 + 4/256) n bytes   2 (g-1)/g 4 n bytes
     reduce_scatter     (g-1)/g (1 + 4/256) n bytes     (g-1)/g 4 n bytes
 
+CPU ranks of several hosts sum inside their host first, as they are: only what goes between hosts is
+int8 (g is the number of hosts, and n what a member has of its host's sum).
+
 What is below `SMALLEST` elements, or has one dim (norms, biases), travels as it is.
 """
 
@@ -24,6 +27,7 @@ from torch import Tensor
 from .group import Group, InFlight
 from .kernels import int8
 from .kernels.support import interpreted, usable
+from .two_level import Column, TwoLevelGroup
 
 SMALLEST = 4096  # elements, of a tensor that is worth its scales and its padding
 
@@ -44,14 +48,12 @@ class CompressedGroup:
     def all_reduce(self, x: Tensor, op: str = "sum", in_place: bool = False) -> InFlight:
         if not self._compresses(x, op):
             return self.group.all_reduce(x, op, in_place)
-        arriving = self._to_owners(x.reshape(-1))
-
-        def finish() -> Tensor:
-            own = _reduce(arriving.wait().view(self.size, -1))
-            rows = self.group.all_gather(own).wait().view(self.size, -1)
-            return _dequantise(rows, x.numel(), x.dtype).view(x.shape)
-
-        return InFlight(finish)
+        flat = x.reshape(-1).contiguous()
+        if isinstance(self.group, TwoLevelGroup) and x.device.type == "cpu":
+            arriving = self.group.all_reduce_by(flat, _all_reduce)
+        else:
+            arriving = _all_reduce(self.group, flat)
+        return InFlight(lambda: arriving.wait().view(x.shape))
 
     def all_gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> InFlight:
         return self.group.all_gather(x, sizes)
@@ -61,15 +63,12 @@ class CompressedGroup:
             return self.group.reduce_scatter(x, sizes)
         lengths = [x.shape[0] // self.size] * self.size if sizes is None else list(sizes)
         inner = x.numel() // x.shape[0]
-        arriving = self._to_owners(_in_units(x.reshape(-1), [n * inner for n in lengths]))
-        mine = lengths[self.rank]
-
-        def finish() -> Tensor:
-            rows = arriving.wait().view(self.size, -1)
-            total = _dequantise(rows, mine * inner, x.dtype, summed=True)
-            return total.view(mine, *x.shape[1:])
-
-        return InFlight(finish)
+        flat, flat_sizes = x.reshape(-1).contiguous(), [n * inner for n in lengths]
+        if isinstance(self.group, TwoLevelGroup) and x.device.type == "cpu":
+            arriving = self.group.reduce_scatter_by(flat, flat_sizes, _reduce_scatter)
+        else:
+            arriving = _reduce_scatter(self.group, flat, flat_sizes)
+        return InFlight(lambda: arriving.wait().view(lengths[self.rank], *x.shape[1:]))
 
     def all_to_all(
         self, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]
@@ -82,11 +81,35 @@ class CompressedGroup:
     def _compresses(self, x: Tensor, op: str) -> bool:
         return self.size > 1 and op == "sum" and x.is_floating_point() and x.numel() > 0
 
-    def _to_owners(self, flat: Tensor) -> InFlight:
-        """Send every member its piece of a flat tensor; what arrives are the members' rows."""
-        wire = _quantise(flat.contiguous(), self.size).view(-1)
-        lengths = [wire.numel() // self.size] * self.size
-        return self.group.all_to_all(wire, lengths, lengths)
+
+def _all_reduce(group: Group | Column, flat: Tensor) -> InFlight:
+    """The sum of a flat tensor over a group, by way of the owners of its pieces."""
+    arriving = _to_owners(group, flat)
+
+    def finish() -> Tensor:
+        own = _reduce(arriving.wait().view(group.size, -1))
+        rows = group.all_gather(own).wait().view(group.size, -1)
+        return _dequantise(rows, flat.numel(), flat.dtype)
+
+    return InFlight(finish)
+
+
+def _reduce_scatter(group: Group | Column, flat: Tensor, sizes: Sequence[int]) -> InFlight:
+    """This member's piece of the sum of a flat tensor over a group."""
+    arriving = _to_owners(group, _in_units(flat, sizes))
+    mine = sizes[group.rank]
+
+    def finish() -> Tensor:
+        return _dequantise(arriving.wait().view(group.size, -1), mine, flat.dtype, summed=True)
+
+    return InFlight(finish)
+
+
+def _to_owners(group: Group | Column, flat: Tensor) -> InFlight:
+    """Send every member its piece of a flat tensor; what arrives are the members' rows."""
+    wire = _quantise(flat, group.size).view(-1)
+    lengths = [wire.numel() // group.size] * group.size
+    return group.all_to_all(wire, lengths, lengths)
 
 
 def compressed(start: Starter) -> Starter:

@@ -18,7 +18,7 @@ while the caller computes. Results are the same on every member: hosts are added
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,14 +119,8 @@ class TwoLevelGroup:
             return self._flat.reduce_scatter(x, sizes)
         lengths = [x.shape[0] // self.size] * self.size if sizes is None else list(sizes)
         sent = to_wire(x)
-        columns = _columns(lengths, self.inside)
-        mine = sent
-        if self._first is not None:
-            rows = sent.split_with_sizes(lengths)
-            order = [h * self.inside + i for i in range(self.inside) for h in range(self.hosts)]
-            by_column = torch.cat([rows[member] for member in order])
-            mine = self._first.reduce_scatter(by_column, [sum(c) for c in columns]).wait()
-        pieces = list(mine.split_with_sizes(columns[self._column]))
+        mine = self._scatter_inside(sent, lengths)
+        pieces = list(mine.split_with_sizes(lengths[self._column :: self.inside]))
         arriving = self._exchange(pieces, pieces[self._host], ISSUED_TAG)
         return InFlight(lambda: from_wire(_total(arriving.wait(), "sum"), x))
 
@@ -156,6 +150,31 @@ class TwoLevelGroup:
 
         return InFlight(finish)
 
+    # -- what is done between hosts by others -------------------------------------------------
+
+    def all_reduce_by(self, x: Tensor, across: Callable[[Column, Tensor], InFlight]) -> InFlight:
+        """The sum of a flat tensor on the CPU; `across` sums what a column has over the hosts."""
+        lengths = _even(x.numel(), self.inside)
+        mine = self._reduce_inside(x, lengths, "sum")
+        arriving = across(Column(self), mine) if mine.numel() else done(mine)
+
+        def finish() -> Tensor:
+            total = arriving.wait()
+            return total if self._last is None else self._last.all_gather(total, lengths).wait()
+
+        return InFlight(finish)
+
+    def reduce_scatter_by(
+        self,
+        x: Tensor,
+        sizes: Sequence[int],
+        across: Callable[[Column, Tensor, Sequence[int]], InFlight],
+    ) -> InFlight:
+        """The same for a reduce-scatter of a flat tensor into pieces of `sizes`."""
+        mine = self._scatter_inside(x, sizes)
+        pieces = list(sizes[self._column :: self.inside])
+        return across(Column(self), mine, pieces) if mine.numel() else done(mine)
+
     # -- inside and across ----------------------------------------------------------------------
 
     def _reduce_inside(self, flat: Tensor, lengths: list[int], op: str) -> Tensor:
@@ -166,6 +185,16 @@ class TwoLevelGroup:
             return self._first.reduce_scatter(flat, lengths).wait()
         whole = self._first.all_reduce(flat, op).wait()
         return whole.split_with_sizes(lengths)[self._column]
+
+    def _scatter_inside(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What the members of the host have together of this column's pieces, host by host."""
+        if self._first is None:
+            return x
+        rows = x.split_with_sizes(list(lengths))
+        order = [h * self.inside + i for i in range(self.inside) for h in range(self.hosts)]
+        by_column = torch.cat([rows[member] for member in order])
+        parts = [sum(column) for column in _columns(lengths, self.inside)]
+        return self._first.reduce_scatter(by_column, parts).wait()
 
     def _exchange(
         self, pieces: Sequence[Tensor], into: Tensor | Sequence[Tensor], tag: int
@@ -195,6 +224,31 @@ class TwoLevelGroup:
 
     def _receive(self, x: Tensor, host: int, tag: int) -> Any:
         return self._group.recv([x], host * self.inside + self._column, tag)
+
+
+class Column:
+    """The members of one column as a group, for those that do the part between hosts themselves.
+
+    Its all-to-alls are for when a collective is issued, its gathers for when it is waited for.
+    """
+
+    def __init__(self, group: TwoLevelGroup) -> None:
+        self._group = group
+        self.size, self.rank = group.hosts, group._host
+
+    def all_to_all(
+        self, x: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]
+    ) -> InFlight:
+        """As `Group.all_to_all`."""
+        pieces = list(x.split_with_sizes(list(in_splits)))
+        places = [x.new_empty((n, *x.shape[1:])) for n in out_splits]
+        arriving = self._group._exchange(pieces, places, ISSUED_TAG)
+        return InFlight(lambda: torch.cat(arriving.wait()))
+
+    def all_gather(self, x: Tensor) -> InFlight:
+        """As `Group.all_gather`."""
+        arriving = self._group._exchange([x] * self.size, x, WAITED_TAG)
+        return InFlight(lambda: torch.cat(arriving.wait()))
 
 
 class _Arriving:

@@ -18,6 +18,8 @@ from autopar.runtime.collectives import close, open_
 from autopar.runtime.compressed import SMALLEST, CompressedGroup
 from autopar.runtime.group import Group, ProcessGroupGroup, ThreadGroup, ThreadWorld, run_threads
 from autopar.runtime.kernels.int8 import BLOCK, UNIT
+from autopar.runtime.shared_memory import make_group
+from autopar.runtime.two_level import TwoLevelGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -139,29 +141,40 @@ def test_what_is_not_a_sum_of_floats_is_exact() -> None:
     run_threads(world, program)
 
 
-def _member(rank: int, port: int, errors: Any) -> None:
+def _member(rank: int, port: int, hosts: str, errors: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    size = len(hosts)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=2)
-        for n in (1, 9001, 200_000):
+        if len(set(hosts)) > 1:
+            os.environ["AUTOPAR_HOST"] = hosts[rank]
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+        group: Any = make_group() if len(set(hosts)) > 1 else ProcessGroupGroup()
+        assert isinstance(group, TwoLevelGroup if len(set(hosts)) > 1 else ProcessGroupGroup)
+        for n in (1, 9001, 100_000):
             for dtype in DTYPES:
-                total = check(ProcessGroupGroup(), 2, rank, dtype, n)
-                both = ProcessGroupGroup().all_gather(total[None]).wait()
-                assert torch.equal(both[0], both[1])
+                total = check(group, size, rank, dtype, n)
+                of_all = ProcessGroupGroup().all_gather(total[None]).wait()
+                assert all(torch.equal(of_all[0], other) for other in of_all)
+        dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:
         errors.put(f"rank {rank}: {type(error).__name__}: {error}")
         raise
 
 
-def test_real_processes() -> None:
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("hosts", ["aa", "aabb"])
+def test_real_processes(hosts: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     errors = context.Queue()
-    ranks = [context.Process(target=_member, args=(r, port, errors)) for r in range(2)]
+    ranks = [
+        context.Process(target=_member, args=(r, port, hosts, errors), daemon=True)
+        for r in range(len(hosts))
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
