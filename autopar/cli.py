@@ -470,6 +470,40 @@ def simulate(
     )
 
 
+@app.command()
+def kernels(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],
+    target: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="Its model, as for plan.")],
+    arch: Annotated[
+        str | None, typer.Option(help="sm_80, sm_90, gfx942, ...; default the plan's GPUs'.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="As for plan, for module classes.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="The plan's, if it is not a shipped one.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the sources to files in this folder.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write all of it to this file; - prints it.")
+    ] = None,
+) -> None:
+    """Print the Triton that a plan will run, autopar's and Inductor's, compiled without a GPU."""
+    from autopar.cli_kernels import show_kernels
+
+    show_kernels(
+        plan,
+        target,
+        architecture=arch,
+        inputs=inputs or [],
+        cluster=cluster,
+        out=json,
+        folder=out,
+    )
+
+
 @app.command("measure-rank")
 def measure_rank(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, as plan --json made.")],

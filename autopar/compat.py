@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -450,3 +451,167 @@ def triton_interpreter() -> Any:
     import triton.runtime.interpreter
 
     return triton.runtime.interpreter
+
+
+# --- Inductor without a GPU -----------------------------------------------------------------------
+
+
+def aot_graphs(
+    module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]
+) -> list[tuple[str, torch.fx.GraphModule, list[Any]]]:
+    """What Inductor gets to compile of a module: `forward` and `backward`, or `inference`.
+
+    Traced on fake CPU tensors of one mode, which say whether they require gradients; decomposed and
+    divided as Inductor does it.
+    """
+    from torch._functorch import config
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    found: list[tuple[str, torch.fx.GraphModule, list[Any]]] = []
+
+    def keep(name: str) -> Any:
+        def compiler(graph: torch.fx.GraphModule, args: Sequence[Any]) -> Any:
+            if name == "inference":
+                joint_graph_passes(graph)
+            found.append((name, graph, list(args)))
+            return lambda _: None
+
+        return compiler
+
+    def divide(joint: torch.fx.GraphModule, args: Any, **kwargs: Any) -> Any:
+        joint_graph_passes(joint)
+        return min_cut_rematerialization_partition(joint, args, compiler="inductor", **kwargs)
+
+    aot: Any = aot_module_simplified
+    now: Any = config.patch
+    with (
+        tracing(TracingContext(detect_fake_mode(inputs))),
+        now(force_non_lazy_backward_lowering=True),
+    ):
+        aot(
+            module,
+            list(inputs),
+            fw_compiler=keep("forward"),
+            bw_compiler=keep("backward"),
+            inference_compiler=keep("inference"),
+            decompositions=select_decomp_table(),
+            partition_fn=divide,
+        )
+    return found
+
+
+@contextlib.contextmanager
+def pretended_gpu(properties: Any) -> Iterator[None]:
+    """Let Inductor and Triton find one CUDA device of these properties, which nothing can run on.
+
+    `properties` has what `torch.cuda.get_device_properties` gives. Afterwards all is as before.
+    """
+    from unittest.mock import patch
+
+    import torch.utils._triton
+    import triton
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime.hints import DeviceProperties
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", 10 * properties.major + properties.minor, 32)
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            return target
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cuda", 0)
+
+    capability = (properties.major, properties.minor)
+    faked: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: False,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: capability,
+        "get_device_name": lambda device=None: properties.name,
+        "is_bf16_supported": lambda *args, **kwargs: True,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in faked.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        for name in ("device_count", "current_device", "get_device_properties"):
+            stack.enter_context(patch.object(CudaInterface, name, staticmethod(faked[name])))
+        # What torch found out, once for all, about the GPU that was not there.
+        for known in (DeviceProperties.create, *vars(torch.utils._triton).values()):
+            if hasattr(known, "cache_clear"):
+                known.cache_clear()
+                stack.callback(known.cache_clear)
+        stack.enter_context(patch.object(triton.runtime.driver, "_active", Driver()))
+        stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        yield
+
+
+def inductor_source(graph: torch.fx.GraphModule, args: Sequence[Any], inference: bool) -> str:
+    """The Python module that Inductor writes for a graph of `aot_graphs`, as for `cuda:0`.
+
+    Changes the graph. Needs `pretended_gpu` (or a GPU).
+    """
+    from torch._guards import detect_fake_mode
+    from torch._inductor import config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch.utils._pytree import tree_map
+
+    mode: Any = detect_fake_mode(args)
+    cuda = torch.device("cuda", 0)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        with mode, torch.no_grad():
+            return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=cuda)
+
+    def renamed(value: Any) -> Any:
+        return cuda if isinstance(value, torch.device) and value.type == "cpu" else value
+
+    for node in graph.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = tree_map(moved, node.meta["val"])
+        node.meta.pop("tensor_meta", None)
+        node.args = torch.fx.node.map_aggregate(node.args, renamed)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, renamed)
+    inputs = [moved(value) for value in args]
+    lowering: Any = GraphLowering
+    settings: Any = config.patch
+    with (
+        settings(fx_graph_cache=False, compile_threads=1),
+        V.set_fake_mode(mode),
+        V.set_debug_handler(DebugContext()),
+    ):
+        for each in (view_to_reshape, partial(post_grad_passes, is_inference=inference)):
+            improve: Any = each  # untyped
+            improve(graph)
+        lowered = lowering(graph, example_inputs=inputs, is_inference=inference)
+        with V.set_graph_handler(lowered):
+            lowered.run(*inputs)
+            made = lowered.codegen()[0]
+    return str(getattr(made, "value", made))
+
+
+def inductor_configs(source: str, name: str, filename: str) -> tuple[dict[str, Any], list[Any]]:
+    """Of a kernel that Inductor wrote: its `triton_meta`, and the configurations it may run with.
+
+    The first one is what runs unless the GPU finds another one faster. Needs `pretended_gpu`.
+    """
+    namespace: dict[str, Any] = {"__name__": name, "__file__": filename}
+    exec(compile(source, filename, "exec"), namespace)
+    kernel = namespace[name]
+    return kernel.triton_meta, list(kernel.configs)

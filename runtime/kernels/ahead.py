@@ -31,7 +31,8 @@ class Specialisation:
     `signature` gives the type of every run-time parameter in order (`*bf16`, `i32`, `fp32`),
     `constants` the value of every `tl.constexpr`. `aligned` are the parameters (pointers, sizes)
     that are multiples of 16, as tensors of the allocator and sizes of usual models are. `wide` says
-    that full blocks must be loaded and stored 128 bits at a time.
+    that full blocks must be loaded and stored 128 bits at a time, `fp_fusion` that products and
+    sums may be contracted.
     """
 
     kernel: Kernel
@@ -40,6 +41,7 @@ class Specialisation:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     wide: bool = True
+    fp_fusion: bool = False
 
     def __str__(self) -> str:
         types = ", ".join(f"{name}: {kind}" for name, kind in self.signature.items())
@@ -112,7 +114,7 @@ def assemble(form: Specialisation, architecture: str) -> Assembled:
         constexprs={(names.index(name),): value for name, value in form.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned},
     )
-    options = {"num_warps": form.num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": form.num_warps, "enable_fp_fusion": form.fp_fusion}
     made = triton.compile(source, target=target, options=options)
     if nvidia:
         return _nvidia(architecture, made)
