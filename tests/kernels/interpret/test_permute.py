@@ -45,9 +45,9 @@ def compare(
 ) -> None:
     """Values of one dtype, and the gradients of the inputs against those in float64."""
     dtype = inputs[0].dtype
-    limits = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    limit = TOLERANCE[dtype]
     made = kernel(*inputs)
-    torch.testing.assert_close(made, reference(*inputs), **limits)
+    torch.testing.assert_close(made, reference(*inputs), rtol=limit, atol=limit)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = reference(*exact)
     cotangent = normal(99, *made.shape, dtype=made.dtype).detach()
@@ -55,7 +55,7 @@ def compare(
     wanted = torch.autograd.grad(expected, exact, cotangent.double())
     for got, want, x in zip(gradients, wanted, inputs, strict=True):
         assert got.dtype == x.dtype
-        torch.testing.assert_close(got.double(), want, **limits)
+        torch.testing.assert_close(got.double(), want, rtol=limit, atol=limit)
 
 
 INDICES = {
@@ -75,8 +75,8 @@ def test_permute(name: str, dtype: torch.dtype) -> None:
     index = INDICES[name]
     for prologue in (IDENTITY, SCALE, TANH):
         compare(
-            lambda x, p=prologue: permute(x, index, p),  # type: ignore[misc]
-            lambda x, p=prologue: permuting.reference(x, index, p),  # type: ignore[misc]
+            lambda x, p=prologue: permute(x, index, p),
+            lambda x, p=prologue: permuting.reference(x, index, p),
             normal(3, 37, 33, dtype=dtype),
         )
 
@@ -114,11 +114,11 @@ def test_sums_are_those_of_index_add_and_reproducible(dtype: torch.dtype) -> Non
     index = INDICES["duplicates"]
     x, to = normal(6, len(index), 33, dtype=dtype).detach(), normal(7, 37, 33, dtype=dtype).detach()
     segments = Segments.of(index, 37)
-    limits = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    limit = TOLERANCE[dtype]
     for epilogue, extras in ((IDENTITY, ()), (RESIDUAL, (to,))):
         made = sum_segments(x, segments, epilogue, extras)
         wanted = permuting.sum_reference(x, index, 37, epilogue, extras)
-        torch.testing.assert_close(made, wanted, **limits)
+        torch.testing.assert_close(made, wanted, rtol=limit, atol=limit)
         assert torch.equal(made, sum_segments(x, segments, epilogue, extras))
 
 
