@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ir.pointwise import Fusion, parse_pointwise
-from autopar.runtime.kernels import adamw, combine, dropout, int8, permute
+from autopar.runtime.kernels import adamw, combine, dropout, int8, pack, permute
 from autopar.runtime.random import keep_mask, keep_mask_traced, whole
 
 P, SEED, CALL = 0.1, 1234, 0
@@ -244,6 +244,113 @@ def combine_rows(device: torch.device, tiny: bool) -> Case:
     )
 
 
+def _gradients(device: torch.device, tiny: bool, dtype: torch.dtype) -> list[Tensor]:
+    """48 tensors as four blocks of a transformer have them."""
+    d, blocks = (32, 1) if tiny else (1536, 4)
+    matrices = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
+    vectors = [(3 * d,), (4 * d,), *[(d,)] * 6]
+    shapes = [*matrices, *vectors] * blocks
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def pack_bucket(device: torch.device, tiny: bool) -> Case:
+    """Gradients into one buffer."""
+    xs = _gradients(device, tiny, torch.bfloat16)
+    flat = pack.pack(xs)
+    parts = flat.clone().split_with_sizes([x.numel() for x in xs])
+    places = [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
+    compiled = inductor(lambda xs: torch.cat([x.reshape(-1) for x in xs]), device)
+    return Case(
+        "pack",
+        f"{len(xs)} tensors bf16",
+        2 * flat.nbytes,
+        lambda: pack.pack(xs, out=flat),
+        lambda: largest_difference(pack.pack(xs), torch.cat([x.reshape(-1) for x in xs])),
+        0.0,
+        {
+            "inductor": lambda: compiled(xs),
+            "_foreach_copy_": lambda: torch._foreach_copy_(places, xs),
+        },
+    )
+
+
+def pack_scaled(device: torch.device, tiny: bool) -> Case:
+    """Gradients scaled, rounded to bfloat16 and their norm taken on the way into one buffer."""
+    xs = _gradients(device, tiny, torch.float32)
+    half, flat = parse_pointwise("mul(x, 0.5)"), pack.pack(xs, dtype=torch.bfloat16)
+    parts = flat.clone().split_with_sizes([x.numel() for x in xs])
+    places = [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
+
+    def plain(xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        joined = torch.cat([x.reshape(-1) for x in xs]) * 0.5
+        return joined.bfloat16(), joined.norm()
+
+    def torchs() -> Tensor:
+        scaled = torch._foreach_mul(xs, 0.5)
+        torch._foreach_copy_(places, scaled)
+        return torch.stack(torch._foreach_norm(scaled)).norm()
+
+    def error() -> float:
+        (y, norm), (wanted, wanted_norm) = pack.pack_with_norm(xs, half, flat.dtype), plain(xs)
+        _, exact = pack.reference(xs, half)
+        return max(largest_difference(y, wanted), float((norm - exact).abs() / wanted_norm))
+
+    compiled = inductor(plain, device)
+    return Case(
+        "pack",
+        f"{len(xs)} tensors fp32 to bf16, norm",
+        3 * flat.nbytes,
+        lambda: pack.pack_with_norm(xs, half, out=flat),
+        error,
+        1e-6,
+        {"inductor": lambda: compiled(xs), "torch": torchs},
+        launches=4,
+    )
+
+
+def pack_chunks(device: torch.device, tiny: bool) -> Case:
+    """Gradients in the order of a reduce-scatter: every member's part of all of them."""
+    xs, members = _gradients(device, tiny, torch.bfloat16), 2 if tiny else 8
+    chunks = [x.chunk(members)[m] for m in range(members) for x in xs]
+    flat = pack.pack(chunks)
+
+    def torchs() -> Tensor:
+        return torch._chunk_cat(xs, dim=0, num_chunks=members)
+
+    return Case(
+        "pack",
+        f"{len(xs)} tensors bf16 for {members} members",
+        2 * flat.nbytes,
+        lambda: pack.pack(chunks, out=flat),
+        lambda: largest_difference(pack.pack(chunks), torchs().view(-1)),
+        0.0,
+        {"_chunk_cat": torchs},
+    )
+
+
+def unpack_gathered(device: torch.device, tiny: bool) -> Case:
+    """Parameters from the result of an all-gather."""
+    xs, members = _gradients(device, tiny, torch.bfloat16), 2 if tiny else 8
+    flat = torch._chunk_cat(xs, dim=0, num_chunks=members)
+    fulls = [torch.empty_like(x) for x in xs]
+    chunks = [full.chunk(members)[m] for m in range(members) for full in fulls]
+    outs, sizes = [x.view(members, -1) for x in xs], [x.numel() // members for x in xs]
+
+    def error() -> float:
+        pack.unpack(flat, chunks)
+        return max(map(largest_difference, fulls, xs))
+
+    return Case(
+        "pack",
+        f"{len(xs)} tensors bf16 from {members} members",
+        2 * flat.nbytes,
+        lambda: pack.unpack(flat, chunks),
+        error,
+        0.0,
+        {"split_copy": lambda: torch.split_with_sizes_copy(flat, sizes, dim=1, out=outs)},
+    )
+
+
 CASES: dict[str, Callable[[torch.device, bool], Case]] = {
     "adamw:step": adamw_step,
     "int8:quantise": quantise,
@@ -251,5 +358,9 @@ CASES: dict[str, Callable[[torch.device, bool], Case]] = {
     "int8:dequantise": dequantise,
     "permute:rows": permute_rows,
     "combine:rows": combine_rows,
+    "pack:bucket": pack_bucket,
+    "pack:scaled": pack_scaled,
+    "pack:chunks": pack_chunks,
+    "pack:unpack": unpack_gathered,
     "dropout:residual": dropout_residual,
 }
