@@ -61,23 +61,29 @@ def make_table(columns: Sequence[Sequence[Tensor | int]], block: int) -> Table:
         tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in column) for column in columns
     )
     device = first[0].device
-    return Table(_rows(sizes, entries, device), _blocks(sizes, block, device), aligned)
+    where = (device, _stream(device))
+    return Table(_rows(sizes, entries, *where), _blocks(sizes, block, *where), aligned)
 
 
 @lru_cache(maxsize=64)
 def _rows(
-    sizes: tuple[int, ...], entries: tuple[tuple[int, ...], ...], device: torch.device
+    sizes: tuple[int, ...], entries: tuple[tuple[int, ...], ...], device: torch.device, _: int
 ) -> Tensor:
     rows = torch.from_numpy(np.array([sizes, *entries], dtype=np.int64).T.copy())
     return _moved(rows, device)
 
 
 @lru_cache(maxsize=64)
-def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+def _blocks(sizes: tuple[int, ...], block: int, device: torch.device, _: int) -> Tensor:
     counts = np.array([cdiv(n, block) for n in sizes], dtype=np.int64)
     row = np.repeat(np.arange(len(sizes)), counts)
     place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     return _moved(torch.from_numpy(np.stack([row, place], axis=1).astype(np.int32)), device)
+
+
+def _stream(device: torch.device) -> int:
+    """The stream that a table is copied on, which alone may read it without waiting."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,17 @@ from autopar.passes.cast_before_gather import cast_before_gather
 from autopar.passes.insert_reshards import insert_reshards
 from autopar.passes.lower_collectives import lower_collectives
 from autopar.plan import Plan
-from tests.simulate import Subject, decisions_of, lower_all, plan_of, simulate, subject_of
+from autopar.runtime.group import ThreadWorld
+from autopar.runtime.program import load_program
+from tests.simulate import (
+    Subject,
+    decisions_of,
+    groups_of,
+    lower_all,
+    plan_of,
+    simulate,
+    subject_of,
+)
 
 from .helpers import propagated, show
 
@@ -177,3 +187,16 @@ def test_the_numbers_are_those_of_gathering_first(
     assert gradients.keys() == first.keys()
     for name, gradient in gradients.items():
         assert torch.equal(gradient, first[name]), name
+
+
+def test_what_is_dropped_after_use_is_gathered_again(subject: Subject) -> None:
+    """ZeRO-3 keeps the shards in the lower precision, not what is gathered of them."""
+    decisions = decisions_of(subject, plan_of(subject, 2, "zero"))
+    assert decisions.regather
+    sizes = subject.capture.bind(subject.capture.flatten((torch.randn(8, 16),), {}))
+    assert sizes is not None
+    graph = lower_all(subject.graph, sizes, decisions)[0]
+    groups = groups_of(graph, decisions.mesh, ThreadWorld(2), 0)
+    source = load_program(graph, groups).source
+    gathers = [line for line in source.splitlines() if "= regathered_" in line]
+    assert sum(line.count("v__to_copy") for line in gathers) == 8
