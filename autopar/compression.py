@@ -8,6 +8,7 @@ from .errors import UserError
 from .ir.mesh import Mesh
 from .kernel_use import COMPRESSIONS, Places
 from .plan import PIPELINE_AXIS, Plan
+from .units import seconds_text
 
 KERNEL = "int8"
 _NOTE = "compress: "  # how a plan's note on it begins
@@ -46,8 +47,17 @@ def with_note(plan: Plan, compress: str | None) -> Plan:
         axes = " and ".join(compressed_axes(plan.mesh))
         notes.append(
             f"{_NOTE}gradients along {axes} travel as int8, with errors that one device does not "
-            "make (docs/compression.md); the predicted step does not count on it"
+            f"make (docs/compression.md){_prices(plan)}; the predicted step does not count on it"
             if axes
             else f"{_NOTE}no gradients are summed between hosts, and none travel as int8"
         )
     return replace(plan, notes=tuple(notes))
+
+
+def _prices(plan: Plan) -> str:
+    """What the sums are predicted to take, as a clause, where the plan says."""
+    uses = [use for use in plan.kernels if use.kernel == KERNEL]
+    if not uses:
+        return ""
+    took = seconds_text(sum(use.time_s for use in uses))
+    return f": predicted {took} per step in place of {seconds_text(sum(u.unfused_s for u in uses))}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autopar.compression import compressed_axes, with_compression, with_note
 from autopar.ir.mesh import Axis, Mesh
-from autopar.kernel_use import Places
+from autopar.kernel_use import KernelUse, Places
 from autopar.plan import Plan, Prediction
 
 INSIDE = Mesh.of(dp=2, tp=2)
@@ -37,6 +39,9 @@ def test_notes() -> None:
     assert note.startswith("compress: gradients along dp travel as int8")
     (note,) = with_note(plan(STAGES), "int8").notes
     assert note.startswith("compress: no gradients are summed between hosts")
+    priced = replace(plan(HOSTS), kernels=(KernelUse("int8", ("dp",), "", 2, 0.5e-3, 2e-3),))
+    (note,) = with_note(priced, "int8").notes
+    assert ": predicted 500 us per step in place of 2 ms; " in note, note
     before = with_note(plan(INSIDE, "something else"), "int8")
     assert len(before.notes) == 2 and with_note(before, "int8").notes == before.notes
     assert with_note(before, None).notes == ("something else",)

@@ -166,7 +166,9 @@ def int8_times(
     """
     device, group = cluster.device, math.prod(span)
     wire, x = elements * INT8_BYTES, elements * itemsize
-    launches = [x + wire, wire + wire / group, (x if not scatters else x / group) + wire / group]
+    launches = (
+        [x + wire, wire + x / group] if scatters else [x + wire, wire + wire / group, wire + x]
+    )
     with_it = launches_time(device, launches, ACHIEVED.get("int8", 1.0))
     with_it += float(collective_time(cluster, "all_to_all", wire, span))
     if scatters:
