@@ -123,10 +123,12 @@ def _communicates_between(first: Node, last: Node) -> bool:
 def _takes_whole_rows(node: Node) -> bool:
     """Whether it gives [positions, width]: all dims but the last indexed, no row left out."""
     args: Any = node.args
-    x, indices, route, _, *padding = args
+    if len(args) > 4:  # a table, with its padding row
+        return False
+    x, indices, route, _ = args
     flat = all(value_of(i).rank == 1 for i in indices)
     whole = route.dim == 0 and value_of(x).rank == len(route.sizes) + 1
-    return flat and whole and value_of(node).rank == 2 and padding in ([], [-1])
+    return flat and whole and value_of(node).rank == 2
 
 
 def _sums_ways(total: Node) -> bool:

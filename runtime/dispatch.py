@@ -37,7 +37,7 @@ def routed_gather(
     indices: Sequence[Tensor],
     route: Route,
     group: Group,
-    padding_idx: int = -1,
+    padding_idx: int | None = None,
     kernel: bool | None = None,
     weight: Tensor | None = None,
     ways: int = 1,
@@ -49,7 +49,8 @@ def routed_gather(
     """`x[..., i, j, ...]` with the first indexed dim of `x` divided among the group.
 
     The index tensors (int, broadcast against each other) stand for the dims from `route.dim` on and
-    may differ between members. `padding_idx` is a position whose row gets no gradient, or negative.
+    may differ between members. `padding_idx` is given where `x` is a table: a position whose row
+    gets no gradient, or negative.
     With a `weight`, [positions, 1], the result is `(rows * weight).view(-1, ways, width).sum(1)` of
     rows [positions, width], seen as `shape`, after which comes the epilogue; its dtype is `dtype`.
     Raises IndexError for positions out of range.
@@ -59,7 +60,9 @@ def routed_gather(
         return _combined(x, indices, route, group, kernel, call)
     positions, shape = _positions(indices, route)
     plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x))
-    padding = padding_idx - route.owned[group.rank][0] if padding_idx >= 0 else -1
+    padding = padding_idx
+    if padding is not None:
+        padding = padding - route.owned[group.rank][0] if padding >= 0 else -1
     rows: Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
         _as_rows(x, route), plan, padding
     )
@@ -231,19 +234,11 @@ class _Exchange:
         """The rows that were asked for."""
         return gather_rows(rows, self.here) if self.kernel else rows.index_select(0, self.here)
 
-    def added(
-        self, rows: Tensor, count: int, padding: int = -1, to: Tensor | None = None
-    ) -> Tensor:
-        """Rows in the order of `here` added up where they belong, in all `count`, and to `to`.
-
-        Those for the row `padding` are left out.
-        """
+    def added(self, rows: Tensor, count: int, to: Tensor | None = None) -> Tensor:
+        """Rows in the order of `here` added up where they belong, in all `count`, and to `to`."""
         if self.kernel:
-            here = self.here.masked_fill(self.here == padding, -1) if padding >= 0 else self.here
-            segments = Segments.of(here, count)
+            segments = Segments.of(self.here, count)
             return sum_segments(rows, segments, *((IDENTITY,) if to is None else (ADD, (to,))))
-        if padding >= 0:
-            rows = rows.masked_fill((self.here == padding)[:, None], 0)
         total = _sum_rows(rows, self.here, count)
         return total if to is None else to + total
 
@@ -296,7 +291,7 @@ def _sum_rows(rows: Tensor, here: Tensor, count: int) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Exchange, padding: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plan: _Exchange, padding: int | None) -> Tensor:
         ctx.plan, ctx.count, ctx.padding = plan, x.shape[0], padding
         return plan.to_askers(plan.taken(x))
 
@@ -304,7 +299,13 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Exchange = ctx.plan
-        return plan.added(plan.to_owners(grad), ctx.count, ctx.padding), None, None
+        arrived = plan.to_owners(grad)
+        if ctx.padding is None:
+            return plan.added(arrived, ctx.count), None, None
+        if ctx.padding >= 0:
+            arrived = arrived.masked_fill((plan.here == ctx.padding)[:, None], 0)
+        # A frequent id may be a tenth of a batch, and the kernel adds up a row by one program.
+        return _sum_rows(arrived, plan.here, ctx.count), None, None
 
 
 class _Fetch(torch.autograd.Function):

@@ -73,10 +73,10 @@ INDICES = ([3, 3, 11, 0, 7, 3, 6], [11, 2])  # of the two ranks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("padding", [-1, 3])
+@pytest.mark.parametrize("padding", [None, -1, 3])
 @pytest.mark.parametrize("route", [ROUTE, GAP])
 def test_gather(
-    route: Route, padding: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    route: Route, padding: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def program(rank: int, group: Group, kernel: bool | None) -> tuple[Tensor, Result]:
         x = rows_of(route, rank, (12, 5), dtype)
