@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ir.pointwise import Fusion, parse_pointwise
-from autopar.runtime.kernels import adamw, combine, dropout, int8, pack, permute
+from autopar.runtime.kernels import adamw, combine, cross_entropy, dropout, int8, pack, permute
 from autopar.runtime.random import keep_mask, keep_mask_traced, whole
 
 P, SEED, CALL = 0.1, 1234, 0
@@ -351,7 +351,38 @@ def unpack_gathered(device: torch.device, tiny: bool) -> Case:
     )
 
 
+def loss_and_gradient(device: torch.device, tiny: bool) -> Case:
+    """Mean cross-entropy and the gradient of its logits."""
+    tokens, count = (8, 500) if tiny else (8192, 128256)
+    logits = torch.randn(tokens, count, device=device, dtype=torch.bfloat16).requires_grad_()
+    ids = torch.randint(0, count, (tokens,), device=device)
+    classes = cross_entropy.Classes(0, count)
+
+    def gradient(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            return torch.autograd.grad(loss_of(logits, ids), logits)[0]
+
+    def ours(logits: Tensor, ids: Tensor) -> Tensor:
+        return cross_entropy.cross_entropy(logits, ids, classes).mean()
+
+    def wide(logits: Tensor, ids: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), ids)
+
+    compiled = inductor(wide, device)
+    return Case(
+        "cross_entropy",
+        f"{tokens} x {count} bf16, both ways",
+        3 * logits.nbytes,
+        lambda: gradient(ours),
+        lambda: largest_difference(gradient(ours) * tokens, gradient(wide) * tokens),
+        2**-8,  # a rounding of a gradient that is at most 1
+        {"inductor": lambda: gradient(compiled), "torch": lambda: gradient(wide)},
+        launches=6,
+    )
+
+
 CASES: dict[str, Callable[[torch.device, bool], Case]] = {
+    "cross_entropy:both": loss_and_gradient,
     "adamw:step": adamw_step,
     "int8:quantise": quantise,
     "int8:reduce": requantise,
