@@ -82,7 +82,7 @@ def test_the_plan_s_triton(folder: Path) -> None:
     own = [row for row in found["kernels"] if row["by"] == "autopar"]
     inductor = [row for row in found["kernels"] if row["by"] == "inductor"]
     planned = {use["kernel"] for use in json.loads((folder / "2xH100.json").read_text())["kernels"]}
-    assert {row["use"] for row in own} == planned >= {"dropout", "cross_entropy", "adamw"}
+    assert {row["use"] for row in own} == planned >= {"dropout", "cross_entropy"}
     assert {row["use"] for row in inductor} == {"forward", "backward"}
     assert any("gelu" in row["name"] for row in inductor)
     assert any(re.search("(mm|addmm)", name) for name in found["library_calls"])
