@@ -26,6 +26,7 @@ from torch import Tensor
 from .launch import cdiv
 
 ALIGNMENT = 16  # bytes: what a 128-bit load or store needs
+TABLES = 512  # more than a step asks for: six per block of a model whose parameters are gathered
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def make_table(columns: Sequence[Sequence[Tensor | int]], block: int) -> Table:
     return Table(_rows(sizes, entries, *where), _blocks(sizes, block, *where), aligned)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=TABLES)
 def _rows(
     sizes: tuple[int, ...], entries: tuple[tuple[int, ...], ...], device: torch.device, _: int
 ) -> Tensor:
@@ -73,7 +74,7 @@ def _rows(
     return _moved(rows, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=TABLES)
 def _blocks(sizes: tuple[int, ...], block: int, device: torch.device, _: int) -> Tensor:
     counts = np.array([cdiv(n, block) for n in sizes], dtype=np.int64)
     row = np.repeat(np.arange(len(sizes)), counts)
