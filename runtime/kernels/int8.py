@@ -266,21 +266,17 @@ def _sum(values: Tensor) -> Tensor:
 
 def specialisations() -> list[Specialisation]:
     """Quantising from and dequantising to every dtype, with and without a scale, and the sum."""
-    constants = {"ROWS": ROWS, "BLOCK": BLOCK}
     wire = {"codes_ptr": "*i8", "scales_ptr": "*fp32"}
+    out = {"out_codes_ptr": "*i8", "out_scales_ptr": "*fp32"}
+    forms = [_form(emit_reduce(), {**wire, **out, "units": "i32", "members": "i32"})]
     halved = parse_pointwise("mul(x, 0.5)")
-    forms = []
     for dtype in ("fp32", "bf16", "fp16"):
-        signature = {"x_ptr": f"*{dtype}", **wire, "n": "i32", "units": "i32"}
-        aligned = ("x_ptr", "codes_ptr", "scales_ptr")
-        forms.append(Specialisation(emit(), signature, constants, aligned, WARPS))
-        for epilogue in (IDENTITY, halved):
-            signature = {**wire, "y_ptr": f"*{dtype}", "n": "i32", "units": "i32", "members": "i32"}
-            aligned = ("codes_ptr", "scales_ptr", "y_ptr")
-            kernel = emit_dequantise(epilogue)
-            forms.append(Specialisation(kernel, signature, constants, aligned, WARPS))
-    outputs = {"out_codes_ptr": "*i8", "out_scales_ptr": "*fp32"}
-    signature = {**wire, **outputs, "units": "i32", "members": "i32"}
-    aligned = (*wire, *outputs)
-    forms.append(Specialisation(emit_reduce(), signature, constants, aligned, WARPS))
+        forms.append(_form(emit(), {"x_ptr": f"*{dtype}", **wire, "n": "i32", "units": "i32"}))
+        back = {**wire, "y_ptr": f"*{dtype}", "n": "i32", "units": "i32", "members": "i32"}
+        forms += [_form(emit_dequantise(epilogue), back) for epilogue in (IDENTITY, halved)]
     return forms
+
+
+def _form(kernel: Kernel, signature: dict[str, str]) -> Specialisation:
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    return Specialisation(kernel, signature, {"ROWS": ROWS, "BLOCK": BLOCK}, aligned, WARPS)

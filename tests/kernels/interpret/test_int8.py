@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autopar.ir.pointwise import parse_pointwise
+from autopar.runtime.compressed import CompressedGroup
+from autopar.runtime.group import ThreadWorld, run_threads
 from autopar.runtime.kernels.int8 import (
     BLOCK,
     SMALLEST_SCALE,
@@ -99,6 +101,7 @@ def test_overflow_is_not_hidden(bad: float) -> None:
         assert bool(blocks[:3].isfinite().all()) and bool(blocks[4:].isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_a_sum_that_overflows_is_not_hidden() -> None:
     big = torch.full((BLOCK,), 3e38)
     rows = torch.cat([quantise(big), quantise(big)])
@@ -117,6 +120,18 @@ def test_an_epilogue_is_applied_before_the_only_rounding() -> None:
         assert torch.equal(y, (plain * 0.25 + 1.0).to(dtype))
     with pytest.raises(ValueError, match="reads further tensors"):
         emit_dequantise(parse_pointwise("add(x, a0)"))
+
+
+def test_an_all_reduce_is_made_of_them() -> None:
+    world, n = ThreadWorld(2), 2 * UNIT + 77
+    parts = [sample(n, seed=s) for s in range(2)]
+    found = run_threads(
+        world, lambda r: CompressedGroup(world.group(r)).all_reduce(parts[r]).wait()
+    )
+    rows = [reference(x, pieces=2) for x in parts]
+    sums = [reference_reduce(torch.stack([row[piece] for row in rows])) for piece in range(2)]
+    wanted = reference_dequantise(torch.stack(sums), n, torch.float32)
+    assert torch.equal(found[0], wanted) and torch.equal(found[1], wanted)
 
 
 def test_few_forms() -> None:
