@@ -83,43 +83,12 @@ def cross_entropy(
         if token_group is not None and token_group.size > 1:
             flight = token_group.all_reduce(count)
             count = None
-    if kernel is not None:
-        losses = _fused_cross_entropy(
-            logits,
-            target,
-            weight,
-            fused.Classes(
-                vocab_start if vocab_group is not None else 0,
-                _class_count(logits, vocab_size if vocab_group is not None else None),
-                ignore_index,
-                label_smoothing,
-            ),
-            vocab_group,
-            kernel,
-            in_place,
-        )
-        total = losses if reduction == "none" else losses.sum()
-    elif vocab_group is None:
-        total = F.cross_entropy(
-            logits,
-            target,
-            weight,
-            reduction="none" if reduction == "none" else "sum",
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
-    else:
-        losses = _divided_cross_entropy(
-            logits,
-            target,
-            weight,
-            ignore_index,
-            label_smoothing,
-            vocab_start,
-            _class_count(logits, vocab_size),
-            vocab_group,
-        )
-        total = losses if reduction == "none" else losses.sum()
+    here = logits.shape[_class_dim(logits)]
+    classes = fused.Classes(0, here, ignore_index, label_smoothing)
+    if vocab_group is not None:
+        size = here if vocab_size is None else vocab_size
+        classes = fused.Classes(vocab_start, size, ignore_index, label_smoothing)
+    total = _total(logits, target, weight, reduction, classes, vocab_group, kernel, in_place)
     if reduction == "mean":
         if count is None:
             count = flight.wait()
@@ -131,8 +100,31 @@ def _class_dim(logits: Tensor) -> int:
     return 0 if logits.dim() == 1 else 1
 
 
-def _class_count(logits: Tensor, vocab_size: int | None) -> int:
-    return logits.shape[_class_dim(logits)] if vocab_size is None else vocab_size
+def _total(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    classes: fused.Classes,
+    group: Group | None,
+    kernel: Pointwise | None,
+    in_place: bool,
+) -> Tensor:
+    """The sum of the local tokens' losses, or each if the reduction is 'none'."""
+    if kernel is not None:
+        losses = _fused_cross_entropy(logits, target, weight, classes, group, kernel, in_place)
+    elif group is not None:
+        losses = _divided_cross_entropy(logits, target, weight, classes, group)
+    else:
+        return F.cross_entropy(
+            logits,
+            target,
+            weight,
+            reduction="none" if reduction == "none" else "sum",
+            ignore_index=classes.ignore_index,
+            label_smoothing=classes.smoothing,
+        )
+    return losses if reduction == "none" else losses.sum()
 
 
 def _by_token(logits: Tensor, target: Tensor) -> Tensor:
@@ -159,10 +151,7 @@ def _divided_cross_entropy(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    start: int,
-    vocab_size: int,
+    classes: fused.Classes,
     group: Group,
 ) -> Tensor:
     """Losses of the tokens, in float32 or better, of classes divided among the group."""
@@ -172,10 +161,10 @@ def _divided_cross_entropy(
         )
     flat = _by_token(logits, target)
     ids = target.reshape(-1)
-    kept = ids != ignore_index
-    _check_ids(ids, kept, vocab_size)
+    kept = ids != classes.ignore_index
+    _check_ids(ids, kept, classes.size)
     losses: Tensor = _DividedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat, ids, kept, weight, label_smoothing, start, vocab_size, group
+        flat, ids, kept, weight, classes.smoothing, classes.start, classes.size, group
     )
     return losses.view(target.shape)
 

@@ -26,8 +26,8 @@ from .emit import Kernel
 from .launch import block_size, cdiv, launch
 
 NAME = "cross_entropy"
-TILE_BYTES = 8192  # of logits at a time: 32 bytes for each of 256 threads
-WARPS = 8
+TILE_BYTES = 8192  # of logits at a time: 64 bytes for each of 128 threads
+WARPS = 4
 TOKENS = 256  # per program that combines the ranks
 MOST_TOKENS = (1 << 28) - 1  # four statistics of each are reached by 32 bits; logits by 64
 
@@ -163,6 +163,8 @@ class _CrossEntropy(torch.autograd.Function):
             )
         )
         grad = grad.to(log_sums.dtype)
+        if grad.stride(0) not in (0, 1):
+            grad = grad.contiguous()
         tensors = [logits, out, ids, weight, whole, log_sums, grad]
         kernel = emit_backward(ctx.program, _triton(log_sums.dtype))
         classes: Classes = ctx.classes

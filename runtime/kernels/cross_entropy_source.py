@@ -9,31 +9,36 @@ from autopar.ir.pointwise import IDENTITY, Pointwise
 from .emit import Kernel, fill, triton_lines
 
 # A row begins anywhere; its blocks begin at the multiple of 16 elements before it, so that their
-# loads are wide whatever the number of classes. Between the first and the last block nothing is
-# masked.
+# loads are wide whatever the number of classes. The blocks from BLOCK to BLOCK + gap are full; the
+# others, a first and mostly one last, are masked.
 _ROWS = """
 row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
 there = row < rows
-ids = tl.load(ids_ptr + row, mask=there, other=IGNORED).to(tl.int64)
-kept = ids != IGNORED
+ids = tl.load(ids_ptr + row, mask=there, other=0).to(tl.int64)
+kept = there & (ids != IGNORED)
 local = ids - start
 here = kept & (local >= 0) & (local < classes)
 begin = row.to(tl.int64) * stride
 shift = (begin % 16).to(tl.int32)
-aligned = tl.multiple_of(begin - shift, 16)
-whole_rows = tl.program_id(0) * ROWS + ROWS <= rows
+x_ptr += tl.multiple_of(begin - shift, 16)[:, None]
+lane = tl.arange(0, BLOCK)[None, :]
+whole = (classes >= BLOCK) & (tl.program_id(0) * ROWS + ROWS <= rows)
+gap = tl.where(whole, classes // BLOCK * BLOCK - BLOCK, 0)
 """.strip().splitlines()
 
-_COLUMNS = """
-i = first + tl.arange(0, BLOCK)
-column = i[None, :] - shift[:, None]
-offset = aligned[:, None] + i[None, :]
+_EDGE = """
+i = k + tl.where(k > 0, gap, 0) + lane
+column = i - shift[:, None]
 inside = (column >= 0) & (column < classes) & there[:, None]
-full = (first > 0) & (first + BLOCK <= classes) & whole_rows
-if full:
-    x = tl.load(x_ptr + offset).to($compute)
-else:
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to($compute)
+x = tl.load(x_ptr + i, mask=inside, other=0.0).to($compute)
+""".strip().splitlines()
+
+# One block more of the online softmax; sums are kept by lane until the end.
+_FOLD = """
+new = tl.maximum(top, tl.max(u, 1))
+base = tl.where(new == float("-inf"), 0.0, new)
+total = total * tl.exp(top - base)[:, None] + tl.exp(u - base[:, None])
+top = new
 """.strip().splitlines()
 
 _FORWARD = """
@@ -43,31 +48,43 @@ def cross_entropy(
     IGNORED: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
+    own_ptr = x_ptr
     $rows
-    own = tl.load(x_ptr + begin + local, mask=here, other=0.0).to($compute)
+    own = tl.load(own_ptr + begin + local, mask=here, other=0.0).to($compute)
     $own
+    end = tl.max(tl.where(kept, classes + shift, 0), 0)
+    stop = tl.where(end > 0, BLOCK + gap, 0)
+    step = tl.full([1, BLOCK], BLOCK, tl.int32)
+    ahead = tl.load(x_ptr + (BLOCK + lane), mask=step < stop, other=0.0)
     top = tl.full([ROWS], float("-inf"), $compute)
-    total = tl.zeros([ROWS], $compute)
-    rest = tl.zeros([ROWS], $compute)
-    for first in range(0, tl.max(tl.where(kept, classes + shift, 0), 0), BLOCK):
-        $columns
+    total = tl.zeros([ROWS, BLOCK], $compute)
+    rest = tl.zeros([ROWS, BLOCK], $compute)
+    for k in range(0, end - gap, BLOCK):
+        $edge
         $prologue
         if SMOOTH:
             part = tl.where(inside, u, 0.0)
             if WEIGHTED:
                 part *= tl.load(weight_ptr + start + column, mask=inside, other=0.0).to($compute)
-            rest += tl.sum(part, 1)
-        if full == 0:
-            u = tl.where(inside, u, float("-inf"))
-        new = tl.maximum(top, tl.max(u, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(u - base[:, None]), 1)
-        top = new
+            rest += part
+        u = tl.where(inside, u, float("-inf"))
+        $fold
+    for first in range(BLOCK, stop, BLOCK):
+        x = ahead.to($compute)
+        i = first + lane
+        ahead = tl.load(x_ptr + (i + BLOCK), mask=first + step < stop, other=0.0)
+        $prologue
+        if SMOOTH:
+            if WEIGHTED:
+                rest += u * tl.load(weight_ptr + start + i - shift[:, None]).to($compute)
+            else:
+                rest += u
+        $fold
     tl.store(out_ptr + row, top, mask=there)
-    tl.store(out_ptr + row + rows, total, mask=there)
+    tl.store(out_ptr + row + rows, tl.sum(total, 1), mask=there)
     tl.store(out_ptr + row + 2 * rows, tl.where(here, chosen, 0.0), mask=there)
     if SMOOTH:
-        tl.store(out_ptr + row + 3 * rows, rest, mask=there)
+        tl.store(out_ptr + row + 3 * rows, tl.sum(rest, 1), mask=there)
 """
 
 # An id that is no class at all makes the loss nan.
@@ -80,8 +97,8 @@ def cross_entropy_combine(
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
-    ids = tl.load(ids_ptr + row, mask=there, other=IGNORED).to(tl.int64)
-    kept = ids != IGNORED
+    ids = tl.load(ids_ptr + row, mask=there, other=0).to(tl.int64)
+    kept = there & (ids != IGNORED)
     known = kept & (ids >= 0) & (ids < classes)
     top = tl.full([BLOCK], float("-inf"), $compute)
     total = tl.zeros([BLOCK], $compute)
@@ -135,23 +152,35 @@ def cross_entropy_backward(
         else:
             factor += spread * CLASSES
     target = tl.where(here, local + shift, -1).to(tl.int32)
-    for first in range(0, tl.max(tl.where(there, classes + shift, 0), 0), BLOCK):
-        $columns
+    dx_ptr += tl.multiple_of(begin - shift, 16)[:, None]
+    end = tl.max(tl.where(there, classes + shift, 0), 0)
+    for k in range(0, end - gap, BLOCK):
+        $edge
         $prologue
-        d = tl.exp(u - log_sum[:, None]) * factor[:, None]
-        if SMOOTH:
-            share = spread[:, None]
-            if WEIGHTED:
-                share *= tl.load(weight_ptr + start + column, mask=inside, other=0.0).to($compute)
-            d -= share
-        d = tl.where(i[None, :] == target[:, None], d - own[:, None], d)
-        $slope
-        d = tl.where(kept[:, None], d, 0.0).to(dx_ptr.dtype.element_ty)
-        if full:
-            tl.store(dx_ptr + offset, d)
-        else:
-            tl.store(dx_ptr + offset, d, mask=inside)
+        if WEIGHTED and SMOOTH:
+            share = tl.load(weight_ptr + start + column, mask=inside, other=0.0).to($compute)
+        $work
+        tl.store(dx_ptr + i, d, mask=inside)
+    for first in range(BLOCK, BLOCK + gap, BLOCK):
+        i = first + lane
+        x = tl.load(x_ptr + i).to($compute)
+        $prologue
+        if WEIGHTED and SMOOTH:
+            share = tl.load(weight_ptr + start + i - shift[:, None]).to($compute)
+        $work
+        tl.store(dx_ptr + i, d)
 """
+
+# The gradient of `u`, then of `x`.
+_WORK = """
+d = tl.exp(u - log_sum[:, None]) * factor[:, None]
+if WEIGHTED and SMOOTH:
+    d -= spread[:, None] * share
+elif SMOOTH:
+    d -= spread[:, None]
+d = tl.where(i == target[:, None], d - own[:, None], d)
+""".strip().splitlines()
+_STORED = "d = tl.where(kept[:, None], d, 0.0).to(dx_ptr.dtype.element_ty)"
 
 
 @cache
@@ -161,8 +190,9 @@ def emit(program: Pointwise = IDENTITY, compute: str = "tl.float32") -> Kernel:
         _FORWARD,
         rows=_ROWS,
         own=triton_lines(program, "own", [], "chosen", compute, "o"),
-        columns=_columns(compute),
+        edge=_edge(compute),
         prologue=triton_lines(program, "x", [], "u", compute, "p"),
+        fold=_FOLD,
         compute=compute,
     )
     return Kernel("cross_entropy", source)
@@ -177,20 +207,20 @@ def emit_combine(compute: str = "tl.float32") -> Kernel:
 @cache
 def emit_backward(program: Pointwise = IDENTITY, compute: str = "tl.float32") -> Kernel:
     """The gradient of the logits before `program`."""
-    slope: list[str] = []
+    work = list(_WORK)
     if program:
-        slope = triton_lines(program.derivative(), "x", [], "slope", compute, "s")
-        slope.append("d *= slope")
+        work += triton_lines(program.derivative(), "x", [], "slope", compute, "s")
+        work.append("d *= slope")
     source = fill(
         _BACKWARD,
         rows=_ROWS,
-        columns=_columns(compute),
+        edge=_edge(compute),
         prologue=triton_lines(program, "x", [], "u", compute, "p"),
-        slope=slope,
+        work=[*work, _STORED],
         compute=compute,
     )
     return Kernel("cross_entropy_backward", source)
 
 
-def _columns(compute: str) -> list[str]:
-    return [line.replace("$compute", compute) for line in _COLUMNS]
+def _edge(compute: str) -> list[str]:
+    return [line.replace("$compute", compute) for line in _EDGE]
