@@ -316,7 +316,8 @@ class _Part:
         part, meta = self.splitter.part[node], dict(node.meta)
         if part not in (GIVEN, self.name) and not (part == PROLOGUE == self.name):
             self.foreign[node] = None
-            meta |= {"role": "combined" if part == BODY else "prepared", "fqns": (node.name,)}
+            role = "combined" if part == BODY else "prepared"
+            meta |= {"role": role, "fqns": (node.name,), MARK: None}  # not made again, but given
             meta.pop("regather", None)
         self.env[node] = self.placeholder(node.name, meta)
         self.env[node].meta["value"] = self._typed(node.meta["value"])
