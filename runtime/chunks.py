@@ -54,6 +54,14 @@ def local_shape(shape: Sequence[int], spec: ShardSpec, member: int) -> tuple[int
     return (*shape[: spec.dim], spec.local_size(member), *shape[spec.dim + 1 :])
 
 
+def member_sizes(
+    shapes: Sequence[Sequence[int]], specs: Sequence[ShardSpec], members: int
+) -> list[int]:
+    """Elements that every member holds of all tensors whose other dims are those of `shapes`."""
+    pairs = list(zip(shapes, specs, strict=True))
+    return [sum(numel(local_shape(s, spec, m)) for s, spec in pairs) for m in range(members)]
+
+
 def full_shape(shape: Sequence[int], spec: ShardSpec) -> tuple[int, ...]:
     """Shape of the full tensor, whose other dims are those of `shape`."""
     return (*shape[: spec.dim], spec.size, *shape[spec.dim + 1 :])

@@ -26,7 +26,16 @@ from torch.autograd.function import once_differentiable
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 
 from .buckets import joined, pack, unpack
-from .chunks import check_full, check_local, chunk, full_shape, is_prefix, local, local_shape, numel
+from .chunks import (
+    check_full,
+    check_local,
+    chunk,
+    full_shape,
+    is_prefix,
+    local,
+    local_shape,
+    member_sizes,
+)
 from .compressed import compressed
 from .group import Group
 
@@ -271,12 +280,7 @@ def _start_gather(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: 
     for x, spec in zip(xs, specs, strict=True):
         check_local(x, spec, group, "all_gather")
     shapes = [x.shape for x in xs]
-    members = range(group.size)
-    pieces = [
-        [numel(local_shape(shape, spec, m)) for shape, spec in zip(shapes, specs, strict=True)]
-        for m in members
-    ]
-    flight = group.all_gather(pack(xs, kernel), [sum(sizes) for sizes in pieces])
+    flight = group.all_gather(pack(xs, kernel), member_sizes(shapes, specs, group.size))
 
     def finish() -> list[Tensor]:
         flat = flight.wait()
@@ -295,10 +299,7 @@ def _start_reduce_scatter(
         check_full(x, spec, group, "reduce_scatter")
     members = range(group.size)
     shapes = [x.shape for x in xs]
-    sizes = [
-        sum(numel(local_shape(s, spec, m)) for s, spec in zip(shapes, specs, strict=True))
-        for m in members
-    ]
+    sizes = member_sizes(shapes, specs, group.size)
     if len(xs) == 1 and is_prefix(shapes[0], specs[0]):
         flat = xs[0].reshape(-1)
     else:
@@ -321,14 +322,10 @@ def _start_swap(xs: list[Tensor], specs: Sequence[Any], group: Group, kernel: Us
     in_splits = [sum(c.numel() for c in chunks[m * len(xs) : (m + 1) * len(xs)]) for m in members]
     # From member m: my part of the target dim, m's part of the source dim.
     mine = [local_shape(x.shape, spec.target, group.rank) for x, spec in pairs]
-    sizes = [
-        [numel(local_shape(s, spec.source, m)) for s, spec in zip(mine, specs, strict=True)]
-        for m in members
-    ]
-    out_splits = [sum(row) for row in sizes]
+    sources = [spec.source for spec in specs]
+    out_splits = member_sizes(mine, sources, group.size)
     flight = group.all_to_all(pack(chunks, kernel), out_splits, in_splits)
 
-    sources = [spec.source for spec in specs]
     return lambda: joined(flight.wait(), mine, sources, group.size, kernel)
 
 
