@@ -79,18 +79,19 @@ def _step(
 def _key(row: Sequence[Tensor], group: dict[str, Any]) -> tuple[Any, ...] | None:
     """What the tensors of one launch have in common; None for what torch takes."""
     parameter, step, lr = row[0], row[-1], group["lr"]
-    if not parameter.is_floating_point():
-        fall_back(NAME, f"it has no form for {str(parameter.dtype).removeprefix('torch.')}")
-    elif any(x.dtype != parameter.dtype or x.device != parameter.device for x in row[1:-1]):
+    dtype, device = parameter.dtype, parameter.device
+    if not dtype.is_floating_point:
+        fall_back(NAME, f"it has no form for {str(dtype).removeprefix('torch.')}")
+    elif any(x.dtype != dtype or x.device != device for x in row[1:-1]):
         fall_back(NAME, "gradient or state differ from their parameter in dtype or device")
     elif not _laid_out_alike(row[:-1]):
         fall_back(NAME, "parameter, gradient and state are not laid out alike")
     elif isinstance(lr, Tensor) and lr.device.type != "cpu" and step.device.type == "cpu":
         fall_back(NAME, "the learning rate is on the device, and the step on the host")
-    elif group["capturable"] and parameter.device.type == "cpu":
+    elif group["capturable"] and device.type == "cpu":
         return None  # torch raises
     else:
-        return (parameter.device, parameter.dtype, step.device, step.dtype)
+        return (device, dtype, step.device, step.dtype)
     return None
 
 

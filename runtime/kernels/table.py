@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Table:
 
 
 def make_table(columns: Sequence[Sequence[Tensor | int]], block: int) -> Table:
-    """The table of `columns`, each with a tensor (for its address) or a number for every row.
+    """The table of `columns`: of tensors, whose addresses they are, or of numbers.
 
     The first column's tensors give the device and the numbers of elements. A tensor without
     elements has a row and no program. Raises ValueError for columns of different lengths.
@@ -55,22 +56,21 @@ def make_table(columns: Sequence[Sequence[Tensor | int]], block: int) -> Table:
     first = [x for x in columns[0] if isinstance(x, Tensor)]
     if any(len(column) != len(first) for column in columns):
         raise ValueError(f"table: columns of lengths {[len(c) for c in columns]}")
-    sizes = tuple(x.numel() for x in first)
-    addresses = [x.data_ptr() for column in columns for x in column if isinstance(x, Tensor)]
-    aligned = all(a % ALIGNMENT == 0 for a in addresses)
-    entries = tuple(
-        tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in column) for column in columns
-    )
+    sizes = tuple([x.numel() for x in first])
+    entries, aligned = [sizes], True
+    for column in columns:
+        found = tuple([x.data_ptr() if isinstance(x, Tensor) else x for x in column])
+        entries.append(found)
+        if isinstance(column[0], Tensor):
+            aligned = aligned and not reduce(or_, found) % ALIGNMENT
     device = first[0].device
     where = (device, _stream(device))
-    return Table(_rows(sizes, entries, *where), _blocks(sizes, block, *where), aligned)
+    return Table(_rows(tuple(entries), *where), _blocks(sizes, block, *where), aligned)
 
 
 @lru_cache(maxsize=TABLES)
-def _rows(
-    sizes: tuple[int, ...], entries: tuple[tuple[int, ...], ...], device: torch.device, _: int
-) -> Tensor:
-    rows = torch.from_numpy(np.array([sizes, *entries], dtype=np.int64).T.copy())
+def _rows(entries: tuple[tuple[int, ...], ...], device: torch.device, _: int) -> Tensor:
+    rows = torch.from_numpy(np.array(entries, dtype=np.int64).T.copy())
     return _moved(rows, device)
 
 
