@@ -41,6 +41,7 @@ __all__ = [
     "make_fx",
     "rank_map",
     "swap_tensors",
+    "symmetric_memory",
     "triton_interpreter",
 ]
 
@@ -112,6 +113,32 @@ def fake_process_group(world_size: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def symmetric_memory(
+    nbytes: int, device: torch.device, group: dist.ProcessGroup
+) -> tuple[Any, list[int]]:
+    """Zeroed memory of this rank that all ranks' kernels can access, and the address of each one's.
+
+    Collective; all ranks of one host, each with a GPU of its own. What is returned first keeps the
+    memory alive. Raises RuntimeError where devices cannot access each other's memory, ImportError
+    in builds without it.
+    """
+    from torch.distributed import _symmetric_memory as module
+
+    memory = module.empty(nbytes, dtype=torch.uint8, device=device)
+    memory.zero_()
+    torch.cuda.synchronize(device)  # zero before any peer knows where it lies
+    handle: Any = module.rendezvous(memory, group)
+    # Older releases have only `get_buffer`, of memory that always starts an allocation.
+    remote = getattr(handle, "get_remote_tensor", None) or handle.get_buffer
+    addresses = [
+        memory.data_ptr()
+        if peer == group.rank()
+        else remote(peer, (nbytes,), torch.uint8).data_ptr()
+        for peer in range(group.size())
+    ]
+    return (memory, handle), addresses
 
 
 def local_tensor_mode(world_size: int) -> contextlib.AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from autopar.ir.lowered import (
+    ALL_REDUCE_NORM,
     BATCH_NORM,
     CAUSAL_ATTENTION,
     CLOSE,
@@ -27,6 +28,7 @@ from autopar.ir.lowered import (
 )
 
 from . import dispatch, grouped, micro_batches, sharded_ops
+from .all_reduce_norm import all_reduce_norm
 from .attention import causal_attention
 from .collectives import Spec, Use, close, open_
 from .cross_entropy import cross_entropy
@@ -69,6 +71,7 @@ BINDINGS: Mapping[LoweredOp, Callable[..., Any]] = {
     MASKED_EMBEDDING: sharded_ops.masked_embedding,
     CROSS_ENTROPY: cross_entropy,
     BATCH_NORM: sharded_ops.batch_norm,
+    ALL_REDUCE_NORM: all_reduce_norm,
     PREFIX_SUM: dispatch.prefix_sum,
     ROUTED_GATHER: dispatch.routed_gather,
     ROUTED_SCATTER: dispatch.routed_scatter,

@@ -138,6 +138,11 @@ class ProcessGroupGroup:
         self.size: int = group.size()
         self.rank: int = group.rank()
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        found: dist.ProcessGroup = self._group
+        return found
+
     def wait(self, inflight: InFlight) -> Tensor:
         return inflight.wait()
 

@@ -179,6 +179,11 @@ class SharedMemoryGroup:
         self.size = len(peers)
         self.rank = rank
 
+    @property
+    def flat(self) -> Group:
+        """The same ranks for tensors that are not on the CPU."""
+        return self._fallback
+
     def wait(self, inflight: InFlight) -> Tensor:
         return inflight.wait()
 

@@ -159,6 +159,8 @@ CLOSE = LoweredOp("close")
 #   cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing,
 #                 vocab_start, vocab_size, vocab_group, token_group[, classes_last])
 #   batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, group)
+#   all_reduce_norm(x, residual, weight, eps, group[, epilogue, dtype])    psum of `x`, `residual`
+#                 added, RMSNorm: (normalised, sum); put in by `fuse_all_reduce_norm`
 #   prefix_sum(x, dim, group, dtype)    cumsum of a dim divided among the group in order
 #   grouped_mm(op, x, weight, ends, rows, experts, group)    rows sorted by expert, divided
 #   routed_gather(x, indices, route, group, padding_idx)    `x[indices]`, `x` divided by rows
@@ -172,6 +174,7 @@ CAUSAL_ATTENTION = LoweredOp("causal_attention")
 MASKED_EMBEDDING = LoweredOp("masked_embedding")
 CROSS_ENTROPY = LoweredOp("cross_entropy")
 BATCH_NORM = LoweredOp("batch_norm")
+ALL_REDUCE_NORM = LoweredOp("all_reduce_norm")
 PREFIX_SUM = LoweredOp("prefix_sum")
 ROUTED_GATHER = LoweredOp("routed_gather")
 ROUTED_SCATTER = LoweredOp("routed_scatter")
@@ -193,6 +196,7 @@ LOWERED_OPS: dict[str, LoweredOp] = {
         MASKED_EMBEDDING,
         CROSS_ENTROPY,
         BATCH_NORM,
+        ALL_REDUCE_NORM,
         PREFIX_SUM,
         ROUTED_GATHER,
         ROUTED_SCATTER,

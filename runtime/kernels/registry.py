@@ -5,7 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("adamw", "combine", "cross_entropy", "dropout", "int8", "pack", "permute")
+MODULES = (
+    "adamw",
+    "all_reduce_norm",
+    "combine",
+    "cross_entropy",
+    "dropout",
+    "int8",
+    "pack",
+    "permute",
+)
 
 
 def kernel_module(name: str) -> ModuleType:
