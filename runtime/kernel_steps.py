@@ -3,6 +3,10 @@
 torch's step collects the tensors of a group in `_init_group`, which makes their state, and hands
 them to `adam`. Here the kernel takes them in between and leaves for `adam` what it cannot take, so
 that state, its keys and its dtypes are torch's.
+
+The kernel's cast copies are not asked for: a program may take a copy in the place of a cast only if
+the parameter has not changed since, and `p.add_`, `p.data.copy_` or a broadcast on a DTensor leave
+the `_version` of its local tensor as it was.
 """
 
 from __future__ import annotations
