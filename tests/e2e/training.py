@@ -129,7 +129,10 @@ def train_and_compare(
     keep = dtype == "float64"
     given = plan_from_json(plan) if plan is not None else None
     model = autopar.parallelize(
-        build(entry, dtype), strategy=strategy, plan=given, compress=compress
+        build(entry, dtype),
+        strategy=strategy if given is None else "auto",
+        plan=given,
+        compress=compress,
     )
     try:
         run = train(entry, model, steps, keep)
