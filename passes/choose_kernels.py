@@ -23,9 +23,8 @@ from autopar.cost.kernels import (
     permute_forms,
 )
 from autopar.ir.graph import Graph, Value, value_of
-from autopar.ir.lowered import CLOSE, GATHER_VARY, PVARY, ROUTED_SCATTER
+from autopar.ir.lowered import CLOSE, GATHER_VARY, PVARY, ROUTED_GATHER, ROUTED_SCATTER
 from autopar.ir.mesh import Mesh
-from autopar.ir.pointwise import Fusion, Pointwise
 from autopar.kernel_use import NOWHERE, OPTIMIZER, KernelUse, Places, everywhere
 from autopar.plan import Plan
 
@@ -125,8 +124,8 @@ def _forms(site: Site) -> Forms:
 
 
 def _dropout(node: Node) -> Forms:
-    value, fusion = value_of(node), node.kwargs["kernel"]
-    assert isinstance(fusion, Fusion)
+    value = value_of(node)
+    fusion: Any = node.kwargs["kernel"]  # a Fusion
     return dropout_forms(
         int(value.numel()),
         value.dtype.itemsize,
@@ -140,7 +139,6 @@ def _dropout(node: Node) -> Forms:
 def _cross_entropy(node: Node) -> Forms:
     args: Any = node.args
     logits, prologue = value_of(args[0]), node.kwargs["kernel"]
-    assert isinstance(prologue, Pointwise)
     tokens = int(value_of(args[1]).numel())
     return cross_entropy_forms(
         tokens,
@@ -156,7 +154,7 @@ def _cross_entropy(node: Node) -> Forms:
 def _permute(node: Node) -> Forms:
     value = value_of(node)
     width = int(value.shape[-1]) if value.rank > 1 else 1
-    ways: Any = node.kwargs.get("ways", 1)
+    ways: Any = node.kwargs.get("ways", 1) if node.target is ROUTED_GATHER else 1
     rows = int(value.numel()) // max(width, 1) * ways
     return permute_forms(rows, width, value.dtype.itemsize, node.target is ROUTED_SCATTER)
 

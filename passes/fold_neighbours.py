@@ -37,7 +37,8 @@ class Neighbours:
 
 def prologue_of(reader: Node, source: Node) -> Neighbours:
     """The element-wise ops that make `source`, as far back as nobody else reads their values."""
-    program, extras, absorbed = IDENTITY, (), []
+    program, extras = IDENTITY, tuple[Node, ...]()
+    absorbed: list[Node] = []
     why = reason(reader, source)
     while not why:
         made, why = _absorbable(source, absorbed[-1] if absorbed else reader)
@@ -55,7 +56,8 @@ def prologue_of(reader: Node, source: Node) -> Neighbours:
 
 def epilogue_of(made_by: Node, room: int = MOST_EXTRAS) -> Neighbours:
     """The element-wise ops that are the only readers of a value, one after the other."""
-    program, extras, absorbed = IDENTITY, (), []
+    program, extras = IDENTITY, tuple[Node, ...]()
+    absorbed: list[Node] = []
     last, why = made_by, reason(made_by, made_by)
     while not why:
         if len(last.users) != 1:

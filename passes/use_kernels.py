@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch.fx
 
@@ -19,16 +20,15 @@ from autopar.ir.lowered import (
     PVARY,
     ROUTED_GATHER,
     ROUTED_SCATTER,
-    Collective,
-    GroupRef,
 )
 from autopar.ir.mesh import Mesh
 from autopar.ir.pointwise import PLAIN, Fusion
-from autopar.ir.recomputed import SELECTIVE, mark_of
+from autopar.ir.recomputed import mark_of
 from autopar.kernel_use import Places
 
 from .combine_rows import combine_rows
-from .fold_neighbours import described, epilogue_of, is_parameter, prologue_of
+from .fold_neighbours import Neighbours, described, epilogue_of, is_parameter, prologue_of
+from .spread_rows import spread_rows
 
 Node = torch.fx.Node
 REDUCES_GRADIENTS = (PVARY, GATHER_VARY)
@@ -73,7 +73,8 @@ def sites(graph: Graph, mesh: Mesh, places: Places) -> Iterator[Site]:
             yield _cross_entropy(graph, node)
         elif _moves_rows(node) and places.has("permute", node.name):
             node.kwargs = {**node.kwargs, "kernel": True}
-            yield Site("permute", node.name, node, combine_rows(graph, node))
+            folded = combine_rows(graph, node) or spread_rows(graph, node)
+            yield Site("permute", node.name, node, folded)
         elif node.target in (EXCHANGE, OPEN, CLOSE):
             yield from _exchange(node, mesh, places)
 
@@ -90,7 +91,8 @@ def _dropout(graph: Graph, node: Node) -> Site:
         after.last.append(node)  # where its last operand is there
         after.last.replace_all_uses_with(node)
     node.args = (before.source, *node.args[1:])
-    node.kwargs = {"kernel": fusion, "extras": extras, "dtype": result.dtype}
+    kwargs: Any = {"kernel": fusion, "extras": extras, "dtype": result.dtype}
+    node.kwargs = kwargs  # of a lowered op, FX's type of arguments does not hold
     node.meta = {**node.meta, "value": result}
     _erase(graph, (*before.absorbed, *reversed(after.absorbed)))
     return Site("dropout", node.name, node, described(fusion), before.why or after.why)
@@ -101,19 +103,20 @@ def _cross_entropy(graph: Graph, node: Node) -> Site:
     assert isinstance(source, torch.fx.Node)
     before = prologue_of(node, source)
     if before.extras:  # this kernel reads the logits alone
-        program, absorbed, logits = PLAIN.prologue, (), source
-    else:
-        program, absorbed, logits = before.fusion.prologue, before.absorbed, before.source
-    why = before.why
+        before = Neighbours(PLAIN, source, (), (), node, "it reads other tensors, too")
+    program, logits = before.fusion.prologue, before.source
+    kwargs: Any = {"kernel": program}
+    if before.absorbed:
+        kwargs["dtype"] = value_of(source).dtype
     node.args = (logits, *node.args[1:])
-    node.kwargs = {"kernel": program}
-    if absorbed:
-        node.kwargs = {**node.kwargs, "dtype": value_of(source).dtype}
-    _erase(graph, absorbed)
+    _erase(graph, before.absorbed)
     kept = why_kept(node, logits)
     if not kept:
-        node.kwargs = {**node.kwargs, "in_place": True}
-    note = "; ".join(text for text in (why, f"logits are kept: {kept}" if kept else "") if text)
+        kwargs["in_place"] = True
+    node.kwargs = kwargs
+    note = "; ".join(
+        text for text in (before.why, f"logits are kept: {kept}" if kept else "") if text
+    )
     return Site("cross_entropy", node.name, node, described(program), note)
 
 
@@ -139,11 +142,8 @@ def why_kept(reader: Node, logits: Node) -> str:
 
 
 def _exchange(node: Node, mesh: Mesh, places: Places) -> Iterator[Site]:
-    op, group = node.args[0], node.args[2]
-    assert isinstance(op, Collective) and isinstance(group, GroupRef)
-    mark = mark_of(node)
-    if mark is not None and mark.mode == SELECTIVE:
-        return  # what they give is kept by their arguments
+    args: Any = node.args
+    group = args[2]
     axis = str(group)
     if _reduces_gradients(node) and places.has("int8", axis):
         node.kwargs = {**node.kwargs, "kernel": "int8"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,18 +118,18 @@ class Kept:
         with _Kernels(self, ("matmul", "conv"), keeps=False):
             return function(*args, **kwargs)
 
-    def received(self, function: Callable[..., Any], *args: Any) -> Any:
+    def received(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """An exchange, or the `close` of one, whose outputs are kept."""
-        return self._received(function, args, keeps=True)
+        return self._received(partial(function, **options), args, keeps=True)
 
-    def received_unread(self, function: Callable[..., Any], *args: Any) -> Any:
+    def received_unread(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """An exchange, or the `close` of one, whose outputs no saved tensor needs."""
-        return self._received(function, args, keeps=False)
+        return self._received(partial(function, **options), args, keeps=False)
 
-    def sent(self, function: Callable[..., Any], *args: Any) -> Any:
+    def sent(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The `open` of an exchange that is not played back."""
         edges = len(args[3:])  # after the op, its specs and its group
-        return (None,) * (edges + 1) if self._replaying else function(*args)
+        return (None,) * (edges + 1) if self._replaying else function(*args, **options)
 
     def _received(self, function: Callable[..., Any], args: tuple[Any, ...], keeps: bool) -> Any:
         if self._replaying:

@@ -414,7 +414,7 @@ def no_micro_batch_axis(graph: Graph, mesh: Mesh | None) -> str | None:
 def kernels_fit(graph: Graph, mesh: Mesh | None) -> str | None:
     """A fused kernel has the tensors that its programs read, all of the shape of its result."""
     for node in graph.calls():
-        kernel = node.kwargs.get("kernel")
+        kernel: Any = node.kwargs.get("kernel")
         if not isinstance(node.target, LoweredOp) or not isinstance(kernel, (Fusion, Pointwise)):
             continue
         extras: Any = node.kwargs.get("extras", ())
@@ -424,8 +424,9 @@ def kernels_fit(graph: Graph, mesh: Mesh | None) -> str | None:
             )
         if isinstance(kernel, Fusion):
             shape = values_of(node)[0].shape
-            for x in (node.args[0], *extras):
-                if values_of(x)[0].shape != shape:  # type: ignore[arg-type]
+            args: Any = node.args
+            for x in (args[0], *extras):
+                if values_of(x)[0].shape != shape:
                     return f"%{node.name} reads {x}, which has another shape than its result"
     return None
 
