@@ -18,7 +18,7 @@ from .fold_neighbours import Neighbours, epilogue_of, reason
 Node = torch.fx.Node
 
 aten = torch.ops.aten
-_VIEWS = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+VIEWS = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 _SMALL = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -68,10 +68,10 @@ def combine_rows(graph: Graph, node: Node) -> str:
 
 def _epilogue_of(total: Node) -> Neighbours:
     """What follows the sum, or its only reader if that is the sum in another shape."""
-    user = _only_user(total)
+    user = only_user(total)
     width = value_of(total).int_shape()[-1]
     viewed = (
-        user is not None and user.target in _VIEWS and value_of(user).int_shape()[-1:] == (width,)
+        user is not None and user.target in VIEWS and value_of(user).int_shape()[-1:] == (width,)
     )
     return epilogue_of(user if user is not None and viewed else total)
 
@@ -89,17 +89,17 @@ def _sum_of(node: Node) -> _Sum | None:
     if node.target is not ROUTED_GATHER or not _takes_whole_rows(node):
         return None
     count, width = value_of(node).int_shape()
-    scaled = _only_user(node)
+    scaled = only_user(node)
     if scaled is None or scaled.target is not aten.mul.Tensor:
         return None
     others = [a for a in scaled.args if isinstance(a, torch.fx.Node) and a is not node]
     if len(others) != 1 or others[0].op == "placeholder":
         return None
     weight = others[0]
-    view = _only_user(scaled)
-    if view is None or view.target not in _VIEWS or value_of(view).rank != 3:
+    view = only_user(scaled)
+    if view is None or view.target not in VIEWS or value_of(view).rank != 3:
         return None
-    total = _only_user(view)
+    total = only_user(view)
     if total is None or total.target is not aten.sum.dim_IntList or not _sums_ways(total):
         return None
     tokens, ways, last = value_of(view).int_shape()
@@ -136,7 +136,7 @@ def _sums_ways(total: Node) -> bool:
     return dims in ([1], [-2], (1,), (-2,)) and not any(rest) and not any(total.kwargs.values())
 
 
-def _only_user(node: Node) -> Node | None:
+def only_user(node: Node) -> Node | None:
     """The one reader of a value, recomputed with it or not at all."""
     if len(node.users) != 1:
         return None

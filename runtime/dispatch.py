@@ -28,6 +28,7 @@ from .group import Group
 from .kernels.combine import NAME as COMBINE
 from .kernels.combine import combine
 from .kernels.permute import NAME, Segments, gather_rows, sum_segments, takes
+from .kernels.spread import spread
 
 ADD = parse_pointwise("add(x, a0)")
 
@@ -113,13 +114,29 @@ def routed_scatter(
     accumulate: bool = False,
     scale: float = 1.0,
     kernel: bool | None = None,
+    weight: Tensor | None = None,
+    ways: int = 0,
 ) -> Tensor:
     """`x` with `x[..., i, j, ...] = scale * values` (or `+=`), its first indexed dim divided.
 
     `values` broadcasts to what `x[..., i, j, ...]` has for shape. Of several values for one
-    position the last one stays, members counting in order. Raises IndexError as `routed_gather`.
+    position the last one stays, members counting in order. Given `ways`, `x` is [rows..., width],
+    and of `values`, [..., width], every row is put at `ways` positions one after the other, times
+    its element of `weight` [positions, 1]. Raises IndexError as `routed_gather`.
     """
     positions, shape = _positions(indices, route)
+    if ways:
+        tokens = values.reshape(-1, values.shape[-1])
+        if _by_kernel(kernel, x, values):
+            plan = _Exchange.of(positions, route, group, True)
+            factors = None if weight is None else weight.to(x.dtype).reshape(-1, ways)
+            by_owner = spread(tokens, plan.order, plan.inverse.view(-1, ways), factors)
+            put: Tensor = _Scatter.apply(  # type: ignore[no-untyped-call]
+                _as_rows(x, route), by_owner, plan, accumulate, True
+            )
+            return put.view(x.shape)
+        values = tokens.repeat_interleave(ways, 0)
+        values = values if weight is None else values * weight
     plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x, values))
     k, dim = len(route.sizes), route.dim
     values = values if scale == 1 else values * scale
@@ -128,7 +145,7 @@ def routed_scatter(
     rest = (*x.shape[:dim], *x.shape[dim + k :])
     sent = sent.reshape(positions.numel(), math.prod(rest))
     rows: Tensor = _Scatter.apply(  # type: ignore[no-untyped-call]
-        _as_rows(x, route), sent, plan, accumulate
+        _as_rows(x, route), sent, plan, accumulate, False
     )
     return _from_rows(rows, x.shape[dim : dim + k], x, route)
 
@@ -242,15 +259,22 @@ class _Exchange:
         total = _sum_rows(rows, self.here, count)
         return total if to is None else to + total
 
+    def sent_out(self, rows: Tensor) -> Tensor:
+        """Rows by owner, to where they belong."""
+        return self.group.all_to_all(rows.contiguous(), self.asked, self.sent).wait()
+
+    def brought_back(self, rows: Tensor) -> Tensor:
+        """Rows in the order of `here`, back to who asked: by owner."""
+        return self.group.all_to_all(rows, self.sent, self.asked).wait()
+
     def to_owners(self, rows: Tensor) -> Tensor:
         """Rows in the order of this member's positions, to where they belong."""
         take = gather_rows if self.kernel else _select
-        sorted_rows = take(rows, self.order)
-        return self.group.all_to_all(sorted_rows, self.asked, self.sent).wait()
+        return self.sent_out(take(rows, self.order))
 
     def to_askers(self, rows: Tensor) -> Tensor:
         """Rows in the order of `here`, back to who asked; zeros where nobody owns a position."""
-        got = self.group.all_to_all(rows, self.sent, self.asked).wait()
+        got = self.brought_back(rows)
         if self.kernel:
             return gather_rows(got, self.inverse)
         make = got.new_empty if len(self.order) == self.count else got.new_zeros
@@ -314,21 +338,22 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Exchange) -> Tensor:
         ctx.plan, ctx.count = plan, x.shape[0]
-        return plan.group.all_to_all(plan.taken(x), plan.sent, plan.asked).wait()
+        return plan.brought_back(plan.taken(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Exchange = ctx.plan
-        arrived = plan.group.all_to_all(grad.contiguous(), plan.asked, plan.sent).wait()
-        return plan.added(arrived, ctx.count), None
+        return plan.added(plan.sent_out(grad), ctx.count), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, plan: _Exchange, accumulate: bool) -> Tensor:
-        ctx.plan, ctx.accumulate = plan, accumulate
-        arrived = plan.to_owners(values)
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, plan: _Exchange, accumulate: bool, by_owner: bool
+    ) -> Tensor:
+        ctx.plan, ctx.accumulate, ctx.by_owner = plan, accumulate, by_owner
+        arrived = plan.sent_out(values) if by_owner else plan.to_owners(values)
         if accumulate:
             return plan.added(arrived, x.shape[0], to=x)
         if plan.kernel:
@@ -343,8 +368,9 @@ class _Scatter(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = grad if ctx.accumulate else grad.index_fill(0, plan.here, 0)
         if ctx.needs_input_grad[1]:
-            of_values = plan.to_askers(plan.taken(grad))
-        return of_x, of_values, None, None
+            rows = plan.taken(grad)
+            of_values = plan.brought_back(rows) if ctx.by_owner else plan.to_askers(rows)
+        return of_x, of_values, None, None, None
 
 
 class _PrefixSum(torch.autograd.Function):

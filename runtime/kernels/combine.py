@@ -344,6 +344,14 @@ def _run_backward(
     launch(kernel, grid, *tensors, count, y.shape[0], WIDTH=width, **constants)
 
 
+def weight_gradient(g: Tensor, y: Tensor, position: Tensor, weight: Tensor) -> Tensor:
+    """`g[t] . y[position[t, k]]` in the shape and dtype of `weight`; `g` is [tokens, width]."""
+    made = torch.empty_like(weight) if g.numel() else torch.zeros_like(weight)
+    tensors = (g.contiguous(), y.contiguous(), position.contiguous(), weight)
+    _run_backward(IDENTITY, {"weight": made}, *tensors, ())
+    return made
+
+
 def _whole_rows(width: int, element_bytes: int, ways: int) -> dict[str, int]:
     """The backward's constants: a program has all columns of its rows."""
     block = min(block_size(LONGEST_BLOCK), 1 << max(width - 1, 0).bit_length())

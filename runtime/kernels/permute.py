@@ -41,12 +41,12 @@ _PERMUTE = f"""
 @triton.jit(do_not_specialize=["count", "rows"])
 def permute(
     $pointers
-    count, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    count, rows, WIDTH: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
 {TILE}
     index = tl.load(index_ptr + i, mask=here, other=-1).to(tl.int64)
-    found = (index >= 0) & (index < rows)
-    source = tl.where(found, index, 0)[:, None] * WIDTH + c[None, :]
+    found = (index >= 0) & (index < rows * SLOTS)
+    source = tl.where(found, index // SLOTS, 0)[:, None] * WIDTH + c[None, :]
     x = tl.load(x_ptr + source, mask=found[:, None] & inside, other=0.0)
     $work
     tl.store(y_ptr + target, y.to(y_ptr.dtype.element_ty), mask=here[:, None] & inside)
@@ -100,14 +100,25 @@ class Segments:
 
 @cache
 def emit(
-    prologue: Pointwise = IDENTITY, default: bool = False, compute: str = "tl.float32"
+    prologue: Pointwise = IDENTITY,
+    default: bool = False,
+    weighted: bool = False,
+    compute: str = "tl.float32",
 ) -> Kernel:
-    """The gather; with `default`, rows out of range are those of a further tensor `d`."""
-    work = []
-    if prologue:
+    """The gather of row `index // SLOTS`, `weighted` times the weight at `index`.
+
+    With `default`, rows out of range are those of a further tensor `d`, else zeros.
+    """
+    work, value = [], "x"
+    if prologue or weighted:
         work.append(f"x = x.to({compute})")
+    if prologue:
         work += triton_lines(prologue, "x", (), "u", compute)
-    value = "u" if prologue else "x"
+        value = "u"
+    if weighted:
+        work.append(f"w = tl.load(weight_ptr + index, mask=found, other=0.0).to({compute})")
+        work.append(f"v = w[:, None] * {value}")
+        value = "v"
     if default:
         work.append("missing = here & ~found")
         work.append("d = tl.load(d_ptr + target, mask=missing[:, None] & inside, other=0.0)")
@@ -115,8 +126,9 @@ def emit(
     elif prologue:
         work.append(f"y = tl.where(found[:, None], {value}, 0.0)")
     else:
-        work.append("y = x")
-    pointers = ["x_ptr", "index_ptr", *(["d_ptr"] if default else []), "y_ptr"]
+        work.append(f"y = {value}")
+    pointers = ["x_ptr", "index_ptr", *(["weight_ptr"] if weighted else [])]
+    pointers += [*(["d_ptr"] if default else []), "y_ptr"]
     source = fill(_PERMUTE, pointers=[" ".join(f"{p}," for p in pointers)], work=work)
     return Kernel("permute", source)
 
@@ -199,21 +211,27 @@ def _times(slope: Pointwise) -> Pointwise:
 
 
 def gather_rows(
-    x: Tensor, index: Tensor, prologue: Pointwise = IDENTITY, default: Tensor | None = None
+    x: Tensor,
+    index: Tensor,
+    prologue: Pointwise = IDENTITY,
+    default: Tensor | None = None,
+    weight: Tensor | None = None,
+    slots: int = 1,
 ) -> Tensor:
-    """`permute` without a backward; rows out of range are those of `default` if it is given.
+    """`permute` without a backward: `weight[index[i]] * prologue(x[index[i] // slots])`.
 
-    `default` is [positions, width].
+    Rows out of range are those of `default`, [positions, width], if it is given; `weight` has
+    rows * slots elements.
     """
     if prologue.extras:
         raise ValueError(f"permute: the prologue {prologue} reads further tensors")
     count, width = len(index), x.shape[1]
     y = torch.empty((count, width), dtype=x.dtype, device=x.device)
-    given = [] if default is None else [default.contiguous()]
-    kernel = emit(prologue, bool(given), compute_dtype(x))
+    given = [t.contiguous() for t in (weight, default) if t is not None]
+    kernel = emit(prologue, default is not None, weight is not None, compute_dtype(x))
     arguments = [x.contiguous(), index.contiguous(), *given, y]
     rows, block = tile(width, y.element_size(), TILE_BYTES)
-    launch_rows(kernel, arguments, y, x.shape[0], ROWS=rows, BLOCK=block)
+    launch_rows(kernel, arguments, y, x.shape[0], SLOTS=slots, ROWS=rows, BLOCK=block)
     return y
 
 
@@ -284,11 +302,11 @@ def specialisations() -> list[Specialisation]:
     residual = parse_pointwise("add(x, a0)")
     forms = []
     for dtype in ("fp32", "bf16", "fp16"):
-        forms.append(form(emit(), dtype, TILE_BYTES))
+        forms.append(form(emit(), dtype, TILE_BYTES, SLOTS=1))
         forms.append(form(emit_sum(), dtype, SUM_TILE_BYTES, SLOTS=1))
         forms.append(form(emit_sum(residual), dtype, SUM_TILE_BYTES, SLOTS=1))
-    forms.append(form(emit(half), "bf16", TILE_BYTES))
-    forms.append(form(emit(default=True), "bf16", TILE_BYTES))
+    forms.append(form(emit(half), "bf16", TILE_BYTES, SLOTS=1))
+    forms.append(form(emit(weighted=True), "bf16", TILE_BYTES, SLOTS=2))
     forms.append(form(emit_sum(weighted=True), "bf16", SUM_TILE_BYTES, SLOTS=2))
     return forms
 

@@ -151,6 +151,32 @@ def test_weighted_sum_and_residual(dtype: torch.dtype, monkeypatch: pytest.Monke
     compare(program, monkeypatch, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [None, "float", "mask"])
+@pytest.mark.parametrize("route", [ROUTE, GAP])
+def test_scatter_of_weighted_copies(
+    route: Route, weights: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token to two rows, against the copies made by hand."""
+
+    def program(rank: int, group: Group, kernel: bool | None) -> tuple[Tensor, Result]:
+        x, ways = rows_of(route, rank, (12, 5), dtype), 2
+        index = torch.tensor([3, 3, 11, 0, 7, 6, 4, 10])[: 4 * (1 + rank)]
+        tokens = normal(rank, (1 + rank, 2, 5), dtype)
+        weight = normal(8, (len(index), 1), dtype) if weights else None
+        if weights == "mask":
+            weight = weight > 0  # type: ignore[operator]
+        more: Any = {"weight": weight, "ways": ways, "kernel": kernel}
+        y = routed_scatter(x, [index], tokens, route, group, True, **more)
+        copies = tokens.view(-1, 1, 5).expand(-1, ways, 5).reshape(-1, 5)
+        copies = copies if weight is None else copies * weight
+        plain = routed_scatter(x, [index], copies, route, group, True)
+        torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
+        return y, [x, tokens, *([weight] if weights == "float" else [])]  # type: ignore[list-item]
+
+    compare(program, monkeypatch, dtype)
+
+
 def test_integers_go_the_usual_way() -> None:
     def program(rank: int) -> Tensor:
         x = torch.arange(12)[slice(*ROUTE.owned[rank])]

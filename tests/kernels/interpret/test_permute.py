@@ -13,6 +13,7 @@ from autopar.errors import KernelWarning
 from autopar.ir.pointwise import IDENTITY, Pointwise, parse_pointwise
 from autopar.runtime.kernels import combine as combining
 from autopar.runtime.kernels import permute as permuting
+from autopar.runtime.kernels import spread as spreading
 from autopar.runtime.kernels.combine import combine
 from autopar.runtime.kernels.permute import Segments, gather_rows, permute, sum_segments
 
@@ -200,6 +201,27 @@ def test_only_the_gradients_that_are_asked_for() -> None:
         torch.testing.assert_close(got, wanted[i])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ways", [1, 2, 3])
+def test_spread(ways: int, dtype: torch.dtype) -> None:
+    """Rows copied to some of their slots, weighted and not: what `combine` does, backwards."""
+    position = places(9, ways, 9 * ways - 4, True)
+    slots = torch.arange(9 * ways)[position.flatten() >= 0]
+    order = slots[position.flatten()[slots].argsort()]
+    x, weight = normal(23, 9, 33, dtype=dtype), normal(24, 9, ways, dtype=dtype)
+    compare(
+        lambda x, w: spreading.spread(x, order, position, w),
+        lambda x, w: spreading.reference(x, order, ways, w),
+        x,
+        weight,
+    )
+    compare(
+        lambda x: spreading.spread(x, order, position),
+        lambda x: spreading.reference(x, order, ways),
+        x,
+    )
+
+
 def test_combine_is_reproducible() -> None:
     position = places(19, 2, 15, False)
     y, weight = normal(19, 15, 33, dtype=torch.bfloat16), normal(20, 19, 2, dtype=torch.bfloat16)
@@ -234,7 +256,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["count", "rows"])
 def permute(
     x_ptr, index_ptr, y_ptr,
-    count, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    count, rows, WIDTH: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -242,8 +264,8 @@ def permute(
     target = i[:, None] * WIDTH + c[None, :]
     here = i < count
     index = tl.load(index_ptr + i, mask=here, other=-1).to(tl.int64)
-    found = (index >= 0) & (index < rows)
-    source = tl.where(found, index, 0)[:, None] * WIDTH + c[None, :]
+    found = (index >= 0) & (index < rows * SLOTS)
+    source = tl.where(found, index // SLOTS, 0)[:, None] * WIDTH + c[None, :]
     x = tl.load(x_ptr + source, mask=found[:, None] & inside, other=0.0)
     x = x.to(tl.float32)
     u = x * (0.5)

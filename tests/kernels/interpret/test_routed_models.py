@@ -28,7 +28,7 @@ PERMUTE = Places({"permute": None})
 
 # Routed with a kernel: the vocabulary's rows and, in two layers, the ways to experts and back; how
 # many of these are weighted sums, and how many of those add the residual.
-MODELS = {"moe_mask": (1, 0, 0), "moe_scatter": (5, 2, 2), "moe_sort": (11, 0, 0)}
+MODELS = {"moe_mask": (1, 0, 0), "moe_scatter": (5, 4, 2), "moe_sort": (11, 4, 0)}
 
 
 @pytest.mark.parametrize("model", MODELS)
