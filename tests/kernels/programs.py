@@ -20,7 +20,10 @@ def programs(
     for i in range(draw(st.integers(0, most))):
         op = draw(st.sampled_from(ops))
         names = ["x", *(f"a{k}" for k in range(extras)), *(f"t{k}" for k in range(i))]
-        operand: st.SearchStrategy[Operand] = st.sampled_from((*names, *names, *NUMBERS))
-        count = 1 if op in CASTS else OPS[op][0]
-        steps.append(Step(op, tuple(draw(operand) for _ in range(count))))
+        # No step is of numbers alone, which is no use of a kernel.
+        operands: list[Operand] = [draw(st.sampled_from(names))]
+        if op not in CASTS and OPS[op][0] == 2:
+            operands.append(draw(st.sampled_from((*names, *names, *NUMBERS))))
+            operands = draw(st.permutations(operands))
+        steps.append(Step(op, tuple(operands)))
     return Pointwise(tuple(steps))
