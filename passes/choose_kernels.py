@@ -15,6 +15,7 @@ from autopar.cost.cluster import Cluster, Device, group_span
 from autopar.cost.kernels import (
     Forms,
     adamw_forms,
+    all_reduce_norm_times,
     cross_entropy_forms,
     dropout_forms,
     form_times,
@@ -28,6 +29,7 @@ from autopar.ir.mesh import Mesh
 from autopar.kernel_use import NOWHERE, OPTIMIZER, KernelUse, Places, everywhere
 from autopar.plan import Plan
 
+from .fuse_all_reduce_norm import NormSite, norm_sites
 from .rank_program import rank_program
 from .step_formula import BATCH
 from .use_kernels import Site, sites
@@ -63,6 +65,8 @@ def choose_kernels(
     sizes = {symbol: n // k if symbol == BATCH else n for symbol, n in symbols.items()}
     one = replace(plan, mesh=plan.stage_mesh, pipeline=None)
     program = rank_program(graph, sizes, one, 0)
+    norms = list(norm_sites(program)) if "all_reduce_norm" in places.of else []
+    fused_norms = [_norm(cluster, one.mesh, site, k) for site in norms]
     groups: dict[Key, list[Site]] = defaultdict(list)
     summed: dict[str, list[Node]] = defaultdict(list)
     for site in sites(program, one.mesh, places):
@@ -71,6 +75,7 @@ def choose_kernels(
             continue
         groups[site.kernel, site.fusion, site.note, _forms(site)].append(site)
     uses = [_use(key, found, k, device) for key, found in groups.items()]
+    uses += [use for use in fused_norms if math.isfinite(use.time_s)]
     uses += [_int8(cluster, one.mesh, axis, nodes) for axis, nodes in summed.items()]
     if places.has("adamw", OPTIMIZER):
         uses += _adamw(program, plan, device, optimizer)
@@ -175,6 +180,14 @@ _FORMS: Mapping[str, Any] = {
     "permute": _permute,
     "pack": _pack,
 }
+
+
+def _norm(cluster: Cluster, mesh: Mesh, site: NormSite, micro_batches: int) -> KernelUse:
+    value = value_of(site.psum)
+    span = group_span(cluster, mesh, site.group.axes)
+    times = all_reduce_norm_times(cluster, span, float(value.numel()), value.dtype.itemsize)
+    fused, unfused = (micro_batches * seconds for seconds in times)
+    return KernelUse("all_reduce_norm", (site.norm.name,), "", micro_batches, fused, unfused)
 
 
 def _int8(cluster: Cluster, mesh: Mesh, axis: str, nodes: list[Node]) -> KernelUse:

@@ -23,6 +23,7 @@ from autopar.plan import Recompute
 
 from .bucket_collectives import bucket_collectives
 from .cast_before_gather import cast_before_gather
+from .fuse_all_reduce_norm import fuse_all_reduce_norm
 from .insert_reshards import insert_reshards
 from .localise_shapes import localise_shapes
 from .lower_collectives import lower_collectives
@@ -95,11 +96,17 @@ def lowering(
 
 
 def with_kernels(mesh: Mesh, kernels: Places) -> list[Pass]:
-    """The pass that uses kernels, where there are any."""
+    """The passes that use kernels, where there are any."""
     if not kernels:
         return []
-    run = partial(use_kernels, mesh=mesh, places=kernels)
-    return [Pass("use_kernels", run, ("topological", "kernels_fit"))]
+    return [
+        Pass("fuse_all_reduce_norm", partial(fuse_all_reduce_norm, places=kernels)),
+        Pass(
+            "use_kernels",
+            partial(use_kernels, mesh=mesh, places=kernels),
+            ("topological", "kernels_fit"),
+        ),
+    ]
 
 
 def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh, check: bool = True) -> list[Stage]:

@@ -21,8 +21,8 @@ from tests.zoo import ZOO
 
 
 @cache
-def planned(cluster: str, strategy: str) -> tuple[Graph, Capture, Plan]:
-    entry = ZOO["gpt"]
+def planned(cluster: str, strategy: str, model: str = "gpt") -> tuple[Graph, Capture, Plan]:
+    entry = ZOO[model]
     args, kwargs = entry.inputs(0)
     where = parse_cluster(cluster)
     plan = make_plan(entry.build(), args, kwargs, where, strategy=strategy, kernels="off")
@@ -61,6 +61,19 @@ def test_int8_where_the_user_has_gradients_travel_so_and_nowhere_else() -> None:
         found = chosen("2xH100", mode, compressed=("dp",))["int8"]
         assert (found.where, found.count) == (("dp",), 1)
         assert found.unfused_s > 0
+
+
+def test_a_norm_after_a_sum_over_ranks_is_one_op_unless_the_ranks_are_far_apart() -> None:
+    for cluster, wanted in (("2xH100", ("rms_norm", "rms_norm_1", "rms_norm_2")), ("2x1xH100", ())):
+        graph, captured, plan = planned(cluster, "tensor", "llama")
+        where = parse_cluster(cluster)
+        found = choose_kernels(graph, captured.symbols, plan, where, "all")
+        places = [use.where for use in found if use.kernel == "all_reduce_norm"]
+        assert places == ([wanted] if wanted else [])
+        assert not any(
+            use.kernel == "all_reduce_norm"
+            for use in choose_kernels(graph, captured.symbols, plan, where)
+        )
 
 
 def test_a_pipeline_has_them_in_every_micro_batch() -> None:

@@ -38,6 +38,7 @@ PACKING = {"pack", "unpack"}
 FAST: dict[tuple[str, str], set[str]] = {
     ("gpt_attention_dropout", "zero"): {*DROPOUT, *ENTROPY, *PACKING, "adamw"},
     ("llama", "data"): {*ENTROPY, "pack", "adamw"},
+    ("llama", "tensor"): {"all_reduce_norm", "adamw"},
     ("moe", "zero"): {*ENTROPY, *PACKING, "adamw"},
     ("rec", "tensor"): {"adamw"},
     ("resnet", "data"): {"pack", "adamw"},
