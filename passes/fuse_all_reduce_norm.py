@@ -35,7 +35,7 @@ class NormSite:
 
     @property
     def group(self) -> GroupRef:
-        found = self.psum.args[2]
+        found: Any = self.psum.args[2]
         assert isinstance(found, GroupRef)
         return found
 
@@ -87,13 +87,10 @@ def _site(norm: Node) -> NormSite | None:
 
 
 def _is_psum(node: Any) -> bool:
-    return (
-        isinstance(node, torch.fx.Node)
-        and node.target is EXCHANGE
-        and node.args[0] is PSUM
-        and len(node.args) == 4
-        and len(node.users) == 1
-    )
+    if not isinstance(node, torch.fx.Node) or node.target is not EXCHANGE:
+        return False
+    op: Any = node.args[0]
+    return op is PSUM and len(node.args) == 4 and len(node.users) == 1
 
 
 def _can_be_one(site: NormSite, order: dict[Node, int]) -> bool:
@@ -120,7 +117,7 @@ def _fuse(graph: Graph, site: NormSite) -> None:
     kwargs: dict[str, Any] = {}
     if after.absorbed or result.dtype != total.dtype:
         kwargs = {"epilogue": after.fusion.epilogue, "dtype": result.dtype}
-    arguments = (site.psum.args[3], site.residual, site.weight, site.eps, site.group)
+    arguments: Any = (site.psum.args[3], site.residual, site.weight, site.eps, site.group)
     first = next(node for node in graph.fx.nodes if node in site.add.users)
     with graph.fx.inserting_before(first):
         fused = graph.fx.call_function(ALL_REDUCE_NORM, arguments, kwargs)
