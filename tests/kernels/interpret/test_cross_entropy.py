@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from autopar.errors import KernelWarning, UserError
 from autopar.ir.lowered import ShardSpec
 from autopar.ir.pointwise import IDENTITY, Pointwise, parse_pointwise
+from autopar.kernel_use import Places
 from autopar.runtime.collectives import apply
 from autopar.runtime.cross_entropy import cross_entropy
 from autopar.runtime.group import ThreadWorld, run_threads
@@ -33,6 +34,16 @@ from autopar.runtime.kernels import cross_entropy as fused
 from autopar.runtime.kernels import support
 from autopar.runtime.kernels.cross_entropy import Classes, emit, emit_backward, reference
 from autopar.runtime.kernels.support import fall_back
+from tests.simulate import (
+    assert_equivalent,
+    decisions_of,
+    plan_of,
+    simulate,
+    single_device,
+    zoo_loss,
+    zoo_subject,
+)
+from tests.zoo import ZOO
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAP = parse_pointwise("t0 = div(x, 30.0); t1 = tanh(t0); mul(t1, 30.0)")
@@ -430,6 +441,26 @@ def test_nothing_as_large_as_the_logits_is_made(smoothing: float) -> None:
         loss = cross_entropy(logits, ids, label_smoothing=smoothing, kernel=IDENTITY, in_place=True)
         torch.autograd.grad(loss, logits)
     assert max(made_here.sizes) <= 8 * 4 * 8  # four statistics per token, or its id and a mask
+
+
+def test_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose plan divides the vocabulary: the gradients of one device."""
+    seen: list[tuple[int, bool]] = []
+    kernel = fused.cross_entropy
+
+    def watched(logits: Tensor, ids: Tensor, classes: Classes, *rest: Any) -> Tensor:
+        seen.append((logits.shape[1], rest[-1]))
+        assert logits.shape[1] < classes.size
+        return kernel(logits, ids, classes, *rest)
+
+    monkeypatch.setattr(fused, "cross_entropy", watched)
+    subject, entry = zoo_subject("gpt"), ZOO["gpt"]
+    args, kwargs = entry.inputs(0, torch.float64, None)
+    decisions = decisions_of(subject, plan_of(subject, 2, "tensor"))
+    places = Places({"cross_entropy": None})
+    got = simulate(subject, args, kwargs, zoo_loss(entry), decisions, kernels=places)
+    assert_equivalent(got, single_device(subject.module, args, kwargs, zoo_loss(entry)))
+    assert [in_place for _, in_place in seen] == [True, True]
 
 
 # --- Where it cannot run ----------------------------------------------------------------------
