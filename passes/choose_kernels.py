@@ -15,7 +15,6 @@ from autopar.cost.cluster import Cluster, Device, group_span
 from autopar.cost.kernels import (
     Forms,
     adamw_forms,
-    all_reduce_norm_times,
     cross_entropy_forms,
     dropout_forms,
     form_times,
@@ -23,6 +22,7 @@ from autopar.cost.kernels import (
     pack_forms,
     permute_forms,
 )
+from autopar.cost.one_shot import all_reduce_norm_times
 from autopar.ir.graph import Graph, Value, value_of
 from autopar.ir.lowered import CLOSE, GATHER_VARY, PVARY, ROUTED_GATHER, ROUTED_SCATTER
 from autopar.ir.mesh import Mesh
@@ -185,7 +185,8 @@ _FORMS: Mapping[str, Any] = {
 def _norm(cluster: Cluster, mesh: Mesh, site: NormSite, micro_batches: int) -> KernelUse:
     value = value_of(site.psum)
     span = group_span(cluster, mesh, site.group.axes)
-    times = all_reduce_norm_times(cluster, span, float(value.numel()), value.dtype.itemsize)
+    elements, trained = float(value.numel()), value.requires_grad
+    times = all_reduce_norm_times(cluster, elements, value.dtype.itemsize, span, trained)
     fused, unfused = (micro_batches * seconds for seconds in times)
     return KernelUse("all_reduce_norm", (site.norm.name,), "", micro_batches, fused, unfused)
 

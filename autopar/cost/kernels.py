@@ -29,8 +29,6 @@ FOREACH_CHUNK = 65536
 # Of `runtime.random.hash32` on int64 indices: launches that read one tensor, and two.
 HASH_UNARY, HASH_BINARY = 14, 3
 INDEX_BYTES = 8
-ONE_SHOT_BYTES = 64 * (1 << 16)  # of one call, in `runtime.kernels.all_reduce_norm`
-NORM_BACKWARD = 15  # launches of `runtime.all_reduce_norm`'s backward
 INT8_BYTES = 1 + 4 / 256  # per element: a code, and its block's scale (`runtime.kernels.int8`)
 
 
@@ -177,24 +175,3 @@ def int8_times(
         return with_it, float(collective_time(cluster, "reduce_scatter", x, span))
     with_it += float(collective_time(cluster, "all_gather", wire, span))
     return with_it, float(collective_time(cluster, "all_reduce", x, span))
-
-
-def all_reduce_norm_times(
-    cluster: Cluster, span: tuple[int, ...], elements: float, itemsize: int
-) -> tuple[float, float]:
-    """Seconds of a one-shot all-reduce with residual and RMSNorm, and of the three ops.
-
-    Every rank reads what all others wrote, as in an all-gather, whose latency it is given for want
-    of a measurement. Its backward is in torch, of `NORM_BACKWARD` launches; that of the RMSNorm
-    alone has two. Infinite where the group leaves a host, which symmetric memory does not.
-    """
-    device, x = cluster.device, elements * itemsize
-    received = math.prod(span) * x
-    if math.prod(span[1:]) > 1 or x > ONE_SHOT_BYTES:
-        fused = math.inf
-    else:
-        fused = float(collective_time(cluster, "all_gather", received, span))
-        backward = [8.0 * elements] * NORM_BACKWARD
-        fused += launches_time(device, [4 * x, *backward], ACHIEVED.get("all_reduce_norm", 1.0))
-    unfused = launches_time(device, [3 * x, 2 * x, 3 * x, 2 * x])
-    return fused, unfused + float(collective_time(cluster, "all_reduce", x, span))

@@ -13,7 +13,7 @@ import math
 
 from .cluster import Cluster
 from .comm import collective_time, level_time
-from .kernels import launches_time
+from .kernels import ACHIEVED, launches_time
 
 # `MAX_RANKS` and `PROGRAMS * REGION_BYTES` of `runtime.kernels.all_reduce_norm`.
 MOST_RANKS = 16
@@ -54,7 +54,8 @@ def all_reduce_norm_times(
     curve = device.bandwidth_curve("pointwise")
     # Into symmetric memory (2), and of what is not the peers': partial, residual, sum, result.
     local = 6 * message
-    fused = one_shot_time_s(cluster, message, span) + local / float(curve(local))
+    achieved = ACHIEVED.get("all_reduce_norm", 1.0)
+    fused = one_shot_time_s(cluster, message, span) + local / (achieved * float(curve(local)))
     unfused = float(collective_time(cluster, "all_reduce", message, span))
     unfused += launches_time(device, [3 * message, 2 * message])
     if trained:

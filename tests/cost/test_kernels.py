@@ -9,7 +9,6 @@ from autopar.cost.curve import Curve
 from autopar.cost.kernels import (
     Forms,
     adamw_forms,
-    all_reduce_norm_times,
     cross_entropy_forms,
     dropout_forms,
     form_times,
@@ -78,11 +77,3 @@ def test_int8_pays_between_hosts_and_not_inside_of_one() -> None:
     assert between[0] < between[1]
     inside = int8_times(parse_cluster("2xH100"), (2,), 1e4, 2, scatters=True)
     assert inside[0] > inside[1]
-
-
-def test_a_one_shot_all_reduce_stays_in_its_host_and_is_small() -> None:
-    cluster = parse_cluster("2x8xH100")
-    assert all_reduce_norm_times(cluster, (2, 2), 1e3, 2)[0] == float("inf")
-    assert all_reduce_norm_times(cluster, (8, 1), 1e7, 2)[0] == float("inf")
-    small, large = (all_reduce_norm_times(cluster, (8, 1), n, 2) for n in (1e3, 1e6))
-    assert small[0] - small[1] < large[0] - large[1]
