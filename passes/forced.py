@@ -9,11 +9,14 @@ import torch.fx
 
 from autopar.cost.cluster import make_mesh
 from autopar.errors import UserError
+from autopar.ir.graph import Graph
 from autopar.plan import Alternative
 from autopar.units import bytes_text
 
+from .accounts import MODES
 from .families import FAMILIES
 from .frame import Variant
+from .frames import Frames, Request
 from .hints import hints_in
 from .problem import Problem
 from .programme import Assignment
@@ -21,21 +24,50 @@ from .settle import Settled, settle
 
 Node = torch.fx.Node
 Progress = Callable[[str], None]
+PLAIN = Variant()  # one micro-batch, nothing recomputed
 
 
 def force(
-    problem: Problem, strategy: str, limit: float, progress: Progress = lambda _: None
+    problem: Problem,
+    strategy: str,
+    limit: float,
+    progress: Progress = lambda _: None,
+    variant: Variant = PLAIN,
 ) -> list[Settled | Alternative]:
     """Every mesh of a named strategy: settled, or an alternative that says why not.
 
-    Strategies without a mesh for so many devices give nothing.
+    `problem` is that of one of the variant's micro-batches. Strategies without a mesh for so many
+    devices give nothing.
     """
     tried: list[Settled | Alternative] = []
     for sizes in meshes_of_strategy(strategy, problem.cluster.size):
         start = time.perf_counter()
-        tried.append(_try(problem, strategy, sizes, limit))
+        tried.append(_try(problem, strategy, sizes, limit, variant))
         label = " x ".join(map(str, sizes.values()))
         progress(f"{strategy} on {label}: {time.perf_counter() - start:.1f} s")
+    return tried
+
+
+def force_within(
+    frames: Frames, graph: Graph, request: Request, strategy: str, progress: Progress
+) -> list[Settled | Alternative]:
+    """A named strategy in the first of the requested variants in which it fits.
+
+    They come in the order of what they cost: few micro-batches first, then little recomputation;
+    only the leanest comes second.
+    """
+    modes = sorted(request.modes, key=MODES.index)
+    variants = [Variant(n, mode) for n in sorted(request.micro_batches) for mode in modes]
+    # Where the leanest does not fit, none does.
+    variants[1:1] = variants[:0:-1][:1]
+    tried: list[Settled | Alternative] = []
+    for i, variant in enumerate(dict.fromkeys(variants)):
+        problem = frames.problem_at(graph, request.at(variant.micro_batches), request.cluster)
+        found = force(problem, strategy, request.memory_limit, progress, variant)
+        tried += found
+        fits = any(isinstance(one, Settled) for one in found)
+        if (fits and i != 1) or (i == 1 and not fits):
+            break
     return tried
 
 
@@ -81,17 +113,17 @@ def meshes_of_strategy(strategy: str, devices: int) -> list[dict[str, int]]:
 
 
 def _try(
-    problem: Problem, strategy: str, sizes: dict[str, int], limit: float
+    problem: Problem, strategy: str, sizes: dict[str, int], limit: float, variant: Variant
 ) -> Settled | Alternative:
     mesh = make_mesh(problem.cluster, sizes)
     roles = next(r for r in FAMILIES[strategy] if len(r) == len(sizes))
     family = problem.family(strategy, dict(zip(sizes, roles, strict=True)))
-    made = settle(strategy, problem, mesh, family, Variant(), limit, or_leanest=True)
+    made = settle(strategy, problem, mesh, family, variant, limit, or_leanest=True)
     if made is None or made.timeline.peak_bytes > limit:
         lean = made
         if made is not None and made.assignment.memory_bytes <= limit:
             # What a step needs for a moment is not in the programme.
-            lean = settle(strategy, problem, mesh, family, Variant(), limit, minimise_memory=True)
+            lean = settle(strategy, problem, mesh, family, variant, limit, minimise_memory=True)
         if lean is None:
             why = "does not keep the hints" if hints_in(problem.graph) else "does not apply"
             return Alternative(strategy, str(mesh), None, None, why)

@@ -26,7 +26,7 @@ from autopar.units import bytes_text
 from .accounts import MODES, NONE, Accounts
 from .describe import describe_activations, describe_traffic, renamed, type_of
 from .families import FAMILIES, PIPELINED, ROLE_OF
-from .forced import check_forced, force
+from .forced import check_forced, force, force_within
 from .frame import Variant
 from .hints import without_hints
 from .impossible import no_candidate
@@ -110,7 +110,7 @@ def search(
         only = only_pipelines(frames, graph, request, strategy, pipelines or Wanted(), progress)
         return _finish(problem, only.tried, [], strategy, fingerprint, symbols, limit, only.left_s)
     if strategy != "auto":
-        forced = force(problem, strategy, limit, progress)
+        forced = force_within(frames, graph, request, strategy, progress)
         check_forced(forced, strategy, limit, cluster.size)
         return _finish(problem, forced, [], strategy, fingerprint, symbols, limit)
     found = settle_best(frames, graph, request, progress)
