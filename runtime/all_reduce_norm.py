@@ -88,8 +88,9 @@ class _AllReduceNorm(torch.autograd.Function):
             of_sum = back if direct is None else back + direct
         if of_sum is None:
             return (None,) * 7
+        cast = {dtype: of_sum.to(dtype) for dtype in set(ctx.dtypes)}
         of_x, of_residual = (
-            of_sum.to(dtype) if needed else None
+            cast[dtype] if needed else None
             for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
         )
         return of_x, of_residual, of_weight, None, None, None, None
