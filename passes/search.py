@@ -11,36 +11,34 @@ import sympy
 import torch.fx
 
 from autopar.collector import collector_paused
-from autopar.cost.cluster import Cluster, make_mesh
+from autopar.cost.cluster import Cluster
 from autopar.cost.sent import sent_bytes
 from autopar.cost.step import Step
 from autopar.cost.timeline import Timeline, summarise
 from autopar.errors import PassError, UserError
-from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.graph import Graph, value_of, values_of
 from autopar.ir.mesh import Mesh
-from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
-from autopar.units import bytes_text
 
-from .accounts import MODES, NONE, Accounts
+from .accounts import MODES, NONE
 from .describe import describe_activations, describe_traffic, renamed, type_of
 from .families import FAMILIES, PIPELINED, ROLE_OF
 from .forced import check_forced, force, force_within
-from .frame import Variant
 from .hints import without_hints
-from .impossible import no_candidate
-from .options import Option, place_call
+from .leanest import leanest
+from .not_chosen import above_limit, not_chosen
+from .options import Option
 from .pipeline_search import only_pipelines, pipelines_beside
 from .pipelined import Wanted
 from .price import Pricer
 from .problem import Problem, options_of, problem_of
-from .programme import edges_of, evaluate, is_getitem, solve
+from .programme import edges_of, solve
 from .propose import Frames, Proposal, Request
 from .rules_of import unsharded_ops
 from .same_model import parts_of
-from .settle import Settled, settle
-from .settle_best import Found, settle_best
+from .settle import Settled
+from .settle_best import settle_best
 from .staged import Staged
 from .staged_plan import (
     axis_names,
@@ -48,7 +46,6 @@ from .staged_plan import (
     messages_of,
     on_stages,
     per_stage,
-    schedule_text,
     sent_bytes_of,
     with_sends,
 )
@@ -59,11 +56,6 @@ Node = torch.fx.Node
 Progress = Callable[[str], None]
 
 USABLE_MEMORY = 0.92  # of the device's, the rest is left to the allocator's fragmentation
-SETTLED = 3  # candidates that are solved exactly and simulated
-SERIAL = 2  # of those that would take least if nothing overlapped
-SHOWN = 12  # other meshes that a plan lists
-LEAN = 4  # candidates that are made as lean as they can be where nothing fits
-ATTEMPTS = 3  # at leaving room for what a step needs for a moment
 
 _options = options_of
 
@@ -119,8 +111,8 @@ def search(
     best_s = found.best.timeline.step_s if found.best else math.inf
     piped = pipelines_beside(frames, graph, request, pipelines, best_s, progress)
     if not fitting and not piped.best:
-        fitting = [_leanest(found, request, frames, graph)]
-    above = _above([one for one in found.above if not _has(fitting, one)], limit)
+        fitting = [leanest(found, request, frames, graph)]
+    above = above_limit([one for one in found.above if not _has(fitting, one)], limit)
     tried: list[Settled | Alternative] = [*fitting, *above, *piped.tried]
     # They run one micro-batch and recompute nothing: not what was asked for, perhaps.
     comparable = cluster.size > 1 and 1 in micro_batches and NONE in modes
@@ -132,63 +124,6 @@ def search(
 
 def _has(fitting: Sequence[Settled], one: Settled) -> bool:
     return any(str(f.mesh) == str(one.mesh) and f.variant == one.variant for f in fitting)
-
-
-def _above(settled: Sequence[Settled], limit: float) -> list[Alternative]:
-    """Candidates whose steps take more than the limit for a moment."""
-    if not settled:
-        return []
-    least: dict[str, float] = {}
-    for one in settled:
-        text, needs = _mesh_text(one.mesh, one.variant), one.timeline.peak_bytes
-        least[text] = min(needs, least.get(text, needs))
-    there = f"per device for a moment, {bytes_text(limit)} are there"
-    return [
-        Alternative("auto", text, None, int(needs), f"needs {bytes_text(needs)} {there}")
-        for text, needs in least.items()
-    ]
-
-
-def _leanest(found: Found, request: Request, frames: Frames, graph: Graph) -> Settled:
-    """The candidate that needs least memory; raises UserError if that is too much."""
-    limit = request.memory_limit
-    lean: list[Settled] = []
-    for p in sorted(found.proposals, key=lambda p: p.least_bytes)[:LEAN]:
-        sizes = request.at(p.variant.micro_batches)
-        problem = frames.problem_at(graph, sizes, request.cluster)
-        family = problem.family("auto", p.frame.roles)
-        made = settle("auto", problem, p.mesh, family, p.variant, limit, minimise_memory=True)
-        if made is not None:
-            lean.append(made)
-    lean += found.above
-    if not lean:
-        raise no_candidate(frames.problem_at(graph, request.symbols, request.cluster))
-    least = min(lean, key=lambda s: s.timeline.peak_bytes)
-    needs, mesh = least.timeline.peak_bytes, least.mesh
-    if needs <= limit:
-        return _faster(least, limit)
-    raise UserError(
-        f"the model fits on no plan: the leanest found ({mesh}) needs {bytes_text(needs)} per "
-        f"device, the limit is {bytes_text(limit)}: {bytes_text(needs - limit)} short",
-        fix="use more devices, a smaller batch, or a higher memory_limit",
-    )
-
-
-def _faster(least: Settled, limit: float) -> Settled:
-    """What is fastest in little more memory than the leanest assignment, if that fits.
-
-    The gap of either is unknown: it is given as one.
-    """
-    names = dict(least.roles)
-    family = least.problem.family("auto", names)
-    best = least
-    for more in (1.02, 1.1, 1.3):
-        room = least.assignment.memory_bytes * more
-        made = settle("auto", least.problem, least.mesh, family, least.variant, room)
-        fits = made is not None and made.timeline.peak_bytes <= limit
-        if made is not None and fits and made.timeline.step_s < best.timeline.step_s:
-            best = made
-    return replace(best, assignment=replace(best.assignment, gap=1.0))
 
 
 def _finish(
@@ -234,7 +169,7 @@ def _finish(
         choices=choices,
         params=on_stages(params, problem.symbolic or graph, best),
         predicted=with_sends(predicted(best.step, best.timeline), sent_bytes_of(best)),
-        alternatives=tuple(_alternatives(problem, best, tried, proposals, limit)),
+        alternatives=tuple(not_chosen(problem, best, tried, proposals, limit)),
         notes=tuple(unsharded_ops(graph, best.problem.blocks, best.problem.rules, pricer)),
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         gap=gap_with(_gap(best, unsettled_s), best, [left_s]),
@@ -273,93 +208,11 @@ def predicted(step: Step, timeline: Timeline) -> Prediction:
     )
 
 
-def _alternatives(
-    problem: Problem,
-    best: Settled,
-    tried: Sequence[Settled | Alternative],
-    proposals: Sequence[Proposal],
-    limit: float,
-) -> list[Alternative]:
-    best_s = best.timeline.step_s
-    found: list[Alternative] = []
-    shown = {(str(best.mesh), best.variant)}
-    for one in tried:
-        if one is best:
-            continue
-        if isinstance(one, Alternative):
-            found.append(one)
-            continue
-        shown.add((str(one.mesh), one.variant))
-        found.append(
-            Alternative(
-                one.name,
-                _mesh_text(one.mesh, one.variant) + schedule_text(one),
-                one.timeline.step_s,
-                int(one.timeline.peak_bytes),
-                _why(one, best),
-            )
-        )
-    # Bounds are of the programme: compare them with what it says of the best, not its timeline.
-    least = best.programme_s or best_s
-    told = {one.mesh for one in found}
-    for p in proposals:
-        if len(found) >= SHOWN:
-            break
-        if (str(p.mesh), p.variant) in shown or (p.relaxed is None and p.bound_s <= 0):
-            continue
-        if _mesh_text(p.mesh, p.variant) in told:
-            continue
-        shown.add((str(p.mesh), p.variant))
-        ratio = p.bound_s / least if least > 0 else 1.0
-        if p.relaxed is not None:
-            why = f"{ratio:.2f}x by its relaxation"
-            found.append(
-                Alternative(
-                    "auto",
-                    _mesh_text(p.mesh, p.variant),
-                    best_s * ratio,
-                    int(p.relaxed.memory_bytes),
-                    why,
-                )
-            )
-        else:
-            why = f"at least {ratio:.2f}x: its bound"
-            if limit < p.least_bytes < float("inf"):
-                why = f"needs at least {bytes_text(p.least_bytes)} per device"
-            found.append(Alternative("auto", _mesh_text(p.mesh, p.variant), None, None, why))
-    if problem.cluster.size > 1:
-        found.append(_one_process(problem, best_s))
-    return found
-
-
 def _gap(best: Settled, unsettled_s: float) -> float:
     """How much less than the plan's programme a candidate that was not settled could take."""
     programme_s = best.programme_s or best.timeline.step_s
     left = 1 - unsettled_s / programme_s if programme_s > 0 else 0.0
     return min(1.0, max(best.assignment.gap, left))
-
-
-def _why(one: Settled, best: Settled) -> str:
-    a, b = one.timeline, best.timeline
-    gaps = {
-        "communication": a.exposed_total_s - b.exposed_total_s,
-        "compute": a.compute_s - b.compute_s,
-        "optimizer": a.optimizer_s - b.optimizer_s,
-        "bubble": a.bubble_s - b.bubble_s,
-    }
-    reason = max(gaps, key=gaps.__getitem__)
-    if gaps[reason] <= 1e-3 * b.step_s or b.step_s <= 0:
-        return "as good as the chosen plan"
-    return f"{a.step_s / b.step_s:.2f}x: {reason} +{gaps[reason] * 1e3:.3g} ms"
-
-
-def _mesh_text(mesh: Mesh, variant: Variant) -> str:
-    parts = [str(mesh)]
-    if variant.micro_batches > 1:
-        parts.append(f"{variant.micro_batches} micro-batches")
-    if variant.mode != NONE:
-        parts.append(f"{variant.mode} recomputation")
-    return ", ".join(parts)
 
 
 def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Prediction:
@@ -402,45 +255,6 @@ def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Pred
         memory_parts={name: int(n) for name, n in parts.items()},
         comm_bytes={kind: int(n) for kind, n in sorted(sent.items())},
     )
-
-
-def _one_process(problem: Problem, best_s: float) -> Alternative:
-    """The same step on one device (on a CPU: one process with all the threads)."""
-    mesh = make_mesh(problem.cluster, {"dp": 1})
-    pricer = Pricer(problem.cluster, mesh, problem.optimizer)
-    options: dict[Node, Option] = {}
-    for node, first in problem.blocks.representative.items():
-        if first is not node and first in options:
-            options[node] = options[first]
-        elif node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
-            values = [v for s in tensor_inputs(node) for v in values_of(s)[:1]]
-            wants = tuple(Sharding.replicated(v.rank) for v in values)
-            gives = tuple(Sharding.replicated(v.rank) for v in values_of(node))
-            time_s = memory = 0.0
-            if node.op == "call_function":
-                placed = place_call(node, problem.rules[node.name], mesh, {})
-                assert placed is not None
-                time_s = pricer.compute_time_s(node, placed)
-                memory = pricer.saved_output_bytes(node, placed)
-            options[node] = Option((), wants, gives, time_s, memory)
-        elif node.op == "placeholder" and values_of(node):
-            value = values_of(node)[0]
-            whole = Sharding.replicated(value.rank)
-            is_param = node.meta["role"] == "param"
-            options[node] = Option(
-                (),
-                (),
-                (whole,),
-                pricer.optimizer_time_s(value, whole) if is_param else 0.0,
-                pricer.stored_bytes(value, whole) if is_param else 0.0,
-            )
-    accounts = Accounts(pricer, problem.regions)
-    time_s, memory_bytes = evaluate(problem.graph, problem.blocks, options, accounts)
-    name = "one process, all threads" if problem.cluster.single else "one device"
-    faster = time_s < best_s
-    ratio = time_s / best_s if best_s > 0 else 1.0
-    why = f"{ratio:.2f}x: " + ("faster; start one process" if faster else "compute")
-    return Alternative(name, "single", time_s, int(memory_bytes), why)
 
 
 def choose_for(
