@@ -50,9 +50,10 @@ def fuse_all_reduce_norm(graph: Graph, places: Places) -> Graph:
     if NAME not in places.of:
         return graph
     new = graph.copy()
-    for site in list(norm_sites(new)):
-        if places.has(NAME, site.norm.name):
-            _fuse(new, site)
+    for norm in [site.norm for site in norm_sites(new) if places.has(NAME, site.norm.name)]:
+        site = _site(norm)  # again: the residual may be the sum of the site before, now replaced
+        assert site is not None
+        _fuse(new, site)
     return new
 
 

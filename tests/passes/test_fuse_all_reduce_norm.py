@@ -58,6 +58,28 @@ return %getitem, %m""",
         )
 
 
+CHAIN = """
+    %w: param f32[8] "w"
+    %r: input f32[2, 8] "r"
+    %x: input f32[2, 8] "x"
+    %p: f32[2, 8] = exchange(psum, [None], <tp>, %x)
+    %s: f32[2, 8] = aten.add.Tensor(%r, %p)
+    %n: f32[2, 8] = aten.rms_norm(%s, [8], %w, 1e-05)
+    %q: f32[2, 8] = exchange(psum, [None], <tp>, %n)
+    %t: f32[2, 8] = aten.add.Tensor(%s, %q)
+    %m: f32[2, 8] = aten.rms_norm(%t, [8], %w, 1e-05)
+    return %m
+"""
+
+
+def test_the_residual_of_one_is_the_sum_of_the_one_before() -> None:
+    made = fuse_all_reduce_norm(graph_of(CHAIN), everywhere())
+    verify(made, None, ("topological", "no_dead_code"))
+    lines = show(made).splitlines()
+    assert "%getitem_1: f32[2, 8] = getitem(%all_reduce_norm, 1)" in lines
+    assert any("all_reduce_norm(%getitem, %getitem_1, %w, 1e-05, <tp>)" in line for line in lines)
+
+
 def test_places_are_names_of_norms() -> None:
     graph = graph_of(BLOCK)
     assert [site.norm.name for site in norm_sites(graph)] == ["n"]
