@@ -82,7 +82,7 @@ class _AllReduceNorm(torch.autograd.Function):
                 v = h if weight is None else h * weight.to(scale.dtype)
                 g = g * ctx.epilogue.derivative()(v)
             if ctx.needs_input_grad[2]:
-                of_weight = (g * h).flatten(0, -2).sum(0).to(weight.dtype)
+                of_weight = (g * h).sum_to_size(weight.shape).to(weight.dtype)
             g = g if weight is None else g * weight.to(scale.dtype)
             back = scale * (g - h * (g * h).mean(-1, keepdim=True))
             of_sum = back if direct is None else back + direct

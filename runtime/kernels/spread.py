@@ -37,6 +37,7 @@ class _Spread(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, order: Tensor, position: Tensor, weight: Tensor | None
     ) -> Tensor:
+        weight = None if weight is None else weight.contiguous()
         saved = [] if weight is None else [weight]
         saved += [x] if ctx.needs_input_grad[3] else []
         ctx.weighted = weight is not None

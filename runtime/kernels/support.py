@@ -17,12 +17,13 @@ from autopar.errors import KernelWarning
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 OLDEST_CAPABILITY = (8, 0)  # what the ahead-of-time job compiles for, from sm_80 on
+_ON = frozenset({"1", "true", "on", "yes", "y"})  # what Triton reads as a yes
 LARGEST = (1 << 31) - 1  # offsets inside a kernel are 32-bit unless it says otherwise
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels of this process."""
-    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _ON
 
 
 def unsupported(
@@ -42,6 +43,8 @@ def unsupported(
             return f"it has no form for {str(x.dtype).removeprefix('torch.')}"
         if x.numel() > largest:
             return f"{x.numel()} elements are more than the {largest} that its offsets reach"
+        if x.is_neg() or x.is_conj():
+            return "a tensor is a view that negates or conjugates what is in memory"
     return _no_place(tensors[0].device)
 
 

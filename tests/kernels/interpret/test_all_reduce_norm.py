@@ -88,6 +88,22 @@ def test_threads_have_no_symmetric_memory() -> None:
         torch.testing.assert_close(summed, total)
 
 
+def test_one_row_without_further_dims() -> None:
+    """The gradient of the weight is not summed over rows that there are not."""
+    torch.manual_seed(0)
+    x, residual, weight = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in "xrw")
+    call = (residual, weight, 1e-5)
+    y, total = all_reduce_norm(x, *call, None)
+    wanted, summed, _ = reference([x], *call)
+    leaves, grads = [x, residual, weight], torch.randn(2, 8, dtype=torch.float64).unbind()
+    for got, want in zip(
+        torch.autograd.grad((y, total), leaves, grads),
+        torch.autograd.grad((wanted, summed), leaves, grads),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
 def test_forms() -> None:
     forms = specialisations()
     assert len(forms) <= 12

@@ -216,6 +216,15 @@ def test_buckets_fall_back_with_one_warning(dtype: torch.dtype, why: str) -> Non
     assert flat.tolist() == [1, 1, 1, 0, 0]
 
 
+def test_what_is_negated_only_in_a_view_is_not_copied_as_it_lies(launches: list[str]) -> None:
+    x = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    assert x.is_neg()
+    fall_back.cache_clear()
+    with pytest.warns(KernelWarning, match="kernel pack: a tensor is a view that negates"):
+        flat = buckets.pack([x, torch.ones(1)], kernel=True)
+    assert flat.tolist() == [-2, 4, 1] and launches == []
+
+
 def test_too_large_falls_back(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(packing, "LARGEST", 3)
     fall_back.cache_clear()

@@ -222,6 +222,20 @@ def test_spread(ways: int, dtype: torch.dtype) -> None:
     )
 
 
+def test_spread_takes_weights_of_any_layout() -> None:
+    """Those of a transposed tensor have their gradients in their own places."""
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    position = order.argsort().view(3, 2)
+    x, weight = normal(25, 3, 7), normal(26, 2, 3).detach().t().requires_grad_()
+    assert not weight.is_contiguous()
+    compare(
+        lambda x, w: spreading.spread(x, order, position, w),
+        lambda x, w: spreading.reference(x, order, 2, w),
+        x,
+        weight,
+    )
+
+
 def test_combine_is_reproducible() -> None:
     position = places(19, 2, 15, False)
     y, weight = normal(19, 15, 33, dtype=torch.bfloat16), normal(20, 19, 2, dtype=torch.bfloat16)

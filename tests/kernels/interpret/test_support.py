@@ -64,6 +64,29 @@ def test_the_second_tensor_counts_too() -> None:
     assert unsupported(X, X.to(torch.float8_e5m2)) == "it has no form for float8_e5m2"
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(4, dtype=torch.complex64).conj(),
+        torch.zeros(4, dtype=torch.complex64).conj().imag,
+    ],
+)
+def test_what_memory_does_not_hold(x: torch.Tensor) -> None:
+    """A kernel reads addresses, behind which the values have the other sign."""
+    why = "a tensor is a view that negates or conjugates what is in memory"
+    assert unsupported(X, x) == why
+    assert unsupported(X, x.resolve_conj().resolve_neg()) is None
+
+
+@pytest.mark.parametrize("text", ["1", "true", "True", "on", "yes", "Y", "0", "off", ""])
+def test_the_interpreter_is_asked_for_as_triton_reads_it(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setenv("TRITON_INTERPRET", text)
+    assert interpreted() == knobs.runtime.interpret
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.warns(KernelWarning, match="kernel k: Triton is not installed; its torch"):
