@@ -7,7 +7,9 @@ speed.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,9 +18,25 @@ from .group import Group, InFlight
 
 
 def ranks_share_devices() -> bool:
-    """Whether this host has more ranks than GPUs, by torchrun's environment."""
+    """Whether this host has more ranks than GPUs, by torchrun's environment; warns once if so."""
+    if not torch.cuda.is_available():
+        return False
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    return torch.cuda.is_available() and local > torch.cuda.device_count()
+    found = torch.cuda.device_count()
+    if local > found:
+        _tell(local, found)
+    return local > found
+
+
+@cache
+def _tell(ranks: int, devices: int) -> None:
+    """Warn once: where each rank was shown a GPU of its own alone, sharing is not meant."""
+    warnings.warn(
+        f"{ranks} ranks of this host see {devices} GPU{'s' if devices > 1 else ''}: they share"
+        " devices, and their messages go through the host's memory, which is slow; let every rank"
+        " see all GPUs if each has its own",
+        stacklevel=4,
+    )
 
 
 def local_gpu() -> torch.device:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from autopar.runtime import staged_group
 from autopar.runtime.group import Group, ThreadWorld, run_threads
 from autopar.runtime.staged_group import HostStagedGroup, ranks_share_devices
 
@@ -57,4 +59,9 @@ def test_gpus_are_shared_when_there_are_more_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not ranks_share_devices()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert ranks_share_devices()
+    staged_group._tell.cache_clear()
+    with pytest.warns(UserWarning, match="4 ranks of this host see 2 GPUs: they share"):
+        assert ranks_share_devices()
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        assert ranks_share_devices()
