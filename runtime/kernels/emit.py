@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from autopar.ir.pointwise import Operand, Pointwise
+import torch
+
+from autopar.ir.pointwise import CASTS, OPS, Operand, Pointwise
 
 HEADER = "import triton\nimport triton.language as tl\n\n\n"
 _LINE = re.compile(r"\s*\$(\w+)\s*")
@@ -88,22 +91,47 @@ def triton_lines(
     `compute`. `prefix` keeps the temporaries of several programs apart.
     """
     names: dict[str, str] = {"x": value, **{f"a{i}": name for i, name in enumerate(extras)}}
+    numbers: dict[str, float] = {}
+    double = compute == "tl.float64"
 
     def text(operand: Operand) -> str:
-        return names[operand] if isinstance(operand, str) else f"({float(operand)!r})"
+        if isinstance(operand, str) and operand in names:
+            return names[operand]
+        return _literal(numbers[operand] if isinstance(operand, str) else operand)
 
     lines = []
     for i, step in enumerate(program.steps):
+        known = [numbers.get(o) if isinstance(o, str) else float(o) for o in step.operands]
+        if None not in known:  # Triton's functions and casts are of tensors, not of numbers
+            numbers[f"t{i}"] = _number(step.op, known, compute)
+            continue
         spelled = _SPELLING[step.op].format(*map(text, step.operands))
         if step.op.startswith("cast_"):
             spelled += f".to({compute})"
         names[f"t{i}"] = f"{prefix}{i}"
         lines.append(f"{prefix}{i} = {spelled}")
+    if program.result in numbers:
+        number = _literal(numbers[program.result])
+        # A variable that is given a number is of float32 in the interpreter.
+        return [f"{out} = " + (f"tl.full([], {number}, {compute})" if double else number)]
     if program.steps:
         lines[-1] = f"{out} = {lines[-1].split(' = ', 1)[1]}"
     elif out != value:
         lines.append(f"{out} = {value}")
     return lines
+
+
+def _number(op: str, operands: Sequence[Any], compute: str) -> float:
+    """What a step of numbers alone gives in the kernel's dtype."""
+    dtype = getattr(torch, compute.removeprefix("tl."))
+    found = [torch.tensor(operand, dtype=dtype) for operand in operands]
+    if op in CASTS:
+        return float(found[0].to(CASTS[op]))
+    return float(OPS[op][1](*found))
+
+
+def _literal(number: float) -> str:
+    return f"({float(number)!r})" if math.isfinite(number) else f'float("{number}")'
 
 
 @cache

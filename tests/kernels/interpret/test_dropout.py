@@ -277,16 +277,16 @@ def test_source_of_the_backward() -> None:
         keep = bits != bits
     if first + BLOCK <= n:
         g = tl.load(g_ptr + i).to(tl.float32)
-        s_v = (1.0) * (1.0)
+        s_v = (1.0)
         dv = tl.where(keep, g * s_v * SCALE, 0.0)
-        s_x = (1.0) * (1.0)
+        s_x = (1.0)
         dx = dv * s_x
         tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty))
     else:
         g = tl.load(g_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-        s_v = (1.0) * (1.0)
+        s_v = (1.0)
         dv = tl.where(keep, g * s_v * SCALE, 0.0)
-        s_x = (1.0) * (1.0)
+        s_x = (1.0)
         dx = dv * s_x
         tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=i < n)
 """,

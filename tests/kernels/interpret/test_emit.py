@@ -75,6 +75,35 @@ def test_arithmetic_is_exact(text: str, dtype: torch.dtype) -> None:
     assert torch.equal(run(program, dtype, *inputs), program(*inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "exp(0.5)",
+        "cast_f16(0.1)",
+        "t0 = add(0.25, 0.5); t1 = tanh(t0); mul(t1, x)",
+        "t0 = mul(0.1, 0.1); add(x, t0)",
+        "t0 = positive(-1.0); t1 = cast_bf16(t0); sub(a0, t1)",
+    ],
+)
+def test_steps_of_numbers_alone_are_taken_in_the_dtype_of_the_kernel(
+    text: str, dtype: torch.dtype
+) -> None:
+    inputs = [torch.linspace(-1, 1, N, dtype=dtype) for _ in range(3)]
+    program = parse_pointwise(text)
+    assert torch.equal(run(program, dtype, *inputs), program(*inputs))
+    written = triton_lines(program, "x", ["a0"], "y", f"tl.{str(dtype).removeprefix('torch.')}")
+    assert len(written) == 1
+
+
+def test_a_number_that_is_not_finite() -> None:
+    x = torch.ones(N)
+    assert triton_lines(parse_pointwise("div(-1.0, 0.0)"), "x", [], "y") == ['y = float("-inf")']
+    assert torch.isinf(
+        run(parse_pointwise("t0 = div(1.0, 0.0); add(x, t0)"), x.dtype, x, x, x)
+    ).all()
+
+
 def test_relu_keeps_nan_as_torch_does() -> None:
     x = torch.full((N,), float("nan"))
     assert torch.isnan(run(parse_pointwise("relu(x)"), torch.float32, x, x, x)).all()
