@@ -26,7 +26,7 @@ from autopar.cost.one_shot import all_reduce_norm_times
 from autopar.ir.graph import Graph, Value, value_of
 from autopar.ir.lowered import CLOSE, GATHER_VARY, PVARY, ROUTED_GATHER, ROUTED_SCATTER
 from autopar.ir.mesh import Mesh
-from autopar.kernel_use import NOWHERE, OPTIMIZER, KernelUse, Places, everywhere
+from autopar.kernel_use import NOWHERE, ON_AXES, OPTIMIZER, KernelUse, Places, everywhere
 from autopar.plan import Plan
 
 from .fuse_all_reduce_norm import NormSite, norm_sites
@@ -38,6 +38,10 @@ Node = torch.fx.Node
 Key = tuple[str, str, str, Forms]
 
 ADAMS = ("adam", "adamw")  # optimizers that have a kernel
+# Devices, by parts of their names, on which every kernel falls back to torch, as `runtime.kernels`
+# says it: CPUs, and GPUs before compute capability 8.0.
+_WITHOUT = ("cpu", "V100", "P100", "T4")
+_AMD = ("MI2", "MI3")  # GPUs whose ranks have no flags in symmetric memory
 
 
 def choose_kernels(
@@ -52,11 +56,13 @@ def choose_kernels(
     """The kernels of a plan, with what they take and what is taken without them.
 
     `graph` is the prepared captured graph, `symbols` the sizes of the whole batch. `mode` "auto"
-    has those that are faster, and on CPU none; "all" and "interpret" all there are; "off" none.
-    Along the axes `compressed` gradients are to travel as int8, whatever it takes.
+    has those that are faster, and none on devices that cannot run them (CPUs, GPUs older than the
+    A100); "all" and "interpret" all there are; "off" none. Along the axes `compressed` gradients
+    are to travel as int8, whatever it takes.
     """
-    on_cpu = cluster.device.name.startswith("cpu")
-    places = everywhere() if mode != "off" and not (mode == "auto" and on_cpu) else NOWHERE
+    places = _allowed(cluster.device.name) if mode == "auto" else everywhere()
+    if mode == "off":
+        places = NOWHERE
     if compressed:
         places = Places({**places.of, "int8": frozenset(compressed)})
     if not places:
@@ -79,11 +85,24 @@ def choose_kernels(
     uses += [_int8(cluster, one.mesh, axis, nodes) for axis, nodes in summed.items()]
     if places.has("adamw", OPTIMIZER):
         uses += _adamw(program, plan, device, optimizer)
+    if mode == "auto":
+        # What is at nodes is chosen size by size, what is on an axis for all of its buckets.
+        uses = [use for use in uses if use.kernel in ON_AXES or use.time_s < use.unfused_s]
     return tuple(
         use
         for use in _together(uses)
         if mode != "auto" or use.kernel == "int8" or use.time_s < use.unfused_s
     )
+
+
+def _allowed(device: str) -> Places:
+    """The kernels that a device of this name can run."""
+    if any(part in device for part in _WITHOUT):
+        return NOWHERE
+    of = dict(everywhere().of)
+    if any(part in device for part in _AMD):
+        del of["all_reduce_norm"]
+    return Places(of)
 
 
 def _use(key: Key, found: list[Site], micro_batches: int, device: Device) -> KernelUse:

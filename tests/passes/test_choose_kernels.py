@@ -48,6 +48,38 @@ def test_on_gpus_what_is_faster_and_on_cpus_nothing() -> None:
     assert not chosen("2xH100", "off")
 
 
+@pytest.mark.parametrize("cluster", ["2xV100", "2xV100-P3"])
+def test_gpus_on_which_every_kernel_falls_back_have_none_unless_all_are_asked_for(
+    cluster: str,
+) -> None:
+    graph, captured, plan = planned("2xH100", "data")
+    where = parse_cluster(cluster)
+    assert not choose_kernels(graph, captured.symbols, plan, where, "auto")
+    assert choose_kernels(graph, captured.symbols, plan, where, "all")
+
+
+def test_a_place_has_a_kernel_for_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small message that gains does not take along a large one that loses."""
+    graph, captured, plan = planned("2xH100", "tensor", "llama")
+    taken = iter([(1.0, 3.0), (2.0, 1.0), (1.0, 3.0)])
+    monkeypatch.setattr(
+        "autopar.passes.choose_kernels.all_reduce_norm_times", lambda *_: next(taken)
+    )
+    found = choose_kernels(graph, captured.symbols, plan, parse_cluster("2xH100"))
+    (use,) = (use for use in found if use.kernel == "all_reduce_norm")
+    assert (use.where, use.count) == (("rms_norm", "rms_norm_2"), 2)
+
+
+def test_amd_has_no_all_reduce_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, captured, plan = planned("2xH100", "tensor", "llama")
+    monkeypatch.setattr(
+        "autopar.passes.choose_kernels.all_reduce_norm_times", lambda *_: (1.0, 3.0)
+    )
+    for cluster, wanted in (("2xH100", True), ("2xMI300X", False)):
+        found = choose_kernels(graph, captured.symbols, plan, parse_cluster(cluster))
+        assert any(use.kernel == "all_reduce_norm" for use in found) == wanted
+
+
 def test_all_of_them_whatever_they_take() -> None:
     names = {use.kernel for use in chosen("cpu:2", "all").values()}
     assert names == {"dropout", "cross_entropy", "pack", "adamw"}
