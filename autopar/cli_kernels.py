@@ -72,7 +72,7 @@ def show_kernels(
         status.update("lowering rank 0")
         program = program_of(question)
         status.update(f"compiling autopar's kernels for {chosen}")
-        own = own_kernels(program, [use.kernel for use in plan.kernels])
+        own = own_kernels(program, plan.stage_mesh, [use.kernel for use in plan.kernels])
         rows = [_own(kernel, plan.kernels, chosen) for kernel in own]
         calls: Mapping[str, int] = {}
         if chosen.startswith("sm_"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,16 +11,25 @@ from typing import Any
 import torch
 import torch.fx
 
-from .ir.graph import Graph, Value, value_of
-from .ir.lowered import CLOSE, CROSS_ENTROPY, DROPOUT, ROUTED_GATHER, ROUTED_SCATTER, LoweredOp
-from .ir.pointwise import Fusion, Pointwise
-from .runtime.kernels import adamw, cross_entropy_source, dropout, permute
+from .ir.graph import Graph, Value, value_of, values_of
+from .ir.lowered import (
+    ALL_REDUCE_NORM,
+    CLOSE,
+    CROSS_ENTROPY,
+    DROPOUT,
+    ROUTED_GATHER,
+    ROUTED_SCATTER,
+    LoweredOp,
+)
+from .ir.mesh import Mesh
+from .ir.pointwise import IDENTITY, Fusion, Pointwise
+from .routed_forms import DTYPES, routed_forms
+from .runtime.kernels import adamw, all_reduce_norm, cross_entropy_source, dropout
 from .runtime.kernels.ahead import Specialisation
 from .runtime.kernels.emit import Kernel
 from .runtime.kernels.registry import kernel_module
 
 Node = torch.fx.Node
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -31,22 +41,26 @@ class OwnKernel:
     places: int
 
 
-def own_kernels(program: Graph, uses: Sequence[str]) -> list[OwnKernel]:
+def own_kernels(program: Graph, mesh: Mesh, uses: Sequence[str]) -> list[OwnKernel]:
     """What one rank launches of its lowered program with kernels in it, once each.
 
-    `uses` are the names of the plan's kernels: that of the optimizer is not in the program. float64
-    has no form here.
+    `mesh` is the program's, `uses` are the names of the plan's kernels: that of the optimizer is
+    not in the program. float64 has no form here.
     """
     found: dict[tuple[str, str, Kernel], OwnKernel] = {}
-    for use, form in _launched(program, uses):
+    for use, form in _launched(program, mesh, uses):
         key = (use, str(form), form.kernel)
         places = found[key].places if key in found else 0
         found[key] = OwnKernel(use, form, places + 1)
     return list(found.values())
 
 
-def _launched(program: Graph, uses: Sequence[str]) -> Iterator[tuple[str, Specialisation]]:
+def _launched(
+    program: Graph, mesh: Mesh, uses: Sequence[str]
+) -> Iterator[tuple[str, Specialisation]]:
     for node in program.calls():
+        if node.target is ALL_REDUCE_NORM:
+            yield from (("all_reduce_norm", form) for form in _norm(node, mesh))
         if not isinstance(node.target, LoweredOp) or node.kwargs.get("kernel") is None:
             continue
         if node.target is CLOSE:  # the message that was opened
@@ -74,7 +88,7 @@ def _of_node(node: Node) -> tuple[str, list[Specialisation]]:
     if kernel == "int8":
         return "int8", _alike("int8", f"*{dtype}")
     if node.target in (ROUTED_GATHER, ROUTED_SCATTER):
-        return "permute", _routed(node, dtype)
+        return "permute", routed_forms(node, dtype)
     # What is packed is copied, whatever it means.
     return "pack", _alike("pack", f"*i{8 * floats[0].itemsize}")
 
@@ -103,22 +117,32 @@ def _cross_entropy(program: Pointwise, dtype: str) -> list[Specialisation]:
     return [_fitted(k, forms, dtype) for k in kernels]
 
 
-def _routed(node: Node, dtype: str) -> list[Specialisation]:
-    """Rows gathered and added up; those that are weighed meanwhile by the kernel that does both."""
-    width = value_of(node).int_shape()[-1]
-    forms = _alike("permute", f"*{dtype}")
-    if "weight" in node.kwargs:
-        forms += _alike("combine", f"*{dtype}")
-    found = []
-    for form in forms:
-        constants = dict(form.constants)
-        if form.kernel.name in ("permute", "sum_segments"):
-            summed = form.kernel.name == "sum_segments"
-            tile_bytes = permute.SUM_TILE_BYTES if summed else permute.TILE_BYTES
-            rows, block = permute.tile(width, 4 if dtype == "fp32" else 2, tile_bytes)
-            constants.update(WIDTH=width, ROWS=rows, BLOCK=block)
-        found.append(replace(form, constants=constants))
-    return found
+def _norm(node: Node, mesh: Mesh) -> list[Specialisation]:
+    """All-reduce, residual and norm, with the epilogue, for the ranks of its group."""
+    args: Any = node.args
+    kwargs: Any = node.kwargs
+    x, residual, weight, eps, group = args
+    values = [value_of(n) for n in (x, residual, *([] if weight is None else [weight]))]
+    out, total = (v.dtype for v in values_of(node))
+    if any(dtype not in DTYPES for dtype in (out, total, *(v.dtype for v in values))):
+        return []
+    pointers = ("x_ptr", "residual_ptr", "weight_ptr")[: len(values)]
+    kinds = {n: f"*{DTYPES[v.dtype]}" for n, v in zip(pointers, values, strict=True)}
+    form = all_reduce_norm.form(
+        DTYPES[values[0].dtype],
+        values[0].int_shape()[-1],
+        math.prod(mesh[axis].size for axis in group.axes),
+        kwargs.get("epilogue", IDENTITY),
+        weight is not None,
+    )
+    kinds |= {"y_ptr": f"*{DTYPES[out]}", "sum_ptr": f"*{DTYPES[total]}"}
+    return [
+        replace(
+            form,
+            signature={**form.signature, **kinds},
+            constants={**form.constants, "EPS": eps, "RANK": 0},
+        )
+    ]
 
 
 def _alike(name: str, pointer: str) -> list[Specialisation]:

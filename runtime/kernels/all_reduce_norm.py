@@ -248,17 +248,17 @@ def specialisations() -> list[Specialisation]:
     """Rows of usual models over two, four and eight ranks; a sum in float32 that is cast."""
     cast = parse_pointwise("cast_bf16(x)")
     return [
-        _form("bf16", 4096, 8),
-        _form("bf16", 8192, 4),
-        _form("fp16", 4096, 2),
-        _form("fp32", 2048, 8),
-        _form("bf16", 768, 4),  # not a power of two
-        _form("bf16", 16384, 8, weighted=False),
-        _form("fp32", 4096, 4, epilogue=cast, out="bf16"),
+        form("bf16", 4096, 8),
+        form("bf16", 8192, 4),
+        form("fp16", 4096, 2),
+        form("fp32", 2048, 8),
+        form("bf16", 768, 4),  # not a power of two
+        form("bf16", 16384, 8, weighted=False),
+        form("fp32", 4096, 4, epilogue=cast, out="bf16"),
     ]
 
 
-def _form(
+def form(
     dtype: str,
     width: int,
     ranks: int,
@@ -266,6 +266,7 @@ def _form(
     weighted: bool = True,
     out: str | None = None,
 ) -> Specialisation:
+    """The kernel of rows of a width over so many ranks; all tensors but `y` of one dtype."""
     names = ["x_ptr", "residual_ptr", *(["weight_ptr"] if weighted else [])]
     block = 1 << (width - 1).bit_length()
     return Specialisation(

@@ -339,7 +339,7 @@ def _run_backward(
     known.update({f"d{name}": tensor for name, tensor in made.items()})
     tensors = [known[name] for name in _backward_tensors(epilogue, weighted, wanted)]
     count, width = g.shape
-    constants = _whole_rows(width, g.element_size(), position.shape[1])
+    constants = whole_rows(width, g.element_size(), position.shape[1])
     grid = (cdiv(count, constants["ROWS"]),)
     launch(kernel, grid, *tensors, count, y.shape[0], WIDTH=width, **constants)
 
@@ -352,7 +352,7 @@ def weight_gradient(g: Tensor, y: Tensor, position: Tensor, weight: Tensor) -> T
     return made
 
 
-def _whole_rows(width: int, element_bytes: int, ways: int) -> dict[str, int]:
+def whole_rows(width: int, element_bytes: int, ways: int) -> dict[str, int]:
     """The backward's constants: a program has all columns of its rows."""
     block = min(block_size(LONGEST_BLOCK), 1 << max(width - 1, 0).bit_length())
     rows = max(1, block_size(TILE_BYTES // element_bytes) // block)
@@ -366,12 +366,12 @@ def specialisations() -> list[Specialisation]:
     for dtype in ("fp32", "bf16", "fp16"):
         forms.append(form(emit(), dtype, TILE_BYTES, K=2))
         forms.append(form(emit(residual), dtype, TILE_BYTES, K=2))
-        constants = _whole_rows(1024, 4 if dtype == "fp32" else 2, 2)
+        constants = whole_rows(1024, 4 if dtype == "fp32" else 2, 2)
         forms.append(
             form(emit_backward(residual, True, ("weight", "y")), dtype, TILE_BYTES, **constants)
         )
     forms.append(form(emit(), "bf16", TILE_BYTES, K=8))
-    constants = _whole_rows(1024, 2, 8)
+    constants = whole_rows(1024, 2, 8)
     forms.append(
         form(emit_backward(IDENTITY, True, ("weight", "y")), "bf16", TILE_BYTES, **constants)
     )
