@@ -72,6 +72,7 @@ def run(folder: Path, *arguments: str, plan: str = "2xH100.json", **environment:
     )
 
 
+@pytest.mark.slow
 def test_the_plan_s_triton(folder: Path) -> None:
     sources = folder / "sources"
     made = run(folder, "--json", str(folder / "found.json"), "--out", str(sources))
