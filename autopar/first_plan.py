@@ -76,14 +76,17 @@ def _searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Pla
 
 
 def with_kernels(plan: Plan, captured: Capture, options: Options, given: Plan | None) -> Plan:
-    """The plan with its kernels; one that the user gave keeps its own, unless asked for others."""
+    """The plan with its kernels; one that the user gave keeps its own, unless asked for others.
+
+    Compression is not the plan's to keep: it is what the options say.
+    """
     assert options.cluster is not None
-    if given is not None and options.kernels == "auto":
-        return plan
+    keeps = given is not None and options.kernels == "auto"
+    own = [use for use in plan.kernels if use.kernel != "int8"] if keeps else []
     axes = axes_of(plan, options.compress)
     arguments = (captured.graph, captured.symbols, plan, options.cluster)
-    found = choose_kernels(*arguments, options.kernels, axes, options.optimizer)
-    return replace(plan, kernels=found)
+    mode = "off" if keeps else options.kernels
+    return replace(plan, kernels=(*own, *choose_kernels(*arguments, mode, axes, options.optimizer)))
 
 
 def powers_of_two(batch: int | None) -> tuple[int, ...]:

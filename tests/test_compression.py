@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import nn
+
 from autopar.compression import compressed_axes, with_compression, with_note
+from autopar.cost.cluster import parse_cluster
+from autopar.first_plan import with_kernels
 from autopar.ir.mesh import Axis, Mesh
 from autopar.kernel_use import KernelUse, Places
+from autopar.options import Options
+from autopar.passes.prepare import prepare
 from autopar.plan import Plan, Prediction
+from autopar.planning import capture_training, make_plan
 
 INSIDE = Mesh.of(dp=2, tp=2)
 HOSTS = Mesh((Axis("dp", 2, 1), Axis("fsdp", 4), Axis("tp", 2)))
@@ -45,3 +53,19 @@ def test_notes() -> None:
     before = with_note(plan(INSIDE, "something else"), "int8")
     assert len(before.notes) == 2 and with_note(before, "int8").notes == before.notes
     assert with_note(before, None).notes == ("something else",)
+
+
+def test_a_plan_that_is_given_keeps_its_kernels_but_compresses_as_the_run_is_asked_to() -> None:
+    cluster = parse_cluster("cpu:2")
+    model, inputs = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), (torch.ones(4, 64),)
+    captured = capture_training(model, inputs, {})
+    captured = replace(captured, graph=prepare(captured.graph))
+    made = make_plan(model, inputs, {}, cluster, strategy="data")
+    own, stale = KernelUse("adamw", ("optimizer",)), KernelUse("int8", ("dp",), time_s=7.0)
+    given = replace(made, kernels=(own, stale))
+    options = Options(cluster=cluster)
+    assert with_kernels(given, captured, options, given).kernels == (own,)
+    options = replace(options, compress="int8")
+    kept, priced = with_kernels(given, captured, options, given).kernels
+    assert kept == own and (priced.kernel, priced.where) == ("int8", ("dp",))
+    assert 0 < priced.time_s < 7.0 and priced.unfused_s > 0
