@@ -6,6 +6,7 @@ Plans are JSON files: versioned, bound to a captured graph by its fingerprint, c
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -321,7 +322,7 @@ def _build(raw: dict[str, Any]) -> Plan:
         fields["pipeline"] = _checked(Pipeline(**{**raw["pipeline"], "cuts": cuts}))
     if raw["timeline"] is not None:
         fields["timeline"] = TimelineSummary.from_json(raw["timeline"])
-    fields["kernels"] = tuple(_kernel_use(k) for k in raw.get("kernels", ()))
+    fields["kernels"] = _kernel_uses(raw.get("kernels", []))
     for name in sorted(set(Plan.__dataclass_fields__) - set(fields)):
         raise KeyError(name)
     plan = _checked(Plan(**fields))
@@ -356,6 +357,12 @@ def _recompute(raw: dict[str, Any]) -> Recompute:
     return made
 
 
+def _kernel_uses(raw: Any) -> tuple[KernelUse, ...]:
+    if not isinstance(raw, list) or not all(isinstance(use, dict) for use in raw):
+        raise ValueError(f"kernels is {raw!r}, not a list of entries")
+    return tuple(map(_kernel_use, raw))
+
+
 def _kernel_use(raw: dict[str, Any]) -> KernelUse:
     where = raw["where"]
     if not isinstance(where, (list, tuple)) or not all(isinstance(w, str) for w in where):
@@ -363,6 +370,9 @@ def _kernel_use(raw: dict[str, Any]) -> KernelUse:
     made = _checked(KernelUse(**{**raw, "where": tuple(where)}))
     if made.kernel not in KERNELS:
         raise ValueError(f"kernels: unknown kernel {made.kernel!r}; there are {', '.join(KERNELS)}")
+    _positive(made.count, f"kernels: the count of {made.kernel}")
+    if not (math.isfinite(made.time_s) and math.isfinite(made.unfused_s)):
+        raise ValueError(f"kernels: a time of {made.kernel} is not finite")
     return made
 
 

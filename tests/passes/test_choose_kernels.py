@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -128,10 +129,18 @@ def test_uses_go_through_json_and_are_checked() -> None:
         ("kernel", "drop", "unknown kernel 'drop'"),
         ("where", "dropout", "not a list of names"),
         ("time_s", "fast", "time_s is 'fast'"),
+        ("time_s", float("nan"), "a time of .* is not finite"),
+        ("count", 0, "the count of .* is 0, not a positive number"),
     ):
         text = replace(plan, kernels=(replace(uses[0], **{field: value}),)).to_json()
         with pytest.raises(UserError, match=message):
             plan_from_json(text)
+    raw = json.loads(plan.to_json())
+    for entries in (None, {}, "pack", ["pack"]):
+        with pytest.raises(UserError, match="not a list of entries"):
+            plan_from_json(json.dumps({**raw, "kernels": entries}))
+    del raw["kernels"]  # of a file that is older than kernels
+    assert plan_from_json(json.dumps(raw)) == replace(plan, kernels=())
     text = replace(plan, kernels=(KernelUse("pack", ("xp",)),)).to_json()
     with pytest.raises(UserError, match="pack names the axis 'xp'"):
         plan_from_json(text)
