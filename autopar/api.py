@@ -118,11 +118,11 @@ def parallelize(
         micro_batches: how many a step has; the search chooses by default.
         compress: "int8" sums the gradients of parameters as int8 where they cross hosts (on one
             host along all axes), which changes numbers: see docs/compression.md. By default
-            `autopar run --compress`, and without it nothing is rounded.
+            `autopar run --compress`, and without it nothing is rounded. One process sums none.
         kernels: where autopar's own Triton kernels run: "auto" where the plan predicts them faster
             (nowhere on CPU), "off" nowhere, "all" wherever there is one, "interpret" as "all" in
             Triton's interpreter, for tests (needs TRITON_INTERPRET=1). By default
-            `autopar run --kernels`, else "auto".
+            `autopar run --kernels`, else "auto". One process has no plan, and runs none.
 
     Raises:
         UserError: for anything above that cannot be done, and on the first call for models that
