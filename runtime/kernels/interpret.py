@@ -3,6 +3,9 @@
 The interpreter keeps bfloat16 as the raw bits in uint16: arithmetic on it works on the bits, and
 conversions from wider types cut off. Inside of `rounding()` arithmetic is done in float32, and
 every conversion to bfloat16 rounds to the nearest, ties to even.
+
+Triton 3.6 also takes the bounds of loops from arrays of one dim by `int`, which NumPy 2.4 refuses;
+they are taken by `item` here.
 """
 
 from __future__ import annotations
@@ -19,18 +22,26 @@ from autopar.compat import triton_interpreter
 
 @contextmanager
 def rounding() -> Iterator[None]:
-    """Mend the interpreter's bfloat16 while kernels run."""
+    """Mend the interpreter's bfloat16 and its loops while kernels run."""
     module = triton_interpreter()
-    builder = module.InterpreterBuilder
-    mended = _mended(module)
-    before = {name: getattr(builder, name) for name in mended}
-    for name, method in mended.items():
-        setattr(builder, name, method)
+    mended = [(module.InterpreterBuilder, *method) for method in _mended(module).items()]
+    mended.append((module, "_patch_lang_tensor", _indexing(module._patch_lang_tensor)))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in mended]
+    for owner, name, method in mended:
+        setattr(owner, name, method)
     try:
         yield
     finally:
-        for name, method in before.items():
-            setattr(builder, name, method)
+        for owner, name, method in before:
+            setattr(owner, name, method)
+
+
+def _indexing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)  # what it sets on the class, the scope takes back
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return patch
 
 
 def _mended(module: Any) -> dict[str, Callable[..., Any]]:

@@ -46,6 +46,22 @@ def test_float32_rounds_to_nearest_even() -> None:
     assert torch.equal(out, x.bfloat16())
 
 
+LOOP = """
+@triton.jit
+def count(bounds_ptr, out_ptr):
+    total = 0
+    for k in range(tl.load(bounds_ptr), tl.load(bounds_ptr + 1)):
+        total += k
+    tl.store(out_ptr, total)
+"""
+
+
+def test_bounds_of_loops_are_read_from_memory() -> None:
+    bounds, out = torch.tensor([3, 7]), torch.zeros(1, dtype=torch.int64)
+    launch(Kernel("count", fill(LOOP)), (1,), bounds, out)
+    assert out.item() == 3 + 4 + 5 + 6
+
+
 def test_comparisons_see_values_not_bits() -> None:
     x, y = values(2), values(3)
     out = run("tl.where(x < y, x, y)", x, y, torch.bfloat16)
