@@ -132,11 +132,12 @@ def test_uses_go_through_json_and_are_checked() -> None:
         ("time_s", float("nan"), "a time of .* is not finite"),
         ("count", 0, "the count of .* is 0, not a positive number"),
     ):
-        text = replace(plan, kernels=(replace(uses[0], **{field: value}),)).to_json()
+        text = replace(plan, kernels=(replace(uses[0], **{field: value}),)).to_json()  # type: ignore[arg-type]
         with pytest.raises(UserError, match=message):
             plan_from_json(text)
     raw = json.loads(plan.to_json())
-    for entries in (None, {}, "pack", ["pack"]):
+    malformed: tuple[object, ...] = (None, {}, "pack", ["pack"])
+    for entries in malformed:
         with pytest.raises(UserError, match="not a list of entries"):
             plan_from_json(json.dumps({**raw, "kernels": entries}))
     del raw["kernels"]  # of a file that is older than kernels
