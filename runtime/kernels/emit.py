@@ -22,8 +22,15 @@ from autopar.ir.pointwise import CASTS, OPS, Operand, Pointwise
 HEADER = "import triton\nimport triton.language as tl\n\n\n"
 _LINE = re.compile(r"\s*\$(\w+)\s*")
 
-# Triton's spelling of the ops of `autopar.ir.pointwise`. The interpreter has no libdevice, so that
-# tanh is written with a sigmoid.
+# The interpreter has no libdevice, so that tanh is written with a sigmoid, which has no digits left
+# near 0. There it is three terms of its Taylor series, as far as the fourth is below rounding.
+_TANH = (
+    "tl.where(tl.abs({0}) < $near, {0} - {0} * {0} * {0} *"
+    " (0.3333333333333333 - {0} * {0} * 0.13333333333333333), 2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"
+)
+_NEAR = {"tl.float32": "0.1", "tl.float64": "0.001"}
+
+# Triton's spelling of the ops of `autopar.ir.pointwise`.
 _SPELLING = {
     "add": "{} + {}",
     "sub": "{} - {}",
@@ -32,7 +39,7 @@ _SPELLING = {
     "neg": "-{}",
     "exp": "tl.exp({})",
     "erf": "tl.erf({})",
-    "tanh": "2.0 * tl.sigmoid(2.0 * {}) - 1.0",
+    "tanh": _TANH,
     "sigmoid": "tl.sigmoid({})",
     "relu": "tl.where({0} < 0.0, 0.0, {0})",
     "positive": "tl.where({} > 0.0, 1.0, 0.0)",
@@ -106,6 +113,7 @@ def triton_lines(
             numbers[f"t{i}"] = _number(step.op, known, compute)
             continue
         spelled = _SPELLING[step.op].format(*map(text, step.operands))
+        spelled = spelled.replace("$near", _NEAR[compute])
         if step.op.startswith("cast_"):
             spelled += f".to({compute})"
         names[f"t{i}"] = f"{prefix}{i}"
