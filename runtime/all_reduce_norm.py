@@ -100,9 +100,12 @@ def _workspace(
     x: Tensor, residual: Tensor, weight: Tensor | None, group: Group | None
 ) -> kernel.Workspace | None:
     """Where the kernel runs, or None; the same on all ranks."""
-    if group is None or group.size == 1 or not kernel.takes(x, residual, weight, group.size):
+    if group is None or group.size == 1:
         return None
+    # Agreed on first: what a rank finds out by itself must not let it leave the others alone.
     workspace = workspace_of(group, x.device)
+    if not kernel.takes(x, residual, weight, group.size):
+        return None
     if workspace is None:
         fall_back(kernel.NAME, "the ranks of a group have no symmetric memory")
     return workspace

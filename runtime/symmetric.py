@@ -16,6 +16,7 @@ from .arena import Memory
 from .group import Group, ProcessGroupGroup
 from .hosts import host_identity
 from .kernels.all_reduce_norm import PROGRAMS, WORKSPACE_BYTES, Workspace
+from .kernels.support import runs_on
 from .shared_memory import SharedMemoryGroup
 
 # Like shared memory's groups: one workspace for the life of a group, and None where there is none.
@@ -38,19 +39,30 @@ def workspace_of(group: Group, device: torch.device) -> Workspace | None:
 
 
 def _make(group: Group, device: torch.device) -> Workspace | None:
-    if device.type == "cpu":
-        return _in_files(group) if isinstance(group, SharedMemoryGroup) else None
-    flat = group.flat if isinstance(group, SharedMemoryGroup) else group
-    return _on_gpus(flat, device) if isinstance(flat, ProcessGroupGroup) else None
+    on_cpu = device.type == "cpu"
+    if not isinstance(
+        group, SharedMemoryGroup if on_cpu else SharedMemoryGroup | ProcessGroupGroup
+    ):
+        return None
+    # One rank without Triton, or with an older GPU, is enough for all to do without.
+    if not _all_agree(group, runs_on(device), device):
+        return None
+    if isinstance(group, SharedMemoryGroup):
+        return _in_files(group) if on_cpu else _on_gpus(group.flat, device)
+    return _on_gpus(group, device) if isinstance(group, ProcessGroupGroup) else None
 
 
 def _in_files(group: SharedMemoryGroup) -> Workspace | None:
     """A memory file per rank; the group has found out that its ranks can open each other's."""
-    mine = Memory.create(WORKSPACE_BYTES)
-    offers = group.all_gather(torch.tensor([[os.getpid(), mine.fd]])).wait().tolist()
+    try:
+        mine: Memory | None = Memory.create(WORKSPACE_BYTES)
+    except OSError:
+        mine = None
+    fd = mine.fd if mine is not None else -1
+    offers = group.all_gather(torch.tensor([[os.getpid(), fd]])).wait().tolist()
     try:
         memories = [
-            mine if rank == group.rank else Memory.open(pid, fd, WORKSPACE_BYTES)
+            mine if mine and rank == group.rank else Memory.open(pid, fd, WORKSPACE_BYTES)
             for rank, (pid, fd) in enumerate(offers)
         ]
     except (OSError, ValueError):  # no such file, or one that is too small

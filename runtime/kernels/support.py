@@ -61,6 +61,11 @@ def _no_place(device: torch.device) -> str | None:
     return None
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether this process runs kernels on the device at all, whatever the tensors."""
+    return _no_place(device) is None
+
+
 @cache
 def fall_back(kernel: str, why: str) -> None:
     """Warn, once for every kernel and reason, that the torch reference runs in its place."""
