@@ -39,17 +39,15 @@ def workspace_of(group: Group, device: torch.device) -> Workspace | None:
 
 
 def _make(group: Group, device: torch.device) -> Workspace | None:
-    on_cpu = device.type == "cpu"
-    if not isinstance(
-        group, SharedMemoryGroup if on_cpu else SharedMemoryGroup | ProcessGroupGroup
-    ):
-        return None
+    flat = group.flat if isinstance(group, SharedMemoryGroup) else group
+    in_files = device.type == "cpu" and isinstance(group, SharedMemoryGroup)
+    on_gpus = device.type != "cpu" and isinstance(flat, ProcessGroupGroup)
     # One rank without Triton, or with an older GPU, is enough for all to do without.
-    if not _all_agree(group, runs_on(device), device):
+    if not (in_files or on_gpus) or not _all_agree(group, runs_on(device), device):
         return None
-    if isinstance(group, SharedMemoryGroup):
-        return _in_files(group) if on_cpu else _on_gpus(group.flat, device)
-    return _on_gpus(group, device) if isinstance(group, ProcessGroupGroup) else None
+    if device.type == "cpu":
+        return _in_files(group) if isinstance(group, SharedMemoryGroup) else None
+    return _on_gpus(flat, device) if isinstance(flat, ProcessGroupGroup) else None
 
 
 def _in_files(group: SharedMemoryGroup) -> Workspace | None:
