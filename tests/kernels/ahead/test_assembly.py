@@ -10,7 +10,7 @@ from autopar.runtime.kernels import ahead
 from autopar.runtime.kernels.ahead import ARCHITECTURES, Specialisation, assemble
 from autopar.runtime.kernels.registry import MODULES, kernel_module
 
-USUAL = ("sm_90", "gfx942")  # in `make test`; the others are slow
+USUAL = ("sm_90",)  # in `make test`; the others are slow
 FORMS = [(name, i) for name in MODULES for i in range(len(kernel_module(name).specialisations()))]
 ARCHS = [a if a in USUAL else pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES]
 

@@ -1,0 +1,56 @@
+"""Which tests are slow beside those that say so: what keeps `make test` within its time."""
+
+from __future__ import annotations
+
+import pytest
+
+# From `--durations`, where others cover nearly the same; by file and name.
+LONG = {
+    "capture/test_sequence.py": {"test_folded_with_symbolic_sequence[gpt]"},
+    "e2e/test_bad_input.py": {
+        "test_an_op_without_a_rule_is_named_once_with_its_cost",
+        "test_run_shows_the_ranks_error_once",
+    },
+    "e2e/test_compressed.py": {"test_near_one_device[data-1]"},
+    "e2e/test_equivalence.py": {
+        "test_a_dead_rank_is_a_failure_and_the_pool_goes_on",
+        "test_float64_equals_one_device[hf_gpt2-zero]",
+    },
+    "e2e/test_given_plans.py": {"test_plans_and_hints_of_the_user"},
+    "e2e/test_micro_batches.py": {"test_loop_is_unchanged[dropout-zero]"},
+    "e2e/test_pipelines.py": {
+        "test_loop_is_unchanged[overflowing-1f1b]",
+        "test_models_of_the_zoo_equal_one_device[llama-pipeline+tensor/zero_bubble]",
+    },
+    "e2e/test_planned.py": {"test_data_and_sequence[llama]"},
+    "e2e/test_routed.py": {"test_routed[moe_mask]"},
+    "e2e/test_training_loop.py": {"test_torchrun_ends_cleanly_after_a_user_error"},
+    "e2e/test_two_hosts.py": {"test_the_same_script_under_autopar_run_and_torchrun"},
+    "passes/test_blocks.py": {"test_representatives_are_alike[hf_t5]"},
+    "passes/test_search.py": {"test_the_memory_limit_is_kept"},
+    "passes/test_simulated_zoo.py": {
+        "test_zoo[hf_gpt2]",
+        "test_zoo[hf_mixtral]",
+        "test_zoo[hf_t5]",
+    },
+    "runtime/test_compressed.py": {"test_real_processes[aabb]"},
+    "runtime/test_group_gloo.py": {
+        "test_four_processes[four hosts]",
+        "test_four_processes[two hosts]",
+    },
+    "runtime/test_on_stage.py": {"test_pieces_of_several_runs[stages and tensor]"},
+    "runtime/test_pipeline_engine.py": {
+        "test_schedules_have_the_gradients_of_one_device[gpipe-1]",
+    },
+    "runtime/test_recompute.py": {"test_bytes_of_every_mode"},
+    "test_capture.py": {"test_zoo_equals_eager_and_fits_other_batches[hf_t5]"},
+    "test_cli_kernels.py": {"test_sources_are_printed_and_amd_has_no_inductor"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long ones."""
+    for item in items:
+        file, name = item.nodeid.removeprefix("tests/").split("::", 1)
+        if name in LONG.get(file, ()):
+            item.add_marker(pytest.mark.slow)
