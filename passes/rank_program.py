@@ -39,11 +39,13 @@ def rank_program(
     plan: Plan,
     rank: int,
     kernels: Places = NOWHERE,
+    check: bool = True,
 ) -> Graph:
     """The lowered graph of `rank`: local shapes, exchanges on groups.
 
     `graph` is the prepared captured graph that the plan belongs to, `sizes` are those of one
-    micro-batch.
+    micro-batch. `check` verifies the invariants, which takes more than half of the time: a program
+    that is only counted does without.
     """
     storage, regather = storage_of(graph, plan)
     choices = {
@@ -61,7 +63,7 @@ def rank_program(
         plan.recompute,
         kernels=kernels,
     )
-    return run_passes(graph, passes, plan.mesh)[-1].graph
+    return run_passes(graph, passes, plan.mesh, check)[-1].graph
 
 
 def busiest_rank(case: Case) -> int:
