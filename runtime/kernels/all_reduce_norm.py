@@ -23,7 +23,7 @@ from torch import Tensor
 from autopar.ir.pointwise import IDENTITY, Pointwise, parse_pointwise
 
 from .ahead import Specialisation
-from .emit import Kernel, fill, triton_lines
+from .emit import Kernel, compute_type, fill, triton_lines
 from .launch import cdiv, launch
 from .support import fall_back, interpreted, usable
 
@@ -180,12 +180,11 @@ def all_reduce_norm(
         x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device
     )
     y = torch.empty(x.shape, dtype=dtype or total.dtype, device=x.device)
-    double = x.dtype is torch.float64
-    compute = torch.float64 if double else torch.float32
+    compute = torch.promote_types(x.dtype, torch.float32)
     scale = torch.empty((*x.shape[:-1], 1), dtype=compute, device=x.device)
     block = max(16, 1 << (width - 1).bit_length()) if width else 0
     launch(
-        emit(epilogue, weight is not None, "tl.float64" if double else "tl.float32"),
+        emit(epilogue, weight is not None, compute_type(x.dtype)),
         (min(rows, _programs()),),
         x.contiguous(),
         residual.contiguous(),

@@ -18,12 +18,11 @@ from torch.autograd.function import once_differentiable
 from autopar.ir.pointwise import IDENTITY, Pointwise, parse_pointwise
 
 from .ahead import Specialisation
-from .emit import Kernel, fill, triton_lines
+from .emit import Kernel, compute_type, fill, triton_lines
 from .launch import block_size, cdiv, launch
 from .permute import (
     TILE,
     Segments,
-    compute_dtype,
     form,
     launch_rows,
     sum_segments,
@@ -277,7 +276,7 @@ class _Combine(torch.autograd.Function):
         given = [] if weight is None else [weight.contiguous()]
         inputs = [y.contiguous(), position.contiguous(), *given]
         others = [a.contiguous() for a in extras]
-        kernel = emit(epilogue, weight is not None, compute_dtype(y))
+        kernel = emit(epilogue, weight is not None, compute_type(y.dtype))
         r, block = tile(width, out.element_size(), TILE_BYTES)
         tensors = [*inputs, *others, out]
         launch_rows(kernel, tensors, out, rows, K=ways, ROWS=r, BLOCK=block)
@@ -333,7 +332,7 @@ def _run_backward(
     if not made or not g.numel():
         return
     wanted, weighted = tuple(made), weight is not None
-    kernel = emit_backward(epilogue, weighted, wanted, compute_dtype(y))
+    kernel = emit_backward(epilogue, weighted, wanted, compute_type(y.dtype))
     known = {"g": g, "y": y, "position": position, "weight": weight}
     known.update({f"a{i}": a for i, a in enumerate(extras)})
     known.update({f"d{name}": tensor for name, tensor in made.items()})

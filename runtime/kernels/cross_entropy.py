@@ -22,7 +22,7 @@ from autopar.runtime.group import Group
 
 from .ahead import Specialisation
 from .cross_entropy_source import emit, emit_backward, emit_combine
-from .emit import Kernel
+from .emit import Kernel, compute_type
 from .launch import block_size, cdiv, launch
 
 NAME = "cross_entropy"
@@ -123,14 +123,14 @@ class _CrossEntropy(torch.autograd.Function):
             whole = weight.sum(dtype=dtype)
         parts = 4 if classes.smoothing else 3
         message = torch.empty((1, parts, tokens), dtype=dtype, device=logits.device)
-        kernel = emit(program, _triton(dtype))
+        kernel = emit(program, compute_type(dtype))
         _over_rows(kernel, logits, [logits, ids, weight, message], classes, weight)
         if group is not None and group.size > 1:
             message = group.all_gather(message).wait()
         losses, log_sums = message.new_empty((2, tokens)).unbind()
         block = block_size(TOKENS)
         launch(
-            emit_combine(_triton(dtype)),
+            emit_combine(compute_type(dtype)),
             (cdiv(tokens, block),),
             *(message, ids, weight, whole, losses, log_sums),
             tokens,
@@ -166,7 +166,7 @@ class _CrossEntropy(torch.autograd.Function):
         if grad.stride(0) not in (0, 1):
             grad = grad.contiguous()
         tensors = [logits, out, ids, weight, whole, log_sums, grad]
-        kernel = emit_backward(ctx.program, _triton(log_sums.dtype))
+        kernel = emit_backward(ctx.program, compute_type(log_sums.dtype))
         classes: Classes = ctx.classes
         _over_rows(kernel, logits, tensors, classes, weight, grad.stride(0), **classes.factors())
         if ctx.in_place:
@@ -216,10 +216,6 @@ def _by_rows(logits: Tensor) -> Tensor:
     if adjacent == 1 and classes <= stride <= 2 * classes:
         return logits
     return logits.contiguous()
-
-
-def _triton(dtype: torch.dtype) -> str:
-    return "tl.float64" if dtype is torch.float64 else "tl.float32"
 
 
 def specialisations() -> list[Specialisation]:

@@ -21,7 +21,7 @@ from autopar.ir.pointwise import PLAIN, Fusion, Pointwise, Step, parse_pointwise
 from autopar.runtime.random import H0, H1, M0, M1, M2, M3, MASK32, keys, segments, threshold
 
 from .ahead import Specialisation
-from .emit import Kernel, fill, triton_lines
+from .emit import Kernel, compute_type, fill, triton_lines
 from .launch import INTERPRETED_BLOCK, block_size, cdiv, launch
 from .support import LARGEST, fall_back, usable
 
@@ -211,7 +211,7 @@ class _Dropout(torch.autograd.Function):
         inputs = [t.contiguous() for t in (x, *extras)]
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         ctx.random = (p, seed, call, region)
-        _run(emit(fusion, _compute(x)), inputs, [y], *ctx.random)
+        _run(emit(fusion, compute_type(x.dtype)), inputs, [y], *ctx.random)
         ctx.fusion = fusion
         ctx.like = [(t.dtype, t.requires_grad) for t in (x, *extras)]
         if saved(fusion):
@@ -230,7 +230,7 @@ class _Dropout(torch.autograd.Function):
             if name not in same
         }
         if made:
-            kernel = emit_backward(ctx.fusion, tuple(made), _compute(grad))
+            kernel = emit_backward(ctx.fusion, tuple(made), compute_type(grad.dtype))
             inputs = [grad.contiguous(), *ctx.saved_tensors]
             _run(kernel, inputs, list(made.values()), *ctx.random)
         first, *rest = [{**made, **same}.get(name) for name in names]
@@ -284,10 +284,6 @@ def _scale(p: float) -> float:
 def _signed(word: int) -> int:
     """The int32 with these bits, so that no key is taken for an int64."""
     return word - (1 << 32) if word >> 31 else word
-
-
-def _compute(x: Tensor) -> str:
-    return "tl.float64" if x.dtype is torch.float64 else "tl.float32"
 
 
 def specialisations() -> list[Specialisation]:

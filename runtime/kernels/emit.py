@@ -142,6 +142,11 @@ def _literal(number: float) -> str:
     return f"({float(number)!r})" if math.isfinite(number) else f'float("{number}")'
 
 
+def compute_type(dtype: torch.dtype) -> str:
+    """Triton's name of what a kernel computes in for tensors of a dtype: float32, or float64."""
+    return "tl.float64" if dtype is torch.float64 else "tl.float32"
+
+
 @cache
 def load(kernel: Kernel) -> Any:
     """The kernel's Triton function; triton is imported here for the first time.

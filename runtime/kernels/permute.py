@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from autopar.ir.pointwise import IDENTITY, Pointwise, Step, parse_pointwise
 
 from .ahead import Specialisation
-from .emit import Kernel, fill, triton_lines
+from .emit import Kernel, compute_type, fill, triton_lines
 from .launch import block_size, cdiv, launch
 from .support import fall_back, usable
 
@@ -228,7 +228,7 @@ def gather_rows(
     count, width = len(index), x.shape[1]
     y = torch.empty((count, width), dtype=x.dtype, device=x.device)
     given = [t.contiguous() for t in (weight, default) if t is not None]
-    kernel = emit(prologue, default is not None, weight is not None, compute_dtype(x))
+    kernel = emit(prologue, default is not None, weight is not None, compute_type(x.dtype))
     arguments = [x.contiguous(), index.contiguous(), *given, y]
     rows, block = tile(width, y.element_size(), TILE_BYTES)
     launch_rows(kernel, arguments, y, x.shape[0], SLOTS=slots, ROWS=rows, BLOCK=block)
@@ -250,7 +250,7 @@ def sum_segments(
     are in float32 (float64 for float64), in the order of the slots; `y` has `dtype` (default x's).
     """
     y = torch.empty((segments.count, x.shape[1]), dtype=dtype or x.dtype, device=x.device)
-    kernel = emit_sum(epilogue, weight is not None, compute_dtype(x))
+    kernel = emit_sum(epilogue, weight is not None, compute_type(x.dtype))
     weights = [] if weight is None else [weight.contiguous()]
     tensors = [x.contiguous(), *weights, segments.order, segments.starts]
     tensors += [*(a.contiguous() for a in extras[: epilogue.extras]), y]
@@ -272,11 +272,6 @@ def sum_reference(
     total = x.new_zeros((count, *x.shape[1:]), dtype=compute)
     total = total.index_add(0, index[found], x[found].to(compute))
     return epilogue(total, *extras).to(x.dtype)
-
-
-def compute_dtype(x: Tensor) -> str:
-    """Triton's name of the dtype that sums of `x` are in."""
-    return "tl.float64" if x.dtype is torch.float64 else "tl.float32"
 
 
 def launch_rows(
