@@ -96,6 +96,7 @@ class Case:
             self.pricer.device,
             self.optimizer,
             self.layers,
+            MICRO_BATCHES if self.accounts.several else 1,
         )
 
     @cached_property
@@ -152,7 +153,7 @@ def make_case(
     concrete = specialise(symbolic, sizes)
     rules = rules_of(concrete)
     layers = find_blocks(concrete)
-    pricer = Pricer(cluster, plan.mesh, optimizer)
+    pricer = Pricer(cluster, plan.mesh, optimizer, micro_batches=micro_batches)
     option = assignment_of(concrete, rules, plan, pricer, layers)
     regions, modes = _recomputed(plan, regions_of(concrete, layers), layers)
     blocks = _told_apart(layers, option, regions)

@@ -131,12 +131,18 @@ class Frame:
         return np.array([numbers[0] for numbers in self.number.values()], dtype=np.int64)
 
     def priced(
-        self, meshes: Sequence[Mesh], cluster: Cluster, symbols: Mapping[sympy.Symbol, int]
+        self,
+        meshes: Sequence[Mesh],
+        cluster: Cluster,
+        symbols: Mapping[sympy.Symbol, int],
+        micro_batches: int = 1,
     ) -> Priced:
         """Prices of all options on some meshes; `symbols` are the sizes of one micro-batch."""
         problem = self.problem
         grid = Grid(cluster, tuple(meshes), symbols)
-        pricer = GridPricer(grid, self.symbolic, problem.symbols, problem.optimizer, self.layouts)
+        pricer = GridPricer(
+            grid, self.symbolic, problem.symbols, problem.optimizer, self.layouts, micro_batches
+        )
         options = {
             node: pricer.stored(node, listed)
             if node.op == "placeholder"

@@ -41,6 +41,7 @@ from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
 
 from .bucket_collectives import BUCKET_BYTES
+from .gradient_sums import sums_time
 from .kept import own_outputs
 from .route_costs import route_messages
 
@@ -85,9 +86,14 @@ class Pricer:
         mesh: Mesh,
         optimizer: str = "adamw",
         never_gather: frozenset[str] = frozenset(),
+        micro_batches: int = 1,
     ) -> None:
-        """`never_gather`: axes on which parameters are not gathered (pure tensor parallelism)."""
+        """`never_gather`: axes on which parameters are not gathered (pure tensor parallelism).
+
+        Of several `micro_batches`, each adds its gradients of parameters to those before.
+        """
         self.never_gather = never_gather
+        self.micro_batches = micro_batches
         self.cluster = cluster
         self.mesh = mesh
         self.optimizer = optimizer
@@ -156,6 +162,7 @@ class Pricer:
         forward, backward = float(forward_time(self.device, op)), 0.0
         if any(v.requires_grad for v in values_of(node)):
             backward = float(backward_time(self.device, op))
+            backward += float(sums_time(self.device, node, op, self.micro_batches))
         readers = sum(1 for user in node.users if user.op == "call_function")
         value = node.meta["value"]
         if readers > 1 and isinstance(value, Value) and value.requires_grad:

@@ -85,7 +85,9 @@ def settle(
 
     With `near`, a candidate whose relaxation was solved, only options close to it are tried first.
     """
-    pricer = Pricer(problem.cluster, mesh, problem.optimizer, family.never_gather)
+    pricer = Pricer(
+        problem.cluster, mesh, problem.optimizer, family.never_gather, variant.micro_batches
+    )
     regions = problem.regions
     modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
     overlap = overlap_of(problem.cluster)

@@ -77,7 +77,9 @@ def settle_pipeline(
     inner = candidate.inner
     mesh = Mesh((candidate.mesh[PIPELINE_AXIS], *inner.axes))
     restricted = problem.family(family, role_map(candidate) if roles is None else roles)
-    pricer = Pricer(problem.cluster, mesh, problem.optimizer, restricted.never_gather)
+    pricer = Pricer(
+        problem.cluster, mesh, problem.optimizer, restricted.never_gather, candidate.micro_batches
+    )
     accounts = Accounts(
         pricer,
         problem.regions,

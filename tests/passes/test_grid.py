@@ -88,7 +88,7 @@ def priced(case: tuple[str, str, Roles], micro_batches: int) -> Priced:
     name, spec, roles = case
     meshes = list(meshes_of(roles, parse_cluster(spec)))
     symbols = problem(name, spec, micro_batches).symbols
-    return frame(*case).priced(meshes, parse_cluster(spec), symbols)
+    return frame(*case).priced(meshes, parse_cluster(spec), symbols, micro_batches)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def alone(case: tuple[str, str, Roles], micro_batches: int, most: int = 1000) ->
     exact = problem(name, spec, micro_batches)
     twins = {node.name: node for node in exact.graph.fx.nodes}
     for at, mesh in enumerate(meshes_of(roles, exact.cluster)):
-        pricer = Pricer(exact.cluster, mesh)
+        pricer = Pricer(exact.cluster, mesh, micro_batches=micro_batches)
         for node, options in frame(*case).options.items():
             if node.op != "call_function":
                 continue
@@ -147,7 +147,8 @@ def _is_even(node: Node, placed: Placed, mesh: Mesh) -> bool:
 def test_options_are_those_of_their_mesh(case: tuple[str, str, Roles], micro_batches: int) -> None:
     """Seconds and bytes of every option, and whether it is one: as on its mesh alone."""
     found, checked, refused = priced(case, micro_batches), 0, 0
-    pricers = {mesh: Pricer(found.pricer.grid.cluster, mesh) for mesh in found.pricer.grid.meshes}
+    grid_meshes, cluster = found.pricer.grid.meshes, found.pricer.grid.cluster
+    pricers = {m: Pricer(cluster, m, micro_batches=micro_batches) for m in grid_meshes}
     for one in alone(case, micro_batches, most=7):
         grid, told = found.options[one.node], f"{one.node} option {one.row} on {one.mesh}"
         legal = bool(grid.legal[one.row, one.at])
@@ -220,7 +221,7 @@ def test_columns_cost_what_accounts_say(case: tuple[str, str, Roles], variant: V
     columns, prices = built
     options = {(one.at, one.node, one.row): one for one in alone(case, variant.micro_batches)}
     at = len(table.meshes) - 1
-    pricer = Pricer(exact.cluster, table.meshes[at])
+    pricer = Pricer(exact.cluster, table.meshes[at], micro_batches=variant.micro_batches)
     regions = regions_of(exact.graph, exact.blocks)
     modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
     overlap = overlap_of(exact.cluster)

@@ -86,7 +86,7 @@ def better(wanted: Request, than_s: float) -> list[tuple[str, Variant, float]]:
         for roles in role_sets(small, wanted):
             family = small.family("auto", dict(roles))
             for mesh in meshes_of(roles, wanted.cluster):
-                pricer = Pricer(wanted.cluster, mesh)
+                pricer = Pricer(wanted.cluster, mesh, micro_batches=k)
                 options = options_of(small, mesh, pricer, family)
                 for mode in wanted.modes:
                     modes = dict.fromkeys(range(len(regions.copies)), mode)

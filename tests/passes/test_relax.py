@@ -76,7 +76,7 @@ def tried(
     kept = {node: keep(node, list(options)) for node, options in frame.options.items()}
     frame = replace(frame, options=kept)
     meshes = tuple(meshes_of(ROLES, cluster))
-    table = frame.table(frame.priced(meshes, cluster, {}), variant)
+    table = frame.table(frame.priced(meshes, cluster, {}, variant.micro_batches), variant)
     built = frame.programme(table, 1e3)
     assert built is not None
     found = tuple(assignments(frame, mesh, variant) for mesh in meshes)
@@ -86,7 +86,7 @@ def tried(
 def assignments(frame: Frame, mesh: Mesh, variant: Variant) -> dict[Pick, tuple[float, float]]:
     """Seconds and bytes of every assignment on one mesh, evaluated from scratch."""
     problem = frame.problem
-    pricer = Pricer(problem.cluster, mesh)
+    pricer = Pricer(problem.cluster, mesh, micro_batches=variant.micro_batches)
     modes = dict.fromkeys(range(len(frame.regions.copies)), variant.mode)
     overlap = overlap_of(problem.cluster)
     accounts = Accounts(pricer, frame.regions, variant.micro_batches, modes, overlap)
