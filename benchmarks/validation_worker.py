@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import statistics
 import sys
 import time
 import warnings
@@ -30,6 +31,7 @@ from autopar.runtime.load_clock import LoadClock
 from .validation_models import VALIDATION_MODELS
 
 FOREIGN_SHARE = 0.04  # of all cores: above it, others' work disturbs a turn, which is repeated
+NEAR = 1.25  # plans within this of the chosen one may be as fast: they have more turns with it
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 PARTS = ("step", "forward", "backward", "optimizer", "comm", "wait")
 
@@ -80,12 +82,16 @@ class CommClock:
 
 @dataclass
 class Runner:
-    """One plan's module and optimizer, and the parts of every timed step in seconds."""
+    """One plan's module and optimizer, and the parts of every timed step in seconds.
+
+    `deciding` are the steps of further turns, of the chosen plan and those near it.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     strategies: list[str]
     seconds: list[list[float]] = field(default_factory=list)
+    deciding: list[list[float]] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
 
     def step(self, batch: tuple[Tensor, ...], clock: CommClock) -> list[float]:
@@ -141,33 +147,64 @@ def program_text(controller: Any) -> str:
     return f"{[axis.size for axis in plan.mesh.axes]} {text}"
 
 
+class Turns:
+    """Turns of a few steps of one plan; the first step of a turn is not counted."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._clock = CommClock()
+        self._clock.install()
+        batch_of = VALIDATION_MODELS[job["model"]].batch_of
+        self._batches = [batch_of(torch.Generator().manual_seed(i)) for i in range(8)]
+        self._load, self._left_s, self._steps = LoadClock(), job["patience_s"], job["steps"]
+
+    def __call__(self, runner: Runner) -> tuple[list[list[float]], float]:
+        """The parts of every step and what others used meanwhile, repeated while it is too much."""
+        while True:
+            dist.barrier()
+            self._load.tick()
+            start = time.perf_counter()
+            timed = [
+                runner.step(self._batches[i % len(self._batches)], self._clock)
+                for i in range(self._steps + 1)
+            ]
+            dist.barrier()
+            wall_s = time.perf_counter() - start
+            foreign = self._load.tick()
+            if foreign <= FOREIGN_SHARE or self._left_s <= 0:
+                return timed[1:], foreign
+            self._left_s -= wall_s + 0.5
+            time.sleep(0.5)
+
+
 def measure(job: dict[str, Any], runners: list[Runner], report: Callable[[str], None]) -> None:
-    """Plans take turns of a few steps; the first step of a turn is not counted."""
-    clock = CommClock()
-    clock.install()
-    model = VALIDATION_MODELS[job["model"]]
-    batches = [model.batch_of(torch.Generator().manual_seed(i)) for i in range(8)]
-    load, waited_s = LoadClock(), 0.0
+    """Plans take turns; then the plans that are near the chosen one take more of them."""
+    turn_of = Turns(job)
     for turn in range(job["rounds"] + 1):
         report(f"round {turn} of {job['rounds']}")
         for runner in runners[:: -1 if turn % 2 else 1]:
-            while True:
-                dist.barrier()
-                load.tick()
-                start = time.perf_counter()
-                timed = [
-                    runner.step(batches[i % len(batches)], clock) for i in range(job["steps"] + 1)
-                ]
-                dist.barrier()
-                wall_s = time.perf_counter() - start
-                foreign = load.tick()
-                if turn == 0 or foreign <= FOREIGN_SHARE or waited_s >= job["patience_s"]:
-                    break
-                waited_s += wall_s + 0.5
-                time.sleep(0.5)
+            timed, foreign = turn_of(runner)
             if turn > 0:
-                runner.seconds += timed[1:]
+                runner.seconds += timed
                 runner.foreign.append(foreign)
+    close = near(runners)
+    for turn in range(job["deciding"] if len(close) > 1 else 0):
+        report(f"deciding round {turn} of {job['deciding']}")
+        for runner in close[:: -1 if turn % 2 else 1]:
+            runner.deciding += turn_of(runner)[0]
+
+
+def near(runners: list[Runner]) -> list[Runner]:
+    """The chosen plan and those about as fast, the same on every rank; none without a choice."""
+    middle = [statistics.median(slowest(runner.seconds).tolist()) for runner in runners]
+    chosen = [m for m, r in zip(middle, runners, strict=True) if "auto" in r.strategies]
+    return [r for m, r in zip(middle, runners, strict=True) if chosen and m <= NEAR * chosen[0]]
+
+
+def slowest(steps: list[list[float]]) -> Tensor:
+    """Seconds of every step on the rank that takes longest, float64."""
+    seconds = torch.tensor([parts[0] for parts in steps], dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds
 
 
 def collect(job: dict[str, Any], runners: list[Runner]) -> list[dict[str, Any]]:
@@ -180,9 +217,8 @@ def collect(job: dict[str, Any], runners: list[Runner]) -> list[dict[str, Any]]:
         mine = torch.tensor(runner.seconds, dtype=torch.float64)
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(every, mine)
-        ranks = torch.stack(every)
-        steps = ranks.mean(0)
-        steps[:, 0] = ranks[:, :, 0].amax(0)
+        steps = torch.stack(every).mean(0)
+        steps[:, 0] = slowest(runner.seconds)
         controller: Any = runner.module.autopar
         plan = controller.plan
         found.append(
@@ -196,6 +232,7 @@ def collect(job: dict[str, Any], runners: list[Runner]) -> list[dict[str, Any]]:
                     "optimizer": plan.predicted.optimizer_s,
                 },
                 "measured": {name: steps[:, i].tolist() for i, name in enumerate(PARTS)},
+                "deciding": slowest(runner.deciding).tolist(),
                 "foreign": runner.foreign,
                 "steps_per_turn": job["steps"],
                 "plan": json.loads(plan.to_json()),

@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.validate_measured import Row, auto_over_best, kendall, row_of, summarise
+from benchmarks.validate_measured import (
+    Row,
+    auto_over_best,
+    kendall,
+    ordered_rightly,
+    row_of,
+    summarise,
+)
 
 
 def row(model: str, strategy: str, predicted: float, measured: float) -> Row:
@@ -38,6 +45,10 @@ def test_a_row_has_medians_and_what_is_neither_communication_nor_optimizer() -> 
     assert made.error == pytest.approx(0.25)
     assert made.measured["compute"] == pytest.approx(0.6)
     assert (made.steps, made.foreign) == (3, 0.02)
+    assert made.turns == ((1.0,), (9.0,), (1.2,))
+    more = row_of("gpt", {**plan, "steps_per_turn": 3, "deciding": [0.9, 1.0, 1.1]})
+    assert more.turns == ((1.0, 9.0, 1.2), (0.9, 1.0, 1.1))
+    assert more.measured["step"] == 1.2
 
 
 def test_the_summary_names_every_goal_that_is_missed() -> None:
@@ -66,3 +77,16 @@ def test_the_chosen_plan_is_compared_turn_by_turn() -> None:
     assert found.median == 1.0
     assert auto_over_best(rows[1:]) is None
     assert auto_over_best(rows[:1]) is None
+
+
+def test_only_plans_that_are_told_apart_are_held_against_their_order() -> None:
+    def timed(predicted: float, *turns: float) -> Row:
+        pairs = tuple((t, t) for t in turns)
+        seconds = {"step": predicted}, {"step": turns[0]}
+        return Row("m", (str(turns),), "tp=4", *seconds, 8, 0.0, 0.0, turns=pairs)
+
+    fast, same = timed(2.0, 1.0, 1.1, 1.0), timed(1.0, 1.1, 1.0, 1.1)
+    slow = timed(3.0, 4.0, 4.0, 4.0, 4.0)  # of which the last turn has no counterpart
+    assert ordered_rightly([fast, same]) is None
+    assert ordered_rightly([fast, same, slow]) == 1.0
+    assert ordered_rightly([fast, timed(1.5, 4.0, 4.0, 4.0)]) == -1.0
