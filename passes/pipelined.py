@@ -33,6 +33,7 @@ Node = torch.fx.Node
 Progress = Callable[[str], None]
 
 ROWS = (1, 2, 4, 8, 16)  # of a micro-batch on every device along the first axis inside a stage
+TIMES = (1, 2, 4)  # micro-batches per stage, where 16 rows make more than those
 MOST_RELAXED = 28  # candidates whose relaxation is solved
 FAR = 1.3  # by how much an innermost axis between hosts is taken to miss its bound at first
 WITHIN = 1.35  # times its bound that a candidate's programme reaches
@@ -292,12 +293,18 @@ def stage_counts(devices: int, most: int, asked: Sequence[int] | None) -> list[i
 def micro_batch_counts(
     batch: int, stages: int, rows: int, asked: Sequence[int] | None = None
 ) -> list[int]:
-    """Micro-batches to try: at least one per stage; some rows each for `rows` devices."""
+    """Micro-batches to try: at least one per stage; some rows each for `rows` devices.
+
+    Where even the most rows make many micro-batches of a few (tokens or table rows, say, as the
+    batch), a few times as many as stages, too.
+    """
     if asked is not None:
         return [k for k in asked if batch % k == 0]
     wanted = {batch // (rows * r) for r in ROWS if batch % (rows * r) == 0}
     enough = sorted(k for k in wanted if k >= stages)
-    return enough or sorted(k for k in _divisors(batch) if k >= stages)[:1]
+    fewest = enough[0] if enough else 0
+    few = [k for k in (stages * n for n in TIMES) if k < fewest and batch % (rows * k) == 0]
+    return few + enough or sorted(k for k in _divisors(batch) if k >= stages)[:1]
 
 
 def _divisors(n: int) -> Iterable[int]:

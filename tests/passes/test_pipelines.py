@@ -230,4 +230,6 @@ def test_numbers_of_stages_and_micro_batches() -> None:
     assert stage_counts(12, 6, [4, 12]) == [4]
     assert micro_batch_counts(64, 4, 2) == [4, 8, 16, 32]
     assert micro_batch_counts(8, 4, 8) == [4]  # fewer rows than devices: at least one per stage
+    assert micro_batch_counts(512, 4, 1) == [4, 8, 16, 32, 64, 128, 256, 512]  # rows: tokens
+    assert micro_batch_counts(512, 2, 2) == [2, 4, 8, 16, 32, 64, 128, 256]
     assert micro_batch_counts(12, 2, 1, [4, 5]) == [4]
