@@ -18,14 +18,26 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 Queue = list[Callable[[], None]]
+Add = Callable[[Tensor, Tensor], None]  # a gradient to that of a leaf
 
 _aten = torch.ops.aten
 
 
+def add_to_leaf(leaf: Tensor, gradient: Tensor) -> None:
+    """Add to the gradient of a leaf, as autograd does."""
+    if leaf.grad is None:
+        leaf.grad = gradient
+    else:
+        leaf.grad.add_(gradient)
+
+
 @contextmanager
-def deferring(queue: Queue) -> Iterator[None]:
-    """Put what makes gradients of leaf weights of products in here into `queue` in the backward."""
-    with _Deferring(queue):
+def deferring(queue: Queue, add: Add = add_to_leaf) -> Iterator[None]:
+    """Put what makes gradients of leaf weights of products in here into `queue` in the backward.
+
+    `add` is called with a weight and its gradient when that is made.
+    """
+    with _Deferring(queue, add):
         yield
 
 
@@ -40,9 +52,9 @@ def drain(queue: Queue) -> None:
 
 
 class _Deferring(TorchFunctionMode):
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, add: Add) -> None:
         super().__init__()
-        self.queue = queue
+        self.queue, self.add = queue, add
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -51,7 +63,7 @@ class _Deferring(TorchFunctionMode):
         if product is not None and torch.is_grad_enabled():
             found = product(*args, **(kwargs or {}))
             if found is not None:
-                return _Product.apply(self.queue, *found)  # type: ignore[no-untyped-call]
+                return _Product.apply(self.queue, self.add, *found)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -89,9 +101,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queue: Queue, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+        ctx: Any,
+        queue: Queue,
+        add: Add,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
     ) -> Tensor:
-        ctx.queue, ctx.weight, ctx.transposed = queue, weight, transposed
+        ctx.queue, ctx.add, ctx.weight, ctx.transposed = queue, add, weight, transposed
         ctx.save_for_backward(x)
         if transposed:
             return torch.nn.functional.linear(x, weight, bias)
@@ -102,23 +120,16 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x = ctx.saved_tensors[0].detach()  # without its graph, which holds the queue
         weight: Tensor = ctx.weight
-        _, of_x, _, of_bias, _ = ctx.needs_input_grad
+        _, _, of_x, _, of_bias, _ = ctx.needs_input_grad
         transposed: bool = ctx.transposed
+        add: Add = ctx.add
 
         @torch.no_grad()
         def make() -> None:
             rows, given = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-            _accumulate(weight, given.t() @ rows if transposed else rows.t() @ given)
+            add(weight, given.t() @ rows if transposed else rows.t() @ given)
 
         ctx.queue.append(make)
         dx = (gradient @ weight if transposed else gradient @ weight.t()) if of_x else None
         db = gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
-        return None, dx, None, db, None
-
-
-def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Add to the gradient of a leaf, as autograd does."""
-    if leaf.grad is None:
-        leaf.grad = gradient
-    else:
-        leaf.grad.add_(gradient)
+        return None, None, dx, None, db, None

@@ -77,7 +77,8 @@ class PieceStage(_StageBase):  # type: ignore[misc]
                 tensor.requires_grad_(crossing.requires_grad)
             self.inputs[k] = received
         queue = self.later[k] = []
-        with deferring(queue) if self.splits and self.has_backward else nullcontext():
+        later = self.splits and self.has_backward
+        with deferring(queue, self.here.add) if later else nullcontext():
             results = self.here.run(k, received)
         self.results[k] = results
         return results[0] if self.is_last and results else results

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .deferred_weights import Add, add_to_leaf
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -30,11 +32,12 @@ class BodyPart:
     """One piece of the model on this rank, for one step.
 
     `index` is its number in the chain of all pieces. `leaves` are what the prologue prepared of the
-    parameters (whole, gathered or still sharded); their `.grad` adds up over the micro-batches, in
-    any order. `run(k, received)` is the forward of micro-batch `k` and returns what the next piece
-    receives; that of the last piece returns `(objective,)` where gradients are wanted: a scalar
-    whose backward has the right seeds as it is (gradient 1), else `()`. Everything else that the
-    model returns `run` keeps for itself. Gradients are wanted where `torch.is_grad_enabled()`.
+    parameters (whole, gathered or still sharded); their gradients add up over the micro-batches, in
+    any order; `add(leaf, gradient)` adds what autograd does not. `run(k, received)` is the forward
+    of micro-batch `k` and returns what the next piece receives; that of the last piece returns
+    `(objective,)` where gradients are wanted: a scalar whose backward has the right seeds as it is
+    (gradient 1), else `()`. Everything else that the model returns `run` keeps for itself.
+    Gradients are wanted where `torch.is_grad_enabled()`.
     """
 
     index: int
@@ -42,6 +45,7 @@ class BodyPart:
     run: Callable[[int, Sequence[Tensor]], tuple[Tensor, ...]]
     receives: tuple[Crossing, ...] = ()
     sends: tuple[Crossing, ...] = ()
+    add: Add = add_to_leaf
 
 
 class Engine(Protocol):
