@@ -396,6 +396,13 @@ def pipeline_stage_base() -> Any:
     return _PipelineStageBase
 
 
+def batch_p2p(ops: list[dist.P2POp]) -> list[dist.Work]:
+    """Begin point-to-point messages the way that the schedules of pipelines do."""
+    from torch.distributed.pipelining.schedules import _batch_p2p
+
+    return list(_batch_p2p(ops))
+
+
 def let_dispatch(kind: Any) -> None:
     """Let ops on a subclass of DTensor reach its `__torch_dispatch__`.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch.fx
 
+from autopar.cost import staging
 from autopar.cost.cluster import Cluster
 from autopar.cost.pipeline import simulate_stages, transfer_s
 from autopar.cost.schedules import Schedule
@@ -58,7 +59,9 @@ class CutSimulator:
         bounds = bounds_of(starts, len(chain))
         few = min(chain.micro_batches, ROUNDS * schedule.stages)
         pieces = [replace(chain.piece(start, end), micro_batches=few) for start, end in bounds]
+        pieces = _with_staging(chain, pieces, schedule.stages)
         passes = [self._passes(piece) for piece in pieces]
+        passes = _with_messages(chain, schedule, bounds, passes)
         sent = [chain.crossing_bytes[start] for start in starts[1:]]
         timeline = simulate_stages(
             pieces,
@@ -104,6 +107,37 @@ class CutSimulator:
             return timeline
         exposed = {**timeline.exposed_s, f"send {PIPELINE_AXIS}": seconds}
         return replace(timeline, step_s=timeline.step_s + seconds, exposed_s=exposed)
+
+
+def _with_staging(chain: Chain, pieces: Sequence[Step], stages: int) -> list[Step]:
+    """The pieces; the first of every stage has what its rank leaves for peers of the stage."""
+    found = list(pieces)
+    if not chain.staging.sizes:
+        return found
+    for stage in range(stages):
+        mine = [segment for piece in pieces[stage::stages] for segment in piece.segments]
+        state = {**pieces[stage].state_bytes, staging.NAME: chain.staging.of(mine)}
+        found[stage] = replace(pieces[stage], state_bytes=state)
+    return found
+
+
+def _with_messages(
+    chain: Chain,
+    schedule: Schedule,
+    bounds: Sequence[tuple[int, int]],
+    passes: Sequence[Passes],
+) -> list[Passes]:
+    """The passes of pieces with what they hold of what stages send each other."""
+    kept = chain.messages.kept(schedule, chain.segments)
+    moment = schedule.chunks * chain.messages.moment(schedule)
+    return [
+        replace(
+            made,
+            saved_bytes=made.saved_bytes + float(kept[at]),
+            working_bytes=made.working_bytes + float(moment[at]),
+        )
+        for made, at in zip(passes, bounds, strict=True)
+    ]
 
 
 def _longer(

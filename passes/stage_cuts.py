@@ -44,12 +44,14 @@ def cut_chain(
     m = chain.micro_batches
     held = in_flight(schedule, m)
     chunks = schedule.chunks
+    kept = chain.kept + chain.messages.kept(schedule, chain.segments)
+    moment = working + chunks * chain.messages.moment(schedule)
     # Optimizer and what is sent count once per micro-batch in the rhythm of a pipeline.
     seconds = chain.seconds + chain.optimizer_s / m
 
     def memory(piece: int) -> Array:
-        of_piece = chain.state + held[piece % schedule.stages] / chunks * chain.kept
-        return chunks * of_piece + working
+        of_piece = chain.state + held[piece % schedule.stages] / chunks * kept
+        return chunks * of_piece + moment
 
     return best_cuts(seconds, schedule.stages * chunks, memory, memory_limit)
 

@@ -17,6 +17,7 @@ from autopar.cost.stages import segment_s
 from autopar.cost.step import Segment, Step
 from autopar.ir.graph import Graph, Value, value_of, values_of
 from autopar.ir.sharding import Sharding
+from autopar.plan import PIPELINE_AXIS
 
 from .blocks import Blocks
 from .chunks import Chunk
@@ -24,6 +25,7 @@ from .columns import producer_of
 from .cut_points import Unit
 from .options import Option
 from .price import Pricer
+from .stage_messages import Messages, Staging, messages_of, staging_of
 from .step_of import alike, segments_of
 from .stored import stored_state
 
@@ -52,7 +54,8 @@ class Chain:
     """The units of a model with their prices for one micro-batch on one device of a stage.
 
     `segments[i]` is unit `i`; units that do the same share one. `crossing_bytes[i]` is what one
-    device sends over the cut before unit `i`.
+    device sends over the cut before unit `i`; `messages` are the same as memory, `staging` is the
+    memory of collectives.
     """
 
     units: tuple[Unit, ...]
@@ -60,6 +63,8 @@ class Chain:
     crossing_bytes: tuple[float, ...]
     stored: tuple[Stored, ...]
     micro_batches: int
+    messages: Messages
+    staging: Staging
 
     def __len__(self) -> int:
         return len(self.units)
@@ -134,7 +139,7 @@ class Chain:
     def state(self) -> Array:
         """Bytes that are always there: of owned parameters all, of those of others two copies.
 
-        And copies of parameters that stay gathered.
+        And copies of parameters that stay gathered, and what peers have yet to read.
         """
         each = np.zeros(len(self))
         twice = np.zeros((len(self) + 1, len(self) + 1))
@@ -147,14 +152,14 @@ class Chain:
                 twice += guest * ((starts <= before) & (unit < ends))
         for i, segment in enumerate(self.segments):
             each[i] += sum(p.saved_bytes for p in segment.parts if p.param)
-        return _spans(each) - twice
+        return _spans(each) - twice + self.staging.spans(self.segments)
 
     def working(self, how: How) -> Array:
         """Bytes that a single micro-batch needs for a moment beyond what it keeps."""
         known: dict[int, float] = {}
         for segment in self.segments:
             if id(segment) not in known:
-                alone = Step((replace(segment, copies=1),), 0.0, {}, 1)
+                alone = Step((replace(segment, copies=1),), 0.0, {}, self.micro_batches)
                 known[id(segment)] = passes_of(alone, how).working_bytes
         each = np.array([known[id(s)] for s in self.segments])
         n = len(self)
@@ -187,16 +192,25 @@ def chain_of(
         segments.append(same or segment)
     at = {node: i for i, unit in enumerate(units) for node in unit.nodes}
     batch = _batch_dims(symbolic or graph)
-    sent = [
-        sum(_sent_bytes(node, option, pricer, batch) for node in unit.crossing) for unit in units
-    ]
+    crossing = {node for unit in units for node in unit.crossing}
+    each = {node: _sent_bytes(node, option, pricer, batch) for node in crossing}
+    sent = [sum(each[node] for node in unit.crossing) for unit in units]
     stored = []
     for node in graph.placeholders("param"):
         if node in option:
             read = tuple(sorted({at[user] for user in node.users if user in at})) or (0,)
             state = stored_state([node], option, pricer)
             stored.append(Stored(node, state, option[node].time_s, read))
-    return Chain(tuple(units), tuple(segments), tuple(sent), tuple(stored), micro_batches)
+    axes = [name for name in pricer.mesh.names if name != PIPELINE_AXIS]
+    return Chain(
+        tuple(units),
+        tuple(segments),
+        tuple(sent),
+        tuple(stored),
+        micro_batches,
+        messages_of(units, blocks, option, pricer, each),
+        staging_of(pricer, axes),
+    )
 
 
 def _results_once(segment: Segment, micro_batches: int) -> Segment:

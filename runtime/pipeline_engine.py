@@ -82,6 +82,8 @@ class PipelineEngine:
         target = torch.zeros(micro_batches) if training and stages[-1].is_last else None
         try:
             schedule.step(target=target, return_outputs=False)
+            for stage in stages:
+                stage.finish_sends()
         except BaseException:
             del self._made[key]  # what the schedule has half done is not to be met again
             raise
@@ -95,12 +97,14 @@ class PipelineEngine:
         if training:
             kind = schedule_for(self.kind, self.stages, self.chunks, micro_batches)
         pieces = self.stages * self.chunks
+        alone = self.chunks == 1 and kind in ("gpipe", "1f1b")
+        splits = self.splits and kind == "zero_bubble"
         stages = [
-            PieceStage(i, pieces, self.device, self.group, self.splits and kind == "zero_bubble")
+            PieceStage(i, pieces, self.device, self.group, splits, beside=not alone)
             for i in range(self.stage, pieces, self.stages)
         ]
         loss = _objective if training else None
-        if self.chunks == 1 and kind in ("gpipe", "1f1b"):
+        if alone:
             single = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
             return stages, single(stages[0], micro_batches, loss, scale_grads=False)
         several = {

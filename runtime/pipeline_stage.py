@@ -8,6 +8,7 @@ those of the part that is set, so that another batch needs no new stage.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.compat import pipeline_stage_base
+from autopar.compat import batch_p2p, pipeline_stage_base
 
 from .deferred_weights import Queue, deferring, drain
 from .messages import empty_messages, pack, unpack
@@ -24,12 +25,15 @@ from .step_parts import BodyPart
 
 _StageBase: Any = pipeline_stage_base()
 
+SENT_GRADIENTS = 3  # messages that may be on their way: the next stage is hardly further behind
+
 
 class PieceStage(_StageBase):  # type: ignore[misc]
     """Piece `index` of `pieces`, run by whatever `part` is set.
 
     `group` holds the ranks of one line through the stages; `splits` says that the schedule runs
-    the gradients of weights apart.
+    the gradients of weights apart, `beside` that it waits for what is sent at the end of the step
+    only: the stage lets go of it earlier then.
     """
 
     def __init__(
@@ -39,9 +43,10 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         device: torch.device,
         group: dist.ProcessGroup,
         splits: bool,
+        beside: bool = False,
     ) -> None:
         super().__init__(nn.Identity(), index, pieces, device, group)
-        self.splits = splits
+        self.splits, self.beside = splits, beside
         self.part: BodyPart | None = None
         self.args_recv_info = {0: ()}  # newer torch looks whether stages are neighbours
         self.clear_runtime_states()
@@ -53,6 +58,8 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         self.results: dict[int, tuple[Tensor, ...]] = {}
         self.gradients: dict[int, list[Tensor]] = {}
         self.later: dict[int, Queue] = {}
+        self.sent: dict[int, list[dist.Work]] = {}  # per micro-batch
+        self.sent_back: deque[list[dist.Work]] = deque()
         self.output_chunks: list[Any] = []
 
     @property
@@ -91,6 +98,7 @@ class PieceStage(_StageBase):  # type: ignore[misc]
             return
         k = bwd_chunk_id
         results, inputs = self.results.pop(k), self.inputs.pop(k)
+        _wait(self.sent.pop(k, []))  # its gradient is here: it has arrived
         roots: list[Tensor] = []
         given: list[Tensor | None] = []
         if self.is_last:
@@ -129,7 +137,11 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         results = self.results[fwd_chunk_id]
         if not self.has_backward:
             del self.results[fwd_chunk_id]
-        return self._ops(dist.isend, pack(results), self.stage_index + 1)
+        ops = self._ops(dist.isend, pack(results), self.stage_index + 1)
+        if not (self.beside and self.has_backward):
+            return ops
+        self.sent[fwd_chunk_id] = batch_p2p(ops)
+        return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.is_last or not self.has_backward:
@@ -144,7 +156,18 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         gradients = self.gradients.pop(bwd_chunk_id)
         if self.is_first:
             return []
-        return self._ops(dist.isend, pack(gradients), self.stage_index - 1)
+        ops = self._ops(dist.isend, pack(gradients), self.stage_index - 1)
+        if not self.beside:
+            return ops
+        if len(self.sent_back) == SENT_GRADIENTS:
+            _wait(self.sent_back.popleft())
+        self.sent_back.append(batch_p2p(ops))
+        return []
+
+    def finish_sends(self) -> None:
+        """Wait for all that is still on its way."""
+        for work in (*self.sent.values(), *self.sent_back):
+            _wait(work)
 
     def _ops(self, what: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
         assert self.group is not None
@@ -174,3 +197,8 @@ class PieceStage(_StageBase):  # type: ignore[misc]
     def scale_grads(self, grad_scale_factor: int) -> None:
         """Nothing: the seeds of the backward have the scale."""
         del grad_scale_factor
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
