@@ -61,12 +61,34 @@ class _Splitter:
     part: dict[Node, str] = field(default_factory=dict)
     same: dict[Node, Node] = field(default_factory=dict)  # collectives on mb that do nothing
     reason: dict[Node, Node] = field(default_factory=dict)  # why a node is in the tail
+    carried: set[Node] = field(default_factory=set)  # buffers that micro-batches hand on
     index: Node | None = None
 
     # -- which part a node is in -------------------------------------------------------------------
 
     def classify(self, sends: bool) -> None:
         """Give every node its part; raises UserError where a body would read a tail."""
+        self._parts()
+        # What reads a buffer that micro-batches write is of every one of them, too.
+        while written := self._written() - self.carried:
+            self.carried |= written
+            for known in (self.part, self.same, self.reason):
+                known.clear()
+            self._parts()
+        if not sends:  # what is sent is sent for every micro-batch
+            self._sink()
+
+    def _written(self) -> set[Node]:
+        """The buffers whose new values a body makes."""
+        entries: Any = self.graph.output_node.args[0]
+        new = dict(zip(self.graph.mutated, entries[self.graph.outputs :], strict=True))
+        return {
+            node
+            for node in self.graph.placeholders("buffer")
+            if node.name in new and self.part[new[node.name]] == BODY
+        }
+
+    def _parts(self) -> None:
         for node in self.graph.fx.nodes:
             if node.op == "placeholder":
                 self.part[node] = self._placeholder(node)
@@ -75,8 +97,6 @@ class _Splitter:
                     self._collective(node)
                 else:
                     self._call(node)
-        if not sends:  # what is sent is sent for every micro-batch
-            self._sink()
 
     def _placeholder(self, node: Node) -> str:
         role = node.meta["role"]
@@ -89,7 +109,7 @@ class _Splitter:
         op, _, source = arguments
         if op is PVARY or self.mesh[MICRO_BATCH].size == 1:
             self.same[node] = source
-            self.part[node] = self.part[source]
+            self.part[node] = BODY if source in self.carried else self.part[source]
             if source in self.reason:
                 self.reason[node] = self.reason[source]
         elif op in (SLICE_INV, SLICE_VARY, KEEP_FIRST):
@@ -112,7 +132,7 @@ class _Splitter:
             if split or cut is not None:
                 raise self._needs_others(self.reason[tails[0]])
             self.part[node], self.reason[node] = TAIL, self.reason[tails[0]]
-        elif split or any(self.part[n] in self.before_body for n in inputs):
+        elif split or any(n in self.carried or self.part[n] in self.before_body for n in inputs):
             self.part[node] = BODY
         else:
             self.part[node] = PROLOGUE
