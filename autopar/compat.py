@@ -5,6 +5,7 @@ What is slow to import (dynamo takes over a second) is imported by the function 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,7 +67,19 @@ def dynamo_graph_capture_for_export(
     # 2.11 takes (mod, constraints, restore_state_dict), 2.13 (fn, constraints): by position it is
     # the same call.
     inner: Callable[..., torch.fx.GraphModule] = capture(fn)
-    return inner
+
+    def captured(*args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        return _with_builtins(inner(*args, **kwargs))
+
+    return captured
+
+
+def _with_builtins(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Let the bytecode around a captured graph call `type` and the like, which 2.11 refuses."""
+    for name in ("_dynamo_bytecode_flatten", "_dynamo_bytecode_unflatten"):
+        around: Any = getattr(graph, name)
+        around.f_globals = {**vars(builtins), **around.f_globals}
+    return graph
 
 
 @contextlib.contextmanager
@@ -314,8 +327,7 @@ def dynamo_graph_capture(
 
     with compiling(), settings, get_metrics_context():
         captured = full_capture(module, args, kwargs)
-    graph: torch.fx.GraphModule = to_graph(captured, module, args, kwargs)
-    return graph
+    return _with_builtins(to_graph(captured, module, args, kwargs))
 
 
 # --- DTensor without dispatch -------------------------------------------------------------------
