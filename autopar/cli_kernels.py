@@ -146,7 +146,7 @@ def _compiled(form: Specialisation, architecture: str) -> dict[str, Any]:
     return {
         "name": form.kernel.name,
         "form": {**form.signature, **{k: str(v) for k, v in form.constants.items()}},
-        "warps": form.num_warps,
+        "warps": form.warps(architecture),
         "registers": made.registers,
         "shared_bytes": made.shared_bytes,
         "spilled_bytes": made.stack_bytes,

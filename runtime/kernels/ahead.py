@@ -32,7 +32,7 @@ class Specialisation:
     `constants` the value of every `tl.constexpr`. `aligned` are the parameters (pointers, sizes)
     that are multiples of 16, as tensors of the allocator and sizes of usual models are. `wide` says
     that full blocks must be loaded and stored 128 bits at a time, `fp_fusion` that products and
-    sums may be contracted.
+    sums may be contracted. On AMD, `num_waves` of 64 threads (None: as many) are the warps.
     """
 
     kernel: Kernel
@@ -42,6 +42,12 @@ class Specialisation:
     num_warps: int = 4
     wide: bool = True
     fp_fusion: bool = False
+    num_waves: int | None = None
+
+    def warps(self, architecture: str) -> int:
+        """Warps of a program: of 64 threads for `gfx...`, otherwise of 32."""
+        amd = architecture.startswith("gfx")
+        return self.num_waves if amd and self.num_waves is not None else self.num_warps
 
     def __str__(self) -> str:
         types = ", ".join(f"{name}: {kind}" for name, kind in self.signature.items())
@@ -114,7 +120,7 @@ def assemble(form: Specialisation, architecture: str) -> Assembled:
         constexprs={(names.index(name),): value for name, value in form.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in form.aligned},
     )
-    options = {"num_warps": form.num_warps, "enable_fp_fusion": form.fp_fusion}
+    options = {"num_warps": form.warps(architecture), "enable_fp_fusion": form.fp_fusion}
     made = triton.compile(source, target=target, options=options)
     if nvidia:
         return _nvidia(architecture, made)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+
 from .emit import Kernel, load
 from .interpret import rounding
 from .support import interpreted
@@ -21,14 +23,22 @@ _INTERPRETER = threading.Lock()
 
 
 def launch(
-    kernel: Kernel, grid: Grid, *arguments: Any, num_warps: int = 4, **constants: Any
+    kernel: Kernel,
+    grid: Grid,
+    *arguments: Any,
+    num_warps: int = 4,
+    num_waves: int | None = None,
+    **constants: Any,
 ) -> None:
     """Launch `kernel` over `grid` with its run-time arguments in order and its constants by name.
 
+    AMD's `num_waves` of 64 threads take the place of `num_warps` of 32; they are as many if None.
     An empty grid launches nothing.
     """
     if isinstance(grid, tuple) and 0 in grid:
         return
+    if num_waves is not None and torch.version.hip is not None:
+        num_warps = num_waves
     function = load(kernel)
     with _INTERPRETER if interpreted() else nullcontext(), _rounded():
         # Contracted multiply-adds would round otherwise than the references.
