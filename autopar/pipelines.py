@@ -19,6 +19,7 @@ from .ir.step import StepGraphs
 from .kernel_use import NOWHERE, Places
 from .passes.follow_micro_batches import Followed
 from .passes.lower_pieces import LoweredPieces, lower_pieces
+from .passes.pipeline import Stage
 from .passes.pipeline_plan import matching_cuts
 from .passes.rank_program import storage_of
 from .plan import PIPELINE_AXIS, Plan
@@ -45,8 +46,10 @@ def load_pipelined_step(
     device: torch.device,
     backend: str | None = None,
     kernels: Places = NOWHERE,
-) -> PipelinedStep:
+) -> tuple[PipelinedStep, list[Stage]]:
     """The step of this rank: its pieces' programs, the engine of the schedule, tied parameters.
+
+    And what every pass left of its pieces.
 
     `graph` is the prepared captured graph, `followed` the same in micro-batches, `parameters` are
     the module's by all their names. Collective; raises UserError where the plan's cuts do not fit
@@ -90,7 +93,8 @@ def load_pipelined_step(
     tied = TiedParameters(line, _tied(lowered, parameters, owners), device)
     results = _results(lowered)
     reads = tuple(lowered.parameters)
-    return PipelinedStep(parts, engine, micro_batches, line, results, owners, tied, reads)
+    step = PipelinedStep(parts, engine, micro_batches, line, results, owners, tied, reads)
+    return step, lowered.stages
 
 
 def _on_all_or_none(make: Callable[[], LoweredPieces]) -> LoweredPieces:

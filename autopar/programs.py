@@ -177,7 +177,7 @@ class Loader:
     def _pipelined(
         self, made: Capture, sizes: Mapping[Any, int], choices: Choices, count: int
     ) -> Runnable:
-        step = load_pipelined_step(
+        step, self.stages = load_pipelined_step(
             made.graph,
             self._followed(made, sizes, choices, count),
             self.plan,

@@ -20,6 +20,7 @@ from .compression import with_compression, with_note
 from .errors import ShardingWarning, UserError
 from .first_plan import fitted, searched, with_kernels
 from .hints import hints_of
+from .ir.graph import Graph
 from .ir.rule import Choice
 from .ir.text import parse_sharding
 from .kernel_use import OPTIMIZER, Places, places_of
@@ -114,6 +115,11 @@ class Session:
         new.module, new._captured = module, {}
         new.clock, new.watch = StepClock(), MemoryWatch()
         return new
+
+    @property
+    def programs(self) -> tuple[Graph, ...]:
+        """What this rank runs of the last call: its program, or one per piece of a pipeline."""
+        return tuple({stage.piece: stage.graph for stage in self.stages}.values())
 
     # -- a call ---------------------------------------------------------------------------------
 

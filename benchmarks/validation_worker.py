@@ -139,7 +139,11 @@ def program_text(controller: Any) -> str:
     """What a module's step computes and stores, whatever its mesh axes are called."""
     plan = controller.plan
     stored = {name: (s.sharding, s.regather) for name, s in plan.params.items()}
-    lowered = [print_graph(stage.graph) for stage in controller.session.stages[-1:]]
+    mine = [print_graph(graph) for graph in controller.session.programs]
+    lowered: list[Any] = [mine]
+    if plan.pipeline is not None:  # all ranks must find the same programs alike
+        lowered = [None] * dist.get_world_size()
+        dist.all_gather_object(lowered, mine)
     pipeline = [str(plan.pipeline), {name: s.stages for name, s in plan.params.items()}]
     text = json.dumps([stored, lowered, plan.micro_batches, str(plan.recompute), pipeline])
     for i, axis in enumerate(plan.mesh.axes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autopar.ir.graph import Graph, Value
@@ -15,6 +15,7 @@ from .edges import producer_of
 from .follow_micro_batches import Followed
 from .lower_step import Lowered, lower_part
 from .pieces import Piece, boundary_sharding, cut_graph
+from .pipeline import Stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class LoweredPieces:
     outputs: tuple[object, ...]
     updates: tuple[tuple[str, int, Value], ...]
     parameters: Mapping[str, tuple[int, ...]]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What every pass left of the rank's pieces, one piece after the other."""
+        return [replace(stage, piece=i) for i, made in self.mine for stage in made.stages]
 
 
 def lower_pieces(

@@ -47,11 +47,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pass left: kept for `explain`, printed for people."""
+    """What one pass left: kept for `explain`, printed for people; of which piece of a pipeline."""
 
     name: str
     graph: Graph
     time_s: float
+    piece: int = 0
 
 
 def lowering(

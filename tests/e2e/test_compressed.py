@@ -63,7 +63,7 @@ def trained(compress: str | None, strategy: str, plan: str | None = None) -> Run
     session = net.autopar.session
     if session is not None:
         run.notes, run.micro_batches = net.autopar.plan.notes, net.autopar.plan.micro_batches
-        calls = [n for made in session.stages[-1:] for n in made.graph.calls()]
+        calls = [n for made in session.programs for n in made.calls()]
         run.kernels = sum(n.kwargs.get("kernel") == "int8" for n in calls)
     return run
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.capture import capture
+from autopar.ir.text import print_graph
 from tests.e2e.loops import Values, differences, seed, state
 from tests.e2e.micro_loops import made
 from tests.e2e.piped_plans import piped_plan
@@ -107,3 +108,31 @@ def test_every_stage_hands_back_its_statistics(
     for rank, found in enumerate(four_ranks.run(trained, plan, timeout_s=300)):
         wrong = list(differences(found, reference, 1e-9))
         assert not wrong, f"rank {rank}: {wrong}"
+
+
+def programs(plan: str) -> tuple[list[tuple[int, str]], list[str]]:
+    seed(0)
+    model = made(Normed().double(), plan, micro_batch_statistics=True)
+    model(*batch_of(0)).backward()
+    session = model.autopar.session
+    return (
+        [(stage.piece, stage.name) for stage in session.stages],
+        [print_graph(graph) for graph in session.programs],
+    )
+
+
+def test_a_session_has_the_programs_of_its_pieces(four_ranks: RankPool) -> None:
+    """What every pass left, piece by piece, and what runs: each block on one rank."""
+    module = Normed().double()
+    plan = piped_plan(capture(module, batch_of(0), {}), 4, 4, "data", "1f1b", MICRO_BATCHES)
+    found = four_ranks.run(programs, plan.to_json(), timeout_s=300)
+    for rank, (stages, texts) in enumerate(found):
+        names = [name for _, name in stages]
+        assert {piece for piece, _ in stages} == {rank}
+        assert names[0] == "capture" and {"propagate", "split_step", "localise_shapes"} <= {*names}
+        assert len(texts) == 1
+        assert ("received" in texts[0]) == (rank > 0)
+        assert ("cross_entropy" in texts[0]) == (rank == 3)
+    for block in range(6):
+        weight = f"blocks_{block}_linear_weight"
+        assert sum(weight in texts[0] for _, texts in found) == 1

@@ -145,8 +145,7 @@ def train_and_compare(
         return None
     losses, gradients, state = torch.load(file, mmap=True)
     worst: dict[str, float] = {}
-    stages = model.autopar.session.stages
-    nodes = list(stages[-1].graph.calls()) if stages else []
+    nodes = [node for graph in model.autopar.session.programs for node in graph.calls()]
     outcome = Outcome(
         mesh,
         recomputed=len({mark_of(node) for node in nodes} - {None}),
