@@ -110,13 +110,16 @@ class CutSimulator:
 
 
 def _with_staging(chain: Chain, pieces: Sequence[Step], stages: int) -> list[Step]:
-    """The pieces; the first of every stage has what its rank leaves for peers of the stage."""
+    """The pieces; the first of every stage has what its rank leaves for peers of the stage.
+
+    Pieces gather and reduce one after the other, in the same memory.
+    """
     found = list(pieces)
     if not chain.staging.sizes:
         return found
     for stage in range(stages):
-        mine = [segment for piece in pieces[stage::stages] for segment in piece.segments]
-        state = {**pieces[stage].state_bytes, staging.NAME: chain.staging.of(mine)}
+        nbytes = max(chain.staging.of(piece.segments) for piece in pieces[stage::stages])
+        state = {**pieces[stage].state_bytes, staging.NAME: nbytes}
         found[stage] = replace(pieces[stage], state_bytes=state)
     return found
 

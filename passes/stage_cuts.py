@@ -46,6 +46,7 @@ def cut_chain(
     chunks = schedule.chunks
     kept = chain.kept + chain.messages.kept(schedule, chain.segments)
     moment = working + chunks * chain.messages.moment(schedule)
+    moment = moment + chain.staging.spans(chain.segments)
     # Optimizer and what is sent count once per micro-batch in the rhythm of a pipeline.
     seconds = chain.seconds + chain.optimizer_s / m
 

@@ -166,7 +166,7 @@ class Staging:
     sizes: Mapping[str, int]
 
     def of(self, segments: Sequence[Segment]) -> float:
-        """Bytes of the pieces of a stage."""
+        """Bytes of a piece."""
         return staged_bytes(segments, self.sizes, BUCKET_BYTES)
 
     def spans(self, segments: Sequence[Segment]) -> Array:

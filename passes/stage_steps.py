@@ -139,7 +139,7 @@ class Chain:
     def state(self) -> Array:
         """Bytes that are always there: of owned parameters all, of those of others two copies.
 
-        And copies of parameters that stay gathered, and what peers have yet to read.
+        And copies of parameters that stay gathered.
         """
         each = np.zeros(len(self))
         twice = np.zeros((len(self) + 1, len(self) + 1))
@@ -152,7 +152,7 @@ class Chain:
                 twice += guest * ((starts <= before) & (unit < ends))
         for i, segment in enumerate(self.segments):
             each[i] += sum(p.saved_bytes for p in segment.parts if p.param)
-        return _spans(each) - twice + self.staging.spans(self.segments)
+        return _spans(each) - twice
 
     def working(self, how: How) -> Array:
         """Bytes that a single micro-batch needs for a moment beyond what it keeps."""
