@@ -102,6 +102,8 @@ def _config(nproc: int, nodes: Nodes, timeout_s: int, logs: DefaultLogsSpecs) ->
     """How torch's launcher starts the ranks, and where they meet."""
     from torch.distributed.launcher.api import LaunchConfig
 
+    from .compat import shutdown_timeout
+
     several = nodes.count > 1
     meeting: dict[str, Any] = {}
     if several and nodes.backend == "static":
@@ -120,7 +122,7 @@ def _config(nproc: int, nodes: Nodes, timeout_s: int, logs: DefaultLogsSpecs) ->
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=logs,
-        shutdown_timeout=GRACE_S,
+        **shutdown_timeout(GRACE_S),
     )
 
 

@@ -226,6 +226,14 @@ def from_functional(tensor: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
+    """Return a context that ends `torch.inference_mode` where ops are not made functional in it.
+
+    Gradients are then recorded inside, unless a further context says otherwise.
+    """
+    return contextlib.nullcontext() if TORCH_VERSION >= (2, 13) else torch.inference_mode(False)
+
+
 def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
     """Return the context in which ops on symbolic shapes take torch's Python implementations."""
     from torch._dispatch.python import enable_python_dispatcher
@@ -392,6 +400,20 @@ def local_shape_of(
 ) -> tuple[int, ...]:
     """The shape of this rank's piece of a DTensor."""
     return tuple(compute_local_shape_and_global_offset(tuple(shape), mesh, placements)[0])
+
+
+# --- starting ranks -------------------------------------------------------------------------------
+
+
+def shutdown_timeout(seconds: int) -> dict[str, int]:
+    """The option of `LaunchConfig` for the time between SIGTERM and SIGKILL of ranks.
+
+    Torch 2.11 has none, and waits 30 s.
+    """
+    from torch.distributed.launcher.api import LaunchConfig
+
+    name = "shutdown_timeout"
+    return {name: seconds} if name in LaunchConfig.__dataclass_fields__ else {}
 
 
 # --- pipelines ------------------------------------------------------------------------------------

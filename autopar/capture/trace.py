@@ -90,6 +90,7 @@ def _tracing(fake_mode: Any, device_type: str, state: State) -> Iterator[None]:
     )
     with (
         warnings.catch_warnings(),
+        compat.outside_inference_mode(),
         torch.no_grad(),
         off,
         torch.fx.traceback.preserve_node_meta(),
