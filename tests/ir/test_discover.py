@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autopar.compat import TORCH_VERSION
 from autopar.ir.discover import discover
 from autopar.ir.mesh import Mesh
 from autopar.ir.oracle import Oracle
@@ -53,6 +54,8 @@ def factor_at(rule: ShardingRule, tensor: int, dim: int) -> str | None:
     ("op", "args"), CALLS, ids=[f"{op}-{i}" for i, (op, _) in enumerate(CALLS)]
 )
 def test_discovery_agrees_with_the_registry(op: str, args: Any) -> None:
+    if op in CONSERVATIVE and TORCH_VERSION < (2, 12):
+        pytest.skip("the fused attention of torch 2.11 for CPUs divides by no heads: SIGFPE")
     target = resolve(op)
     node, tensors = node_of(target, args, {}, target(*args))
     written, found = rule_for(node), discover(node)
