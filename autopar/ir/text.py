@@ -22,20 +22,19 @@ plain integers. Python callables other than `operator`'s and `torch.sym_*` print
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import sympy
 import torch
 import torch.fx
 
+from .expressions import parse_expression
 from .graph import Graph, Size, Value, tensor_inputs, values_of
 from .lowered import (
     COLLECTIVES,
@@ -625,58 +624,3 @@ def _split(text: str, separator: str = ",") -> list[str]:
             at += 1
     parts.append(text[start:].strip())
     return parts if parts[-1] else parts[:-1]
-
-
-# Sympy --------------------------------------------------------------------------------------------
-
-
-@cache
-def _functions() -> dict[str, Callable[..., Any]]:
-    """Functions that a printed size may call: torch's integer functions, then sympy's."""
-    from torch.utils._sympy import functions
-
-    table = {name: getattr(sympy, name) for name in ("floor", "ceiling", "Abs", "Max", "Min")}
-    names = (*functions.__all__, "Max", "Min")
-    return table | {name: getattr(functions, name) for name in names if hasattr(functions, name)}
-
-
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.FloorDiv: lambda a, b: _functions()["FloorDiv"](a, b),
-}
-
-
-def parse_expression(text: str) -> sympy.Expr:
-    """Sympy expression of its text, without evaluating Python; raises ValueError.
-
-    Symbols are positive integers, but those named `u0`, `u1`... only integers, as torch makes them.
-    """
-
-    def build(node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
-                return sympy.sympify(node.value)
-            case ast.Name(id="oo"):
-                return sympy.oo
-            case ast.Name(id=str(name)) if re.fullmatch(r"u\d+", name):
-                return sympy.Symbol(name, integer=True)
-            case ast.Name(id=str(name)):
-                return sympy.Symbol(name, integer=True, positive=True)
-            case ast.UnaryOp(op=ast.USub()):
-                return -build(node.operand)
-            case ast.BinOp() if type(node.op) in _BINARY:
-                return _BINARY[type(node.op)](build(node.left), build(node.right))
-            case ast.Call(func=ast.Name(id=str(name)), keywords=[]) if name in _functions():
-                return _functions()[name](*map(build, node.args))
-        raise ValueError(f"cannot read {ast.unparse(node)!r} in the expression {text!r}")
-
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except SyntaxError as error:
-        raise ValueError(f"cannot read {text!r}") from error
-    expression: sympy.Expr = build(tree.body)
-    return expression
