@@ -26,6 +26,8 @@ from .blocks import Blocks
 from .columns import Edge, Flow, is_getitem
 from .options import Option
 from .price import Pricer
+from .wide_gradients import is_summed_whole
+from .widening import widening
 
 Node = torch.fx.Node
 
@@ -177,8 +179,7 @@ class Accounts:
             flow.producer, flow.port, flow.source, flow.want, flow.regather
         )
         if self.accumulates(flow):
-            value = values_of(flow.producer)[flow.port]
-            saved += self.pricer.local_bytes(value, flow.want.without_varying())
+            saved += self._sum_bytes(flow)
         if flow.producer.op == "placeholder":
             return times * saved
         modes = {self.mode(e.consumer) for e in flow.readers}
@@ -204,14 +205,17 @@ class Accounts:
         return self.pricer.saves_input(edge.consumer, edge.slot)
 
     def accumulates(self, flow: Flow) -> bool:
-        """Whether a parameter's gradient is summed whole before it is reduced, once per step."""
-        return (
-            self.several
-            and self.overlaps(flow)
-            and not flow.regather
-            and flow.want.without_varying() != flow.source
-            and values_of(flow.producer)[flow.port].requires_grad
-        )
+        """Whether gradients of a parameter are summed over micro-batches."""
+        value = values_of(flow.producer)[flow.port]
+        return self.several and self.overlaps(flow) and value.requires_grad
+
+    def _sum_bytes(self, flow: Flow) -> float:
+        """What the sum takes: beyond the stored gradient, or whole until it is reduced."""
+        value = values_of(flow.producer)[flow.port]
+        wider = widening(value.dtype)
+        if is_summed_whole(flow.source, flow.want, flow.regather):
+            return (1 + wider) * self.pricer.local_bytes(value, flow.want.without_varying())
+        return wider * self.pricer.local_bytes(value, flow.source) if wider else 0.0
 
     def _is_kept(self, node: Node) -> bool:
         """Whether a recomputed block keeps the node's output (counted with the node)."""

@@ -3,6 +3,7 @@
 Autograd keeps the first micro-batch's gradient of a parameter as it is and adds those of the others
 to it: of `k` micro-batches, `k - 1` read two gradients of the parameter and write one. A parameter
 is read whole or as it is sharded for the op: what counts is the size that the op wants it in.
+Gradients in 16 bits are added to sums in float32.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch.fx
 from autopar.cost.cluster import Device
 from autopar.cost.compute import accumulate_time
 from autopar.cost.families import canonical_name, op_family, op_name
-from autopar.cost.local_op import LocalOp
+from autopar.cost.local_op import LocalOp, TensorSpec
 from autopar.ir.graph import tensor_inputs, value_of
+
+from .widening import widening
 
 Node = torch.fx.Node
 
@@ -30,8 +33,14 @@ def sums_time(device: Device, node: Node, op: LocalOp, micro_batches: int) -> An
 
 def sum_time(device: Device, node: Node, op: LocalOp) -> Any:
     """Seconds to add them once; sizes may be formulas, too."""
-    slots = parameter_slots(node)
-    return sum((accumulate_time(device, op.inputs[slot].bytes) for slot in slots), start=0.0)
+    given = [op.inputs[slot] for slot in parameter_slots(node)]
+    return sum((accumulate_time(device, _passed_bytes(spec)) for spec in given), start=0.0)
+
+
+def _passed_bytes(gradient: TensorSpec) -> Any:
+    """A third of what is read and written to add a gradient; the sum may be wider than it."""
+    wider = widening(gradient.dtype)
+    return gradient.bytes * (3 + 2 * wider) / 3 if wider else gradient.bytes
 
 
 def share_that_adds(micro_batches: Any) -> Any:

@@ -19,6 +19,8 @@ from .columns import Columns, Flow
 from .grid import Grid
 from .moves import MovePrices, Moves
 from .variant import Prices, Variant
+from .wide_gradients import is_summed_whole
+from .widening import widening
 
 Node = torch.fx.Node
 Array = NDArray[np.float64]
@@ -159,7 +161,7 @@ def priceable(
         np.array([column for column, *_ in held], dtype=np.int64),
         tuple((f, times) for _, f, times, _, _ in held),
         np.array([moves.values[f.producer, f.port] for _, f, *_ in held], dtype=np.int64),
-        tuple(tuple(sorted(a for s in f.want.splits for a in s.axes)) for _, f, *_ in held),
+        tuple(_axes(f, saved) for _, f, _, saved, _ in held),
         np.array([float(saved) for *_, saved, _ in held]),
         np.array([float(summed) for *_, summed in held]),
     )
@@ -169,14 +171,23 @@ def _is_param(flow: Flow) -> bool:
     return flow.producer.op == "placeholder" and flow.producer.meta.get("role") == "param"
 
 
-def _held(flow: Flow) -> tuple[bool, bool]:
-    """Whether what arrives is kept, and whether its gradient is summed whole.
+def _held(flow: Flow) -> tuple[bool, int]:
+    """Whether what arrives is kept, and how often as much the sum of its gradient takes.
 
     The former as `Pricer.saved_input_bytes`, the latter, under several micro-batches, as
-    `Accounts.accumulates`.
+    `Accounts.flow_memory`.
     """
     if flow.producer.op != "placeholder":
-        return True, False
-    if not _is_param(flow) or flow.regather or flow.want.without_varying() == flow.source:
-        return False, False
-    return True, values_of(flow.producer)[flow.port].requires_grad
+        return True, 0
+    if not _is_param(flow):
+        return False, 0
+    value = values_of(flow.producer)[flow.port]
+    wider = widening(value.dtype)
+    whole = is_summed_whole(flow.source, flow.want, flow.regather)
+    return whole, (whole + wider) * value.requires_grad
+
+
+def _axes(flow: Flow, saved: bool) -> tuple[str, ...]:
+    """The axes that split what is kept; of a sum beside a stored gradient, the gradient's."""
+    held = flow.want if saved else flow.source
+    return tuple(sorted(axis for split in held.splits for axis in split.axes))

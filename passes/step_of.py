@@ -29,6 +29,8 @@ from .options import Option
 from .price import EdgeCollective, Pricer
 from .programme import is_getitem, producer_of
 from .stored import gradient_bytes, stored_state
+from .wide_gradients import is_summed_whole
+from .widening import widening
 
 Node = torch.fx.Node
 Place = tuple[int, int]  # chunk, part
@@ -392,6 +394,7 @@ class _Builder:
         """Append the collectives of an edge; where their result is made."""
         source, value = self.option[producer].gives[port], values_of(producer)[port]
         param = producer.meta["fqns"][0] if producer.meta.get("role") == "param" else ""
+        first = len(parts)
         for collective in self.pricer.edge_collectives(producer, port, source, want):
             if not collective.forward_s and not collective.backward_s:
                 continue
@@ -404,7 +407,18 @@ class _Builder:
                 self.gradients.add(producer)
                 gradient = gradient_bytes(producer, self.option, self.pricer)
                 parts[-1] = replace(parts[-1], gradient_bytes=gradient)
+        if param and self.pricer.micro_batches > 1:
+            self._sum_wide(parts, first, producer, want)
         return at
+
+    def _sum_wide(self, parts: list[Part], first: int, producer: Node, want: Sharding) -> None:
+        """Note the sum of a parameter's gradient with the gather that makes what ops read."""
+        value, given = value_of(producer), self.option[producer]
+        gathers = [i for i in range(first, len(parts)) if parts[i].kind and parts[i].backward_s]
+        if gathers and is_summed_whole(given.gives[0], want, given.regather):
+            last = parts[gathers[-1]]
+            wider = widening(value.dtype) * last.output_bytes
+            parts[gathers[-1]] = replace(last, sum_bytes=wider)
 
     def _collective(
         self, c: EdgeCollective, producer: Node, deps: tuple[int, ...], param: str

@@ -392,7 +392,7 @@ class Machine:
         if in_place and first:
             self.hold(part.gradient_bytes)
         if not in_place and (every or first):
-            self.hold(part.output_bytes)
+            self.hold(part.output_bytes + part.sum_bytes)
         if part.backward_s == 0 or not (every or last):
             return
         key = (part.backward_kind, part.axis, bool(part.deps), part.regather)
@@ -409,7 +409,7 @@ class Machine:
         bucket.tensors += 1
         bucket.nbytes += part.backward_sent_bytes
         if not in_place:
-            bucket.held_bytes += part.output_bytes
+            bucket.held_bytes += part.output_bytes + part.sum_bytes
             bucket.gradient_bytes += part.gradient_bytes if first or not every else 0.0
         if part.deps:
             self.before[part.param] = bucket

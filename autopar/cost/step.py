@@ -34,7 +34,8 @@ class Part:
     any more (its own index: the output is saved by itself or only a view; the number of parts: it
     outlives the segment), and `leaves` says that a later segment reads it. `weight_s` is the share
     of `backward_s` that makes gradients of parameters, which nothing but their reduction waits for;
-    `gradient_bytes` what is stored of them. `moment_bytes` is what the backward takes for a
+    `gradient_bytes` what is stored of them, `sum_bytes` what the sum of whole ones over
+    micro-batches takes beyond `output_bytes`. `moment_bytes` is what the backward takes for a
     moment. `recomputable` is false of what selective recomputation keeps: matrix products,
     convolutions, fused attention, and collectives between ops.
     """
@@ -61,6 +62,7 @@ class Part:
     leaves: bool = False
     weight_s: float = 0.0
     gradient_bytes: float = 0.0
+    sum_bytes: float = 0.0
     moment_bytes: float = 0.0
 
     @property

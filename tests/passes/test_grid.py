@@ -64,10 +64,12 @@ IDS = [f"{name}-{cluster}-{len(roles)}" for name, cluster, roles in CASES]
 
 @cache
 def captured(name: str) -> Subject:
-    """A zoo model in single precision, its batch a symbol."""
+    """A zoo model in single precision (`name:bf16` in that), its batch a symbol."""
     torch.manual_seed(0)
-    args, kwargs = ZOO[name].inputs(0, torch.float32)
-    return subject_of(ZOO[name].build(), args, kwargs)
+    name, _, narrow = name.partition(":")
+    dtype = torch.bfloat16 if narrow else torch.float32
+    args, kwargs = ZOO[name].inputs(0, dtype)
+    return subject_of(ZOO[name].build().to(dtype), args, kwargs)
 
 
 @cache
@@ -206,11 +208,12 @@ def test_parameters_cost_what_they_cost_on_their_mesh(case: tuple[str, str, Role
 
 # Steps --------------------------------------------------------------------------------------------
 
+NARROW = [("mlp:bf16", "cpu:8", TWO), ("mlp:bf16", "4x8xH100", SHARDED)]
 VARIANTS = [Variant(1, "none"), Variant(2, "selective"), Variant(4, "full")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.micro_batches}-{v.mode}")
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5], *NARROW], ids=str)
 def test_columns_cost_what_accounts_say(case: tuple[str, str, Roles], variant: Variant) -> None:
     """Options and reshards of a whole step, under micro-batches, recomputation and overlap."""
     name, spec, _ = case
@@ -254,7 +257,8 @@ def test_columns_cost_what_accounts_say(case: tuple[str, str, Roles], variant: V
         memory[column] += accounts.flow_memory(flow, times)
         # A whole gradient is counted by its largest shard there, by the mean one here.
         shape = values_of(flow.producer)[flow.port].int_shape()
-        dims = zip(flow.want.splits, shape, strict=True)
+        summed = flow.source if flow.regather else flow.want
+        dims = zip(summed.splits, shape, strict=True)
         even[column] &= all(split.is_even(n, table.meshes[at]) for split, n in dims)
     assert even.sum() > 100
     for scalar, array in (
