@@ -31,6 +31,14 @@ class MLP(nn.Module):
         return nn.functional.cross_entropy(self.last(self.first(x).relu()), y)
 
 
+class Squares(MLP):
+    """A sum over samples, whose micro-batches compute what they do alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.last(self.first(x).relu()).float().square().sum()
+        return out
+
+
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, WIDTH, generator=generator)
@@ -89,6 +97,24 @@ def test_sums_are_rounded_once(
     monkeypatch.setattr(step_piece, "needs_wide_sum", lambda _: False)
     narrow = error(gradients(dtype, ranks, 64), wanted)
     assert got < 0.8 * UNIT[dtype] and narrow > 2 * UNIT[dtype]
+
+
+def test_parameters_that_are_stored_so() -> None:
+    """Their own gradients are summed, not those of casts."""
+    torch.manual_seed(0)
+    given = (batch()[0].bfloat16(),)
+    made = subject_of(Squares().bfloat16(), given, {})
+    decisions = decisions_of(made, plan_of(made, 1, "auto"))
+    got = simulate_step(made, given, {}, lambda loss: loss, decisions, 64).gradients
+    parameters = dict(made.module.named_parameters())
+    parts = []
+    for x in given[0].chunk(64):
+        parts.append(torch.autograd.grad(made.module(x), list(parameters.values())))
+    for name, of_parts in zip(parameters, zip(*parts, strict=True), strict=True):
+        wanted = torch.stack(of_parts).double().sum(0)
+        found = got[name]
+        assert found is not None and found.dtype == torch.bfloat16
+        assert error({name: found}, {name: wanted}) < 0.6 * UNIT[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
