@@ -179,22 +179,25 @@ def test_check_names_model_and_world() -> None:
         ("[]", "not an autopar plan"),
         ("{}", "not an autopar plan"),
         (changed(version=99), "has version 99, this autopar reads version 3"),
-        (changed(colour="red"), "colour"),
+        (changed(colour="red"), "colour is not known"),
         (
             changed(recompute=[{"block": "b", "copies": 2, "full": 2, "selective": 1}]),
             "1 of 2 copies",
         ),
-        (changed(gap="wide"), "gap is 'wide', not float"),
+        (changed(gap="wide"), 'gap is "wide", not a number'),
         (
             changed(mesh={"axes": [{"name": "dp", "size": 0, "level": 0}]}),
-            "the mesh axis dp is 0, not a positive number",
+            r"mesh.axes\[0\].size \(the mesh axis dp\) is 0, not a positive number",
         ),
-        (changed(params={"w": {"sharding": "[x]"}}), "w names the axis 'x'"),
+        (changed(params={"w": {"sharding": "[x]"}}), r"params.w.sharding\[0\] names the axis 'x'"),
         (changed(params={"w": {"sharding": "dp"}}), "dp"),
-        (changed(params={"w": {"sharding": 3}}), "sharding is 3, not str"),
-        (changed(choices={"n": {"pp": "b"}}), "n names the axis 'pp', which the mesh lacks"),
-        (changed(choices=None), "NoneType"),
-        (changed(predicted={}), "missing"),
+        (changed(params={"w": {"sharding": 3}}), "params.w.sharding is 3, not a text"),
+        (
+            changed(choices={"n": {"pp": "b"}}),
+            "choices.n.pp names the axis 'pp', which the mesh lacks",
+        ),
+        (changed(choices=None), "choices is null, not an object"),
+        (changed(predicted={}), "predicted.time_s is missing"),
     ],
 )
 def test_a_file_that_is_not_a_plan(text: str, message: str) -> None:
