@@ -16,6 +16,7 @@ from .cli_plan import load_call
 from .cli_report import check_writable, load_readable, write_whole
 from .errors import UserError
 from .hints import hints_of
+from .kernel_gains import with_kernels_counted
 from .passes.edits import broken_hints, reprice
 from .passes.hinted import hints_of_plan
 from .passes.hints import with_hints
@@ -25,7 +26,7 @@ from .plan import Plan
 from .planning import capture_training
 from .questions import cluster_of
 from .report import make_console, plain_table
-from .units import bytes_text, seconds_text
+from .units import bytes_text, seconds_text, signed_seconds
 
 
 def check_file(
@@ -96,6 +97,7 @@ def _checked(
         sizes[symbol] = batch
     progress("pricing")
     new = reprice(plan, graph, sizes, where, kind)
+    new = with_kernels_counted(new, plan.kernels)
     return new, broken_hints(new, graph, sizes, where)
 
 
@@ -110,9 +112,11 @@ def _print(plan: Plan, new: Plan, broken: Sequence[str], console: Console) -> No
         ("time", old.time_s, now.time_s, seconds_text),
         ("compute", old.compute_s, now.compute_s, seconds_text),
         ("communication waited for", old.comm_s, now.comm_s, seconds_text),
+        ("kernels", old.kernels_s, now.kernels_s, signed_seconds),
         ("memory per device", float(old.memory_bytes), float(now.memory_bytes), bytes_text),
     ):
-        table.add_row(name, text(a), text(b), f"{b / a:.3f}" if a else "-")
+        if name != "kernels" or a or b:
+            table.add_row(name, text(a), text(b), f"{b / a:.3f}" if a else "-")
     console.print(table)
     if new.memory_limit is not None and now.memory_bytes > new.memory_limit:
         short = bytes_text(now.memory_bytes - new.memory_limit)

@@ -32,7 +32,7 @@ from .passes.timeline_of import timeline_of
 from .plan import load_plan
 from .questions import Question, ask, find_ops, find_params, place_of
 from .report import MOST_ROWS, kernels_table, make_console, plain_table
-from .units import bytes_text, seconds_text
+from .units import bytes_text, seconds_text, signed_seconds
 from .win_where import VARIABLES, crossover_report, print_crossover
 
 Node = torch.fx.Node
@@ -149,6 +149,7 @@ def _step(case: Case) -> dict[str, Any]:
         "predicted_time_s": case.plan.predicted.time_s,
         "predicted_memory_bytes": case.plan.predicted.memory_bytes,
         "timeline_s": timeline_of(case).step_s,
+        "kernels_s": case.plan.predicted.kernels_s,
         "overlap": step.overlap,
         "sizes": {str(symbol): size for symbol, size in sizes.items()},
         "kernels": [asdict(use) for use in case.plan.kernels],
@@ -173,6 +174,11 @@ def _print_step(step: Mapping[str, Any], console: Console) -> None:
         f"{seconds_text(step['timeline_s'])}",
         style="dim",
     )
+    if step["kernels_s"]:
+        console.print(
+            f"kernels: {signed_seconds(step['kernels_s'])}, which the plan counts; ", end=""
+        )
+        console.print("its timeline and the terms below are without")
     for unit, text, total, title in (
         ("s", seconds_text, step["time_s"], "time"),
         ("B", bytes_text, step["memory_bytes"], "memory per device"),

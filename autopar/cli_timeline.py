@@ -28,7 +28,7 @@ from .passes.timeline_of import step_of_case
 from .plan import Plan
 from .questions import Question, ask
 from .report import WIDTH, fitted, make_console, plain_table
-from .units import bytes_text, seconds_text
+from .units import bytes_text, seconds_text, signed_seconds
 
 MOST_OPS = 12
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -231,6 +231,7 @@ def figures(timeline: Timeline, case: Case, schedule: Schedule | None) -> dict[s
         "peak_phase": timeline.peak_phase,
         "exact": timeline.exact,
         "additive_s": case.time_s,
+        "kernels_s": case.plan.predicted.kernels_s,
         "stages": [
             {
                 "compute_s": use.compute_s,
@@ -281,7 +282,11 @@ def print_timeline(
         ("optimizer", timeline.optimizer_s),
     ]
     shown = [f"{name} {seconds_text(s)}" for name, s in parts if s or name == "compute"]
-    console.print(Text.assemble((seconds_text(timeline.step_s), "bold"), " = " + " + ".join(shown)))
+    change = plan.predicted.kernels_s
+    if change:
+        shown.append(f"kernels {signed_seconds(change)} (not in the trace)")
+    whole = timeline.step_s + change
+    console.print(Text.assemble((seconds_text(whole), "bold"), " = " + " + ".join(shown)))
     for text, seconds in (
         ("of compute, recomputation takes", timeline.recompute_s),
         ("of compute, running beside collectives costs", timeline.slowdown_s),

@@ -168,6 +168,7 @@ def _figures(a: Plan, b: Plan) -> tuple[Figure, ...]:
         Figure("compute", "s", p.compute_s, q.compute_s),
         Figure("communication", "s", p.comm_s, q.comm_s),
         Figure("optimizer", "s", p.optimizer_s, q.optimizer_s),
+        *([Figure("kernels", "s", p.kernels_s, q.kernels_s)] if p.kernels_s or q.kernels_s else []),
         Figure("memory per device", "bytes", p.memory_bytes, q.memory_bytes),
         *(Figure(n, "bytes", p.memory_parts.get(n), q.memory_parts.get(n)) for n in parts),
     )

@@ -8,7 +8,7 @@ from .errors import UserError
 from .ir.mesh import Mesh
 from .kernel_use import COMPRESSIONS, Places
 from .plan import PIPELINE_AXIS, Plan
-from .units import seconds_text
+from .units import seconds_text, signed_seconds
 
 KERNEL = "int8"
 _NOTE = "compress: "  # how a plan's note on it begins
@@ -47,7 +47,7 @@ def with_note(plan: Plan, compress: str | None) -> Plan:
         axes = " and ".join(compressed_axes(plan.mesh))
         notes.append(
             f"{_NOTE}gradients along {axes} travel as int8, with errors that one device does not "
-            f"make (docs/compression.md){_prices(plan)}; the predicted step does not count on it"
+            f"make (docs/compression.md){_prices(plan)}"
             if axes
             else f"{_NOTE}no gradients are summed between hosts, and none travel as int8"
         )
@@ -60,4 +60,7 @@ def _prices(plan: Plan) -> str:
     if not uses:
         return ""
     took = seconds_text(sum(use.time_s for use in uses))
-    return f": predicted {took} per step in place of {seconds_text(sum(u.unfused_s for u in uses))}"
+    whole = seconds_text(sum(use.unfused_s for use in uses))
+    change = sum(use.step_s for use in uses)
+    step = f"; the predicted step counts {signed_seconds(change)} for it" if change else ""
+    return f": predicted {took} per step in place of {whole}{step}"

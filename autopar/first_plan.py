@@ -11,6 +11,7 @@ from .capture import Capture
 from .errors import UserError
 from .ir.graph import Graph
 from .ir.hint import Hint
+from .kernel_gains import with_kernels_counted
 from .kernel_options import axes_of
 from .options import Options
 from .passes.choose_kernels import choose_kernels
@@ -86,7 +87,8 @@ def with_kernels(plan: Plan, captured: Capture, options: Options, given: Plan | 
     axes = axes_of(plan, options.compress)
     arguments = (captured.graph, captured.symbols, plan, options.cluster)
     mode = "off" if keeps else options.kernels
-    return replace(plan, kernels=(*own, *choose_kernels(*arguments, mode, axes, options.optimizer)))
+    found = choose_kernels(*arguments, mode, axes, options.optimizer)
+    return with_kernels_counted(plan, (*own, *found))
 
 
 def powers_of_two(batch: int | None) -> tuple[int, ...]:

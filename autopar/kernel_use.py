@@ -28,9 +28,12 @@ class KernelUse:
 
     `where` are names of nodes of the captured graph; of "pack" and "int8" axes of the mesh, of
     "adamw" the word `optimizer`. `fusion` is what it does besides (`prologue | epilogue`), `count`
-    how often a device runs it per step. `time_s` and `unfused_s` are predicted seconds per step and
-    device with and without it, forward and backward; `saved_bytes` is what it does not keep for the
-    backward. `note` says why it does not do more.
+    how often it runs per step, in all stages of a pipeline together. `time_s` and `unfused_s` are
+    predicted seconds per step with and without it, forward and backward, of all these;
+    `saved_bytes` is what it does not keep for the
+    backward. `step_s` is how many seconds the predicted step changes by (below zero: less), and
+    `sent_bytes` what one device sends more or less per step, by collective. `note` says why it does
+    not do more.
     """
 
     kernel: str
@@ -41,6 +44,8 @@ class KernelUse:
     unfused_s: float = 0.0
     saved_bytes: int = 0
     note: str = ""
+    step_s: float = 0.0
+    sent_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from .errors import UserError
 from .first_plan import powers_of_two, that_runs
 from .hints import hints_of
 from .ir.hint import Hint
+from .kernel_gains import with_kernels_counted
 from .passes.choose_kernels import choose_kernels
 from .passes.hinted import search_hinted
 from .passes.prepare import prepare
@@ -87,7 +87,7 @@ def make_plan(
     plan = that_runs(best, graph, captured.symbols, counts)
     progress("choosing kernels")
     found = choose_kernels(graph, captured.symbols, plan, cluster, kernels, (), optimizer)
-    return replace(plan, kernels=found)
+    return with_kernels_counted(plan, found)
 
 
 def micro_batch_counts(batch: int | None, asked: Sequence[int] | None = None) -> tuple[int, ...]:

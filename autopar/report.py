@@ -17,7 +17,7 @@ from .kernel_use import KernelUse
 from .passes.describe import collapse, pattern
 from .passes.hinted import price_text
 from .plan import Activation, Alternative, Plan, Storage
-from .units import bytes_text, seconds_text
+from .units import bytes_text, seconds_text, signed_seconds
 
 WIDTH = 100
 MOST_ROWS = 60  # of a table; the JSON has all of them
@@ -122,7 +122,7 @@ def _header(plan: Plan, console: Console) -> None:
             Text.assemble(
                 (seconds_text(p.time_s), "bold"),
                 f" = compute {seconds_text(p.compute_s)} + communication {seconds_text(p.comm_s)}"
-                f" + optimizer {seconds_text(p.optimizer_s)}{_bubble(plan)}",
+                f" + optimizer {seconds_text(p.optimizer_s)}{_bubble(plan)}{_kernels_change(plan)}",
             ),
         ),
         (
@@ -152,6 +152,12 @@ def _bubble(plan: Plan) -> str:
     if plan.pipeline is None or plan.timeline is None:
         return ""
     return f" + bubble {seconds_text(plan.timeline.bubble_s)}"
+
+
+def _kernels_change(plan: Plan) -> str:
+    """What autopar's own kernels change of the step."""
+    change = plan.predicted.kernels_s
+    return f" + kernels {signed_seconds(change)}" if change else ""
 
 
 def _stages(plan: Plan) -> Table | None:
@@ -287,8 +293,9 @@ def kernels_table(uses: Sequence[KernelUse]) -> Table | None:
     if not uses:
         return None
     table = plain_table(
-        "kernels (not counted in the predicted step)",
-        *("kernel", "*at", ">×", ">with", ">without", ">saves", "*besides (before | after)"),
+        "kernels",
+        *("kernel", "*at", ">×", ">with", ">without", ">step", ">saves"),
+        "*besides (before | after)",
     )
     rows: list[tuple[str, ...]] = [
         (
@@ -297,6 +304,7 @@ def kernels_table(uses: Sequence[KernelUse]) -> Table | None:
             str(use.count),
             seconds_text(use.time_s),
             seconds_text(use.unfused_s),
+            signed_seconds(use.step_s) if use.step_s else "-",
             bytes_text(use.saved_bytes) if use.saved_bytes else "-",
             use.fusion or "-",
         )

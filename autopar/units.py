@@ -13,6 +13,11 @@ def seconds_text(seconds: float) -> str:
     raise AssertionError
 
 
+def signed_seconds(seconds: float) -> str:
+    """A difference: `-1.5 ms`, `+3 us`."""
+    return ("-" if seconds < 0 else "+") + seconds_text(abs(seconds))
+
+
 def bytes_text(nbytes: float) -> str:
     """`512 B`, `1.5 MiB`."""
     power = 0 if abs(nbytes) < 1 else min(4, int(math.log(abs(nbytes), 1024)))

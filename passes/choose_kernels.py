@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +19,16 @@ from autopar.cost.kernels import (
     cross_entropy_forms,
     dropout_forms,
     form_times,
+    int8_change,
+    int8_sent,
     int8_times,
     pack_forms,
     permute_forms,
+    step_change,
 )
 from autopar.cost.one_shot import all_reduce_norm_times
 from autopar.ir.graph import Graph, Value, value_of
 from autopar.ir.lowered import CLOSE, GATHER_VARY, PVARY, ROUTED_GATHER, ROUTED_SCATTER
-from autopar.ir.mesh import Mesh
 from autopar.kernel_use import NOWHERE, ON_AXES, OPTIMIZER, KernelUse, Places, everywhere
 from autopar.plan import Plan
 
@@ -59,6 +62,10 @@ def choose_kernels(
     has those that are faster, and none on devices that cannot run them (CPUs, GPUs older than the
     A100); "all" and "interpret" all there are; "off" none. Along the axes `compressed` gradients
     are to travel as int8, whatever it takes.
+
+    What each changes of the predicted step (`KernelUse.step_s`) is counted with care: nothing on
+    devices that run none, of messages only what compute waits for, and of what a pipeline gains
+    what the stage with the fewest of the places has.
     """
     places = _allowed(cluster.device.name) if mode == "auto" else everywhere()
     if mode == "off":
@@ -72,7 +79,7 @@ def choose_kernels(
     one = replace(plan, mesh=plan.stage_mesh, pipeline=None)
     program = rank_program(graph, sizes, one, 0, check=False)
     norms = list(norm_sites(program)) if "all_reduce_norm" in places.of else []
-    fused_norms = [_norm(cluster, one.mesh, site, k) for site in norms]
+    fused_norms = [_norm(cluster, plan, site) for site in norms]
     groups: dict[Key, list[Site]] = defaultdict(list)
     summed: dict[str, list[Node]] = defaultdict(list)
     for site in sites(program, one.mesh, places):
@@ -80,14 +87,17 @@ def choose_kernels(
             summed[site.place].append(site.node)
             continue
         groups[site.kernel, site.fusion, site.note, _forms(site)].append(site)
-    uses = [_use(key, found, k, device) for key, found in groups.items()]
+    stages = _stages(graph, plan)
+    uses = [_use(key, found, k, device, stages) for key, found in groups.items()]
     uses += [use for use in fused_norms if math.isfinite(use.time_s)]
-    uses += [_int8(cluster, one.mesh, axis, nodes) for axis, nodes in summed.items()]
+    uses += [_int8(cluster, plan, axis, nodes) for axis, nodes in summed.items()]
     if places.has("adamw", OPTIMIZER):
         uses += _adamw(program, plan, device, optimizer)
     if mode == "auto":
         # What is at nodes is chosen size by size, what is on an axis for all of its buckets.
         uses = [use for use in uses if use.kernel in ON_AXES or use.time_s < use.unfused_s]
+    if not _allowed(cluster.device.name):  # all of them fall back to torch, or are for tests
+        uses = [replace(use, step_s=0.0, sent_bytes={}) for use in uses]
     return tuple(
         use
         for use in _together(uses)
@@ -105,9 +115,35 @@ def _allowed(device: str) -> Places:
     return Places(of)
 
 
-def _use(key: Key, found: list[Site], micro_batches: int, device: Device) -> KernelUse:
+def _stages(graph: Graph, plan: Plan) -> Mapping[str, int]:
+    """The stage of every node by name; empty where there is no pipeline."""
+    if plan.pipeline is None:
+        return {}
+    order = {node.name: i for i, node in enumerate(graph.fx.nodes)}
+    cuts = sorted(order[name] for name in plan.pipeline.cuts if name in order)
+    return {name: bisect_right(cuts, i) % plan.stages for name, i in order.items()}
+
+
+def _counted_share(places: Sequence[str], stages: Mapping[str, int]) -> float:
+    """The share of places that the stage with the fewest of them has; 1 without stages."""
+    if not stages:
+        return 1.0
+    at = Counter(stages.get(place) for place in places)
+    return min(at[stage] for stage in set(stages.values())) / len(places)
+
+
+def _use(
+    key: Key,
+    found: list[Site],
+    micro_batches: int,
+    device: Device,
+    stages: Mapping[str, int],
+) -> KernelUse:
     kernel, fusion, note, forms = key
     with_it, without = form_times(device, kernel, forms)
+    change = step_change(device, kernel, forms)
+    if change < 0:
+        change *= _counted_share([site.place for site in found], stages)
     # Parameters are packed once per step, all else once per micro-batch.
     count = len(found) * (1 if kernel == "pack" else micro_batches)
     return KernelUse(
@@ -119,6 +155,7 @@ def _use(key: Key, found: list[Site], micro_batches: int, device: Device) -> Ker
         without * count,
         int(forms.saved_bytes * len(found)),
         note,
+        change * count,
     )
 
 
@@ -138,6 +175,7 @@ def _together(uses: list[KernelUse]) -> list[KernelUse]:
             time_s=first.time_s + use.time_s,
             unfused_s=first.unfused_s + use.unfused_s,
             saved_bytes=first.saved_bytes + use.saved_bytes,
+            step_s=first.step_s + use.step_s,
         )
     return list(found.values())
 
@@ -201,27 +239,60 @@ _FORMS: Mapping[str, Any] = {
 }
 
 
-def _norm(cluster: Cluster, mesh: Mesh, site: NormSite, micro_batches: int) -> KernelUse:
-    value = value_of(site.psum)
-    span = group_span(cluster, mesh, site.group.axes)
+def _waited(plan: Plan, axes: Sequence[str]) -> float:
+    """Seconds of a step in which compute waits for messages along some axes."""
+    exposed = plan.timeline.exposed_s if plan.timeline is not None else {}
+    return sum(s for name, s in exposed.items() if set(name.split("&")) <= set(axes))
+
+
+def _norm(cluster: Cluster, plan: Plan, site: NormSite) -> KernelUse:
+    """The step gains no more than the site's share of what compute waits for on its axes."""
+    value, k = value_of(site.psum), plan.micro_batches
+    span = group_span(cluster, plan.stage_mesh, site.group.axes)
     elements, trained = float(value.numel()), value.requires_grad
     times = all_reduce_norm_times(cluster, elements, value.dtype.itemsize, span, trained)
-    fused, unfused = (micro_batches * seconds for seconds in times)
-    return KernelUse("all_reduce_norm", (site.norm.name,), "", micro_batches, fused, unfused)
+    fused, unfused = (k * seconds for seconds in times)
+    change = fused - unfused
+    if change < 0:
+        sent = sum(t.sent_bytes for t in plan.traffic if t.axis in site.group.axes)
+        ranks = math.prod(span)
+        own = 2 * (ranks - 1) / ranks * elements * value.dtype.itemsize * k
+        waited = _waited(plan, site.group.axes) * min(1.0, own / max(sent, own, 1.0))
+        change = 0.0 if plan.pipeline is not None else -min(-change, waited)
+    where = (site.norm.name,)
+    return KernelUse("all_reduce_norm", where, "", k, fused, unfused, step_s=change)
 
 
-def _int8(cluster: Cluster, mesh: Mesh, axis: str, nodes: list[Node]) -> KernelUse:
-    """The sums of gradients over an axis, once per step."""
-    span = group_span(cluster, mesh, tuple(axis.split("&")))
+def _int8(cluster: Cluster, plan: Plan, axis: str, nodes: list[Node]) -> KernelUse:
+    """The sums of gradients over an axis, once per step.
+
+    Of what compute waits for on the axis they have their share by bytes; none in a pipeline.
+    """
+    axes = tuple(axis.split("&"))
+    span = group_span(cluster, plan.stage_mesh, axes)
+    messages: list[tuple[float, int, bool]] = []
+    sent: Counter[str] = Counter()
     fused, unfused = 0.0, 0.0
     for node in nodes:
         args: Any = node.args
         scatters = args[0] is GATHER_VARY
         values = [value_of(t) for t in args[3:]]
         elements = sum(float(v.numel()) for v in values) * (math.prod(span) if scatters else 1)
-        times = int8_times(cluster, span, elements, values[0].dtype.itemsize, scatters)
+        messages.append((elements, values[0].dtype.itemsize, scatters))
+        times = int8_times(cluster, span, *messages[-1])
         fused, unfused = fused + times[0], unfused + times[1]
-    return KernelUse("int8", (axis,), "", len(nodes), fused, unfused)
+        sent.update(int8_sent(span, *messages[-1]))
+    exposed = 0.0
+    if unfused > 0 and plan.pipeline is None:
+        own = -sum(n for n in sent.values() if n < 0)
+        all_sent = sum(t.sent_bytes for t in plan.traffic if t.axis in (axis, *axes))
+        waited = _waited(plan, axes) * own / max(all_sent, own, 1)
+        exposed = min(1.0, waited / unfused)
+    change = sum(int8_change(cluster, span, *message, exposed) for message in messages)
+    stages = plan.stages  # what a device of one of them sends, if they are alike
+    changed = {kind: n // stages for kind, n in sent.items()}
+    use = KernelUse("int8", (axis,), "", len(nodes), fused, unfused)
+    return replace(use, step_s=change, sent_bytes=changed)
 
 
 def _adamw(program: Graph, plan: Plan, device: Device, optimizer: str) -> list[KernelUse]:
@@ -242,4 +313,7 @@ def _adamw(program: Graph, plan: Plan, device: Device, optimizer: str) -> list[K
         return []
     forms = adamw_forms(sizes, itemsize)
     fused, unfused = form_times(device, "adamw", forms)
-    return [KernelUse("adamw", (OPTIMIZER,), "", 1, fused, unfused)]
+    change = step_change(device, "adamw", forms)
+    if plan.pipeline is not None:  # the sizes are of the first stage
+        change = max(0.0, change)
+    return [KernelUse("adamw", (OPTIMIZER,), "", 1, fused, unfused, step_s=change)]

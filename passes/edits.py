@@ -17,6 +17,7 @@ from autopar.ir.graph import Graph, value_of
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule, choices
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import parse_sharding
+from autopar.kernel_gains import without_kernels
 from autopar.kernel_use import ON_AXES, OPTIMIZER
 from autopar.plan import Plan
 
@@ -47,6 +48,8 @@ def reprice(
 ) -> Plan:
     """The plan with its mesh laid over the cluster and its cost predicted anew, for these sizes.
 
+    Kernels are not counted: see `autopar.kernel_gains`.
+
     `graph` is the prepared captured graph. What the plan chose is kept; alternatives, which it was
     compared with, are not if it costs something else now. Raises UserError, as `check_edits`.
     """
@@ -63,7 +66,8 @@ def reprice(
         local = int(pricer.local_bytes(value_of(node), option[node].gives[0]))
         stored = plan.params[name]
         params[name] = replace(stored, type=type_of(value_of(node)), local_bytes=local)
-    same = abs(prediction.time_s - plan.predicted.time_s) <= 1e-6 * plan.predicted.time_s
+    before = without_kernels(plan.predicted, plan.kernels).time_s
+    same = abs(prediction.time_s - before) <= 1e-6 * before
     return replace(
         plan,
         cluster=cluster.name,

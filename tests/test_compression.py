@@ -49,7 +49,10 @@ def test_notes() -> None:
     assert note.startswith("compress: no gradients are summed between hosts")
     priced = replace(plan(HOSTS), kernels=(KernelUse("int8", ("dp",), "", 2, 0.5e-3, 2e-3),))
     (note,) = with_note(priced, "int8").notes
-    assert ": predicted 500 us per step in place of 2 ms; " in note, note
+    assert note.endswith(": predicted 500 us per step in place of 2 ms"), note
+    counted = (replace(priced.kernels[0], step_s=-1e-3),)
+    (note,) = with_note(replace(priced, kernels=counted), "int8").notes
+    assert note.endswith("in place of 2 ms; the predicted step counts -1 ms for it"), note
     before = with_note(plan(INSIDE, "something else"), "int8")
     assert len(before.notes) == 2 and with_note(before, "int8").notes == before.notes
     assert with_note(before, None).notes == ("something else",)

@@ -36,12 +36,22 @@ INT8_BYTES = 1 + 4 / 256  # per element: a code, and its block's scale (`runtime
 class Forms:
     """The launches of a kernel, forward and backward, as bytes moved by each, and the unfused ones.
 
-    `saved_bytes`: what is not kept for the backward thanks to the kernel.
+    `saved_bytes`: what is not kept for the backward thanks to the kernel. `counted` are launches of
+    the same ops that a predicted step has (`autopar.cost.compute`, one per op and direction), or
+    fewer; None: it counts what the kernel does, or nothing.
     """
 
     fused: tuple[float, ...]
     unfused: tuple[float, ...]
     saved_bytes: float = 0.0
+    counted: tuple[float, ...] | None = None
+
+
+def step_change(device: Device, kernel: str, forms: Forms) -> float:
+    """Seconds that a kernel adds to the predicted step, which has the ops without it."""
+    if forms.counted is None:
+        return 0.0
+    return form_times(device, kernel, forms)[0] - launches_time(device, forms.counted)
 
 
 def form_times(device: Device, kernel: str, forms: Forms) -> tuple[float, float]:
@@ -81,10 +91,13 @@ def dropout_forms(
     mask = [index, *[2 * index] * dims, *[2 * index] * HASH_UNARY, *[3 * index] * HASH_BINARY]
     scaled = [elements + x, 2 * x, 3 * x]  # `_masked_scale`: to, mul_, mul_
     unfused = [*mask, index + elements, *scaled, *scaled]
+    # As `cost.traffic` counts: a mask of bytes, and neighbours forward (sums have no backward).
+    counted = [2 * x + elements, 2 * x + elements]
     for neighbour in (before, after):
         if neighbour is not None:
+            counted.append((2 + neighbour) * x)
             unfused += [(2 + neighbour) * x, (2 + neighbour) * x + (x if reads_inputs else 0)]
-    return Forms(fused, tuple(unfused), float(elements))
+    return Forms(fused, tuple(unfused), float(elements), tuple(counted))
 
 
 def cross_entropy_forms(
@@ -118,7 +131,8 @@ def cross_entropy_forms(
     else:
         unfused += [2 * y, 2 * small, 2 * y, 2 * small]  # log_softmax, nll_loss; their backward
     saved = (y if prologue else 0) + (x if in_place else 0)
-    return Forms((x + 4 * small, 2 * x + 4 * small), tuple(unfused), float(saved))
+    counted = (2 * y, 2 * y, *((x + y, x + y) if prologue else ()))  # as `cost.traffic` counts
+    return Forms((x + 4 * small, 2 * x + 4 * small), tuple(unfused), float(saved), counted)
 
 
 def pack_forms(sizes: Sequence[float], itemsize: int, joins: bool) -> Forms:
@@ -153,7 +167,8 @@ def adamw_forms(sizes: Sequence[float], itemsize: int) -> Forms:
     total = 7.0 * sum(sizes) * itemsize
     chunks = sum(math.ceil(size / FOREACH_CHUNK) for size in sizes)
     count = max(math.ceil(len(sizes) / FUSED_TENSORS), math.ceil(chunks / FOREACH_CHUNKS), 1)
-    return Forms((total,), (total / count,) * count)
+    # A step has an optimizer's pass, and an overhead per tensor, which is more than these launches.
+    return Forms((total,), (total / count,) * count, 0.0, (total / count,) * count)
 
 
 def int8_times(
@@ -166,12 +181,53 @@ def int8_times(
     """
     device, group = cluster.device, math.prod(span)
     wire, x = elements * INT8_BYTES, elements * itemsize
-    launches = (
-        [x + wire, wire + x / group] if scatters else [x + wire, wire + wire / group, wire + x]
-    )
+    launches = int8_launches(elements, itemsize, group, scatters)
     with_it = launches_time(device, launches, ACHIEVED.get("int8", 1.0))
     with_it += float(collective_time(cluster, "all_to_all", wire, span))
     if scatters:
         return with_it, float(collective_time(cluster, "reduce_scatter", x, span))
     with_it += float(collective_time(cluster, "all_gather", wire, span))
     return with_it, float(collective_time(cluster, "all_reduce", x, span))
+
+
+def int8_sent(
+    span: tuple[int, ...], elements: float, itemsize: int, scatters: bool
+) -> dict[str, int]:
+    """What a member sends more or less, by collective, where gradients travel as int8."""
+    group = math.prod(span)
+    part = (group - 1) / group
+    wire, plain = part * elements * INT8_BYTES, part * elements * itemsize
+    if scatters:
+        return {"all_to_all": int(wire), "reduce_scatter": -int(plain)}
+    return {"all_to_all": int(wire), "all_gather": int(wire), "all_reduce": -int(2 * plain)}
+
+
+def int8_change(
+    cluster: Cluster,
+    span: tuple[int, ...],
+    elements: float,
+    itemsize: int,
+    scatters: bool,
+    exposed: float,
+) -> float:
+    """Seconds that sums of gradients as int8 add to a step of which they are exposed to a share.
+
+    Assumed: messages of one stream that become shorter by one factor leave at most that factor of
+    what compute waited for (they start no later, and end a part of the wait later), and rounding
+    takes time from compute, however much of the messages is hidden. `exposed` is between 0 and 1.
+    """
+    with_it, without = int8_times(cluster, span, elements, itemsize, scatters)
+    rounding = launches_time(
+        cluster.device,
+        int8_launches(elements, itemsize, math.prod(span), scatters),
+        ACHIEVED.get("int8", 1.0),
+    )
+    return rounding + exposed * (with_it - rounding - without)
+
+
+def int8_launches(elements: float, itemsize: int, group: int, scatters: bool) -> list[float]:
+    """Bytes that each kernel moves which rounds gradients for a group, or sums them."""
+    wire, x = elements * INT8_BYTES, elements * itemsize
+    if scatters:
+        return [x + wire, wire + x / group]
+    return [x + wire, wire + wire / group, wire + x]

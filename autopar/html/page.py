@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from autopar.plan import Plan
-from autopar.units import bytes_text, seconds_text
+from autopar.units import bytes_text, seconds_text, signed_seconds
 
 from .blocks import blocks_section, lines_section, read_lines
 from .candidates import candidates_section
@@ -105,6 +105,7 @@ def _header(plan: Plan) -> Markup:
             "optimality gap",
             "0 (proven the best of the candidates)" if plan.gap < 1e-4 else f"{plan.gap:.1%}",
         ),
+        *([("kernels", f"{signed_seconds(p.kernels_s)} of the step")] if p.kernels_s else []),
         ("model", _model(plan)),
         *_extras(plan),
     ]
