@@ -17,13 +17,14 @@ from .cli_explain import check_out, write_json
 from .cost.cluster import Cluster, parse_cluster
 from .cost.evaluate import with_bandwidth
 from .cost.profile import shipped_profile, shipped_profiles
+from .cost.timeline import summarise
 from .errors import UserError
 from .passes.case import Case, make_case, scaled_mesh
 from .passes.timeline_of import timeline_of
 from .plan import Plan
 from .questions import Question, ask
 from .report import make_console, plain_table
-from .units import bytes_text, seconds_text
+from .units import bytes_text, seconds_text, signed_seconds
 from .win_where import bandwidth_of, level_of
 
 
@@ -182,17 +183,19 @@ def _moved(question: Question) -> tuple[Case | None, str]:
     settings = case.settings()
     if not case.evaluate(settings)[2].all():
         return None, "some devices would have nothing: a dim that is split is too small"
-    return case, note
+    there = replace(plan, timeline=summarise(timeline_of(case)))
+    return replace(case, plan=question.with_kernels(there)), note
 
 
 def _figures(case: Case) -> dict[str, Any]:
     """Time and peak memory of the timeline, and what the formulas of the step say."""
-    timeline = timeline_of(case)
+    timeline, change = timeline_of(case), case.plan.predicted.kernels_s
     return {
         "mesh": str(case.plan.mesh),
         "strategy": case.plan.strategy,
         "micro_batches": case.accounts.micro_batches,
-        "time_s": timeline.step_s,
+        "time_s": timeline.step_s + change,
+        "kernels_s": change,
         "formula_s": case.time_s,
         "compute_s": case.paid.compute_s,
         "memory_bytes": timeline.peak_bytes,
@@ -205,7 +208,7 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
     cluster = setting.pop("cluster")
     sizes = ", ".join(f"{name}={size}" for name, size in setting.items())
     where = f"on {cluster}" + (f", {sizes}" if sizes else "")
-    table = plain_table(f"what if {where}", "", "mesh", ">time", ">memory")
+    table = plain_table(f"what if {where}", "", "mesh", ">time", ">of it kernels", ">memory")
     rows = (
         ("the plan, as made", "before", ""),
         ("the same plan there", "same_plan", found["same_plan_note"]),
@@ -214,12 +217,13 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
     for name, key, _ in rows:
         figures = found[key]
         if figures is None:
-            table.add_row(name, "-", "-", "-")
+            table.add_row(name, "-", "-", "-", "-")
             continue
         table.add_row(
             name,
             figures["mesh"],
             seconds_text(figures["time_s"]),
+            signed_seconds(figures["kernels_s"]) if figures["kernels_s"] else "-",
             bytes_text(figures["memory_bytes"]),
         )
     console.print(table)

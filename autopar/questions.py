@@ -16,8 +16,10 @@ from .cli_plan import load_call
 from .cost.cluster import Cluster, parse_cluster
 from .errors import UserError
 from .ir.graph import Graph
+from .kernel_gains import with_kernels_counted
 from .passes.accounts import FULL, NONE, SELECTIVE
 from .passes.case import Case, make_case
+from .passes.choose_kernels import choose_kernels
 from .passes.columns import is_getitem
 from .passes.describe import collapse, pattern
 from .passes.hinted import hints_of_plan
@@ -88,13 +90,14 @@ class Question:
     def best(self, strategy: str | None = None, progress: Progress = lambda _: None) -> Plan:
         """A new plan at the question's setting, from the same capture.
 
-        Micro-batches and recomputation are tried where this plan has them.
+        Micro-batches and recomputation are tried where this plan has them, and its kernels are
+        chosen and counted as `autopar plan` does it.
         """
         plan = self.plan
         modes = [NONE]
         modes += [SELECTIVE] if any(r.selective for r in plan.recompute) else []
         modes += [FULL] if any(r.full for r in plan.recompute) else []
-        return search(
+        made = search(
             self.graph,
             plan.fingerprint,
             self.hints,
@@ -106,6 +109,17 @@ class Question:
             micro_batches=sorted({1, plan.micro_batches}),
             recompute=modes,
         )
+        return self.with_kernels(made)
+
+    def with_kernels(self, plan: Plan) -> Plan:
+        """A plan at the question's setting with the kernels that `autopar plan` chooses for it.
+
+        What they change of its step is in `predicted.kernels_s`, for a plan that was not simulated
+        at this setting without what messages gain.
+        """
+        arguments = (self.graph, self.hints, plan, self.cluster)
+        found = choose_kernels(*arguments, "auto", (), self.optimizer)
+        return with_kernels_counted(plan, found)
 
 
 SIZE_NAMES = {"b": "batch size", "s": "sequence length"}
