@@ -85,12 +85,19 @@ def _with_builtins(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 @contextlib.contextmanager
 def dynamo_ignores(functions: Iterable[Callable[..., Any]]) -> Iterator[None]:
     """Let capture drop calls of `functions` (logging methods) instead of failing at them."""
+    from unittest.mock import patch
+
     import torch._dynamo.config as config
+    import torch._dynamo.utils as utils
 
     ignored = {*config.ignore_logging_functions, *functions}
     # Untyped in some releases, hence the Any.
-    patch: Any = config.patch
-    with patch(ignore_logging_functions=ignored):
+    setting: Any = config.patch
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(setting(ignore_logging_functions=ignored))
+        if TORCH_VERSION < (2, 13):  # 2.11 logs that functions have no order, with a traceback
+            metrics = "_get_dynamo_config_for_logging"
+            stack.enter_context(patch.object(utils, metrics, lambda: None))
         yield
 
 
@@ -232,6 +239,30 @@ def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
     Gradients are then recorded inside, unless a further context says otherwise.
     """
     return contextlib.nullcontext() if TORCH_VERSION >= (2, 13) else torch.inference_mode(False)
+
+
+@contextlib.contextmanager
+def shapes_of_lstm() -> Iterator[None]:
+    """Let the last states of an LSTM have their shape while tracing.
+
+    Torch 2.11 takes away the dim of the batch, if that is 1, in place of the one of the layer.
+    """
+    from unittest.mock import patch
+
+    import torch._decomp.decompositions as decompositions
+
+    if TORCH_VERSION >= (2, 13):
+        yield
+        return
+    module: Any = decompositions
+    run = module.one_layer_lstm
+
+    def one_layer_lstm(inp: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        out, last = run(inp, hidden, *args, **kwargs)
+        return out, tuple(x.reshape(h.shape) for x, h in zip(last, hidden, strict=True))
+
+    with patch.object(module, "one_layer_lstm", one_layer_lstm):
+        yield
 
 
 def python_dispatcher() -> contextlib.AbstractContextManager[Any]:

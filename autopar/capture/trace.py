@@ -96,6 +96,7 @@ def _tracing(fake_mode: Any, device_type: str, state: State) -> Iterator[None]:
         torch.fx.traceback.preserve_node_meta(),
         fake_mode,
         compat.python_dispatcher(),
+        compat.shapes_of_lstm(),
         mode,
     ):
         warnings.simplefilter("ignore")
