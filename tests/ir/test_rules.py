@@ -16,6 +16,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+from autopar.compat import TORCH_VERSION
 from autopar.errors import PassError
 from autopar.ir.graph import Value, tensor_inputs
 from autopar.ir.mesh import Mesh
@@ -61,6 +62,7 @@ NO_GRADIENT = [
     "aten.min",
     "aten.amax",
     "aten.amin",
+    *(["aten.aminmax"] if TORCH_VERSION < (2, 12) else []),  # 2.11 cannot differentiate it
 ]
 
 
