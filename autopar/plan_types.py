@@ -26,7 +26,8 @@ class Prediction:
 
     Times in seconds, memory in bytes; `comm_s` is the communication that compute waits for, and
     `memory_bytes` the peak. `comm_bytes` is what one device sends per step, per
-    collective name.
+    collective name. `kernels_s` is what autopar's own kernels change of `time_s` (below zero: less),
+    which is the sum of the times, of a pipeline's bubble and of this.
     """
 
     time_s: float
@@ -36,6 +37,7 @@ class Prediction:
     memory_bytes: int
     memory_parts: Mapping[str, int] = field(default_factory=dict)
     comm_bytes: Mapping[str, int] = field(default_factory=dict)
+    kernels_s: float = 0.0
 
 
 @dataclass(frozen=True)
