@@ -552,6 +552,70 @@ def triton_interpreter() -> Any:
     return triton.runtime.interpreter
 
 
+# --- Compiling what runs --------------------------------------------------------------------------
+
+
+def compile_backend(name: str) -> Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]:
+    """The function behind the name of a `torch.compile` backend."""
+    from torch._dynamo import lookup_backend
+
+    found: Any = lookup_backend
+    return found(name)  # type: ignore[no-any-return]
+
+
+def fake_like(tensor: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
+    """The tensor as an example beside the inputs that a backend gets: fake if they are."""
+    from torch._guards import detect_fake_mode
+
+    mode: Any = detect_fake_mode(list(inputs))
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)  # type: ignore[no-any-return]
+
+
+def dynamo_graph_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of a graph of Dynamo's, which still reads the one that it gave to a backend.
+
+    Copies share submodules and constants.
+    """
+    graph = torch.fx.Graph()
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    result = graph.graph_copy(module.graph, values)
+    graph.output(result)
+    for old, new in values.items():
+        if hasattr(old, "_dynamo_source"):
+            vars(new)["_dynamo_source"] = vars(old)["_dynamo_source"]
+    made = torch.fx.GraphModule(module, graph)
+    made.meta.update(module.meta)
+    return made
+
+
+def synthetic_input(graph: torch.fx.Graph, name: str, example: torch.Tensor) -> torch.fx.Node:
+    """A last placeholder of a graph of Dynamo's, which no variable of the user's stands for."""
+    from torch._dynamo.source import ConstantSource
+
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before():
+        made = graph.placeholder(name)
+    made.meta["example_value"] = example
+    vars(made)["_dynamo_source"] = ConstantSource(source_name=name)
+    return made
+
+
+def why_not_compiled(error: BaseException) -> str | None:
+    """If Dynamo gave an error because it cannot compile a function whole, the reason in a line."""
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+
+    if isinstance(error, BackendCompilerFailed):
+        return str(error.inner_exception).partition("\n")[0]
+    if isinstance(error, FailOnRecompileLimitHit):
+        return "it was compiled anew too often, for shapes or numbers that change"
+    if isinstance(error, Unsupported):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        hint = next((x for x in lines if x.startswith("Explanation:")), "")
+        where = [x for x in lines if x.startswith('File "')][-1:]
+        return " ".join([lines[0], hint.removeprefix("Explanation: "), *where]).strip()
+    return None
+
+
 # --- Inductor without a GPU -----------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ def sdpa_with_dropout(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     call: int = 0,
     region: Region | None = None,
 ) -> Tensor:
@@ -74,10 +74,11 @@ class PartitionInvariantDropout(TorchFunctionMode):
 
     Enter one per forward. Activation checkpoints that are made inside recompute with the same
     masks, after the block has ended too. Dropouts of other kinds (feature and alpha dropout, those
-    inside recurrent layers) stay torch's own, with a warning.
+    inside recurrent layers) stay torch's own, with a warning. In place of the seed there may be a
+    table of keys by call (`autopar.runtime.random_keys`).
     """
 
-    def __init__(self, seed: int, first_call: int = 0) -> None:
+    def __init__(self, seed: int | Tensor, first_call: int = 0) -> None:
         super().__init__()
         self.seed = seed
         self.calls = first_call
@@ -123,7 +124,7 @@ class PartitionInvariantDropout(TorchFunctionMode):
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """`F.scaled_dot_product_attention` as this mode computes it."""
-        bound = _SDPA.bind(*args, **kwargs)
+        bound = SDPA.bind(*args, **kwargs)
         if not bound.arguments.get("dropout_p", 0.0):
             return F.scaled_dot_product_attention(*args, **kwargs)
         threshold(bound.arguments["dropout_p"])
@@ -147,7 +148,7 @@ def _sdpa_signature(
     """What `F.scaled_dot_product_attention` accepts (it is a builtin and cannot be asked)."""
 
 
-_SDPA = inspect.signature(_sdpa_signature)
+SDPA = inspect.signature(_sdpa_signature)
 
 
 def _dropout(mode: PartitionInvariantDropout, func: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -164,7 +165,7 @@ def _attention(mode: PartitionInvariantDropout, func: Any, *args: Any, **kwargs:
     return mode.attend(*args, **kwargs)
 
 
-def _multi_head_attention(
+def multi_head_attention(
     mode: PartitionInvariantDropout, func: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Run torch's Python function with this mode's dropout in place of the names that it calls.
@@ -188,13 +189,18 @@ def _multi_head_attention(
 
 
 def _stays_native(mode: PartitionInvariantDropout, func: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_random(func, args, kwargs):
+    warn_native(func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def warn_native(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Warn if a call is one whose masks depend on the plan."""
+    if _HANDLERS.get(func) is _stays_native and _is_random(func, args, kwargs):
         warnings.warn(
             f"{func.__name__} draws from torch's generator, so its masks depend on the plan; "
             "use torch.nn.Dropout for masks that do not",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return func(*args, **kwargs)
 
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -219,7 +225,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.dropout: _torch_dropout,
     torch.dropout_: _torch_dropout,
     F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _multi_head_attention,
+    F.multi_head_attention_forward: multi_head_attention,
     **dict.fromkeys(
         (
             F.dropout1d,

@@ -29,6 +29,7 @@ from .bindings import BINDINGS, close_one, exchange
 from .codegen import compile_graph
 from .collectives import Pending, Use
 from .group import Group
+from .keyed_dropout import KEYED_DROPOUT, keyed_dropout, read_keys, with_keys
 from .recompute import run_region
 from .regather import Regather
 
@@ -86,10 +87,14 @@ def load_program(
             op: torch.compiler.disable(call)  # type: ignore[no-untyped-call]
             for op, call in bindings.items()
         }
+        left_alone[KEYED_DROPOUT] = keyed_dropout
+        keyed = read_keys(graph)
         compiled = compile_graph(
-            graph, left_alone.__getitem__, groups, run=_running_compiled(backend)
+            keyed, left_alone.__getitem__, groups, run=_running_compiled(backend)
         )
         run = torch.compile(compiled.run, backend=backend, dynamic=False)
+        if keyed is not graph:
+            run = with_keys(run, graph, device)
     if keeper is not None:
         run = _saving(run, keeper)
     by_name = {n.name: n for n in graph.placeholders("buffer")}

@@ -100,7 +100,7 @@ def segments(region: Region) -> tuple[NDArray[np.int64], int]:
 
     All runs have one length: the longest that the region allows.
     """
-    strides = _strides(region.shape)
+    strides = strides_of(region.shape)
     inner, dim = 1, len(region.shape)
     while dim > 0 and region.runs[dim - 1] == ((0, region.shape[dim - 1]),):
         dim -= 1
@@ -121,7 +121,8 @@ def segments(region: Region) -> tuple[NDArray[np.int64], int]:
     return starts, inner
 
 
-def _strides(shape: tuple[int, ...]) -> list[int]:
+def strides_of(shape: tuple[int, ...]) -> list[int]:
+    """Of a contiguous tensor of the shape, in elements."""
     strides = [1] * len(shape)
     for dim in reversed(range(len(shape) - 1)):
         strides[dim] = strides[dim + 1] * shape[dim + 1]
@@ -198,7 +199,7 @@ def keep_mask_traced(
     """The mask of `keep_mask` by tensor ops only."""
     shape = local_shape(region)
     index = torch.zeros(shape, dtype=torch.int64, device=device)
-    for dim, (runs, stride) in enumerate(zip(region.runs, _strides(region.shape), strict=True)):
+    for dim, (runs, stride) in enumerate(zip(region.runs, strides_of(region.shape), strict=True)):
         pieces = [torch.arange(a, b, dtype=torch.int64, device=device) for a, b in runs]
         along = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)) * stride
         index = index + along.view([-1 if d == dim else 1 for d in range(len(shape))])

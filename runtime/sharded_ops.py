@@ -20,6 +20,7 @@ from autopar.ir.pointwise import Fusion
 from .group import Group
 from .kernels import dropout as dropout_kernel
 from .random import keep_mask, local_shape
+from .random_keys import masked
 
 # --- Dropout ----------------------------------------------------------------------------------
 
@@ -27,7 +28,7 @@ from .random import keep_mask, local_shape
 def dropout(
     x: Tensor,
     p: float,
-    seed: int,
+    seed: int | Tensor,
     call: int,
     region: Region | tuple[Region, ...],
     micro_batch: int = 0,
@@ -39,13 +40,16 @@ def dropout(
     """`x * mask / (1 - p)`, with the mask of `autopar.runtime.random` for the region of `x`.
 
     Of several regions, `x` is that of its micro-batch. The result is contiguous. With a `kernel` it
-    is made in one pass, along with what the fusion says of `x` and `extras`, in `dtype`. Raises
-    ValueError if `p` is no probability or `x` not of the region's shape.
+    is made in one pass, along with what the fusion says of `x` and `extras`, in `dtype`. Given a
+    table of keys by call for a seed, it is ops that a compiler fuses. Raises ValueError if `p` is
+    no probability or `x` not of the region's shape.
     """
     if isinstance(region, tuple):
         region = region[micro_batch]
     if tuple(x.shape) != local_shape(region):
         raise ValueError(f"dropout: shape {tuple(x.shape)} is not that of the region {region}")
+    if isinstance(seed, Tensor):
+        return masked(x, p, seed, call, region)
     if kernel is not None:
         if dropout_kernel.takes(x, extras):
             return dropout_kernel.dropout(x, p, seed, call, region, kernel, extras, dtype)

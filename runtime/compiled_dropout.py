@@ -1,0 +1,166 @@
+"""A `torch.compile` backend under which a module draws the masks that any parallel plan would draw.
+
+Dynamo's graph of a forward has its random calls as nodes. They are numbered in order, as
+`PartitionInvariantDropout` numbers them when it runs op by op, and replaced by calls that read
+their keys from one more input of the graph: a table made of the seed for every run. So nothing is
+compiled again when the seed changes, and the compiler sees arithmetic that it can fuse.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+from autopar.compat import compile_backend, dynamo_graph_copy, fake_like, synthetic_input
+
+from .eager_random import SDPA, PartitionInvariantDropout, multi_head_attention, warn_native
+from .random_keys import key_table
+
+Node = torch.fx.Node
+Inner = Callable[..., Any]
+
+
+class UncompiledError(Exception):
+    """A forward whose masks cannot be numbered in a graph; says why as a clause."""
+
+
+class CompiledDropout:
+    """The backend, around another one. Set `seed` and `calls` before every run.
+
+    `calls` counts the random calls that have run. Raises UncompiledError from the compilation.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.inner = compile_backend(backend)
+        self.seed, self.calls = 0, 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
+        count = count_random_calls(module)
+        if not count:
+            return self.inner(module, list(inputs))
+        device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+        example = fake_like(key_table(0, 0, count, device), inputs)
+        run = self.inner(with_key_table(module, example), [*inputs, example])
+
+        def drawing(*args: Any) -> Any:
+            table = key_table(self.seed, self.calls, count, device)
+            self.calls += count
+            return run(*args, table)
+
+        return drawing
+
+
+def draw_dropout(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.dropout` with the mask of a row of the table."""
+    return PartitionInvariantDropout(table, call).drop(*args, **kwargs)
+
+
+def draw_attention(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` with the mask of a row of the table."""
+    return PartitionInvariantDropout(table, call).attend(*args, **kwargs)
+
+
+def draw_multi_head(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Any:
+    """`F.multi_head_attention_forward` with the mask of a row of the table."""
+    mode = PartitionInvariantDropout(table, call)
+    return multi_head_attention(mode, F.multi_head_attention_forward, *args, **kwargs)
+
+
+def _plain_drops(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
+) -> bool:
+    return training and train and p > 0.0
+
+
+def _attention_drops(*args: Any, **kwargs: Any) -> bool:
+    return float(SDPA.bind(*args, **kwargs).arguments.get("dropout_p", 0.0)) > 0.0
+
+
+def _multi_head_drops(*args: Any, **kwargs: Any) -> bool:
+    bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bool(bound.arguments["training"]) and bound.arguments["dropout_p"] > 0.0
+
+
+# What draws, by what is called instead and whether a call drops anything.
+_DRAWS: dict[Any, tuple[Callable[..., Any], Callable[..., bool]]] = {
+    F.dropout: (draw_dropout, _plain_drops),
+    torch.dropout: (draw_dropout, _plain_drops),
+    F.scaled_dot_product_attention: (draw_attention, _attention_drops),
+    F.multi_head_attention_forward: (draw_multi_head, _multi_head_drops),
+}
+
+
+def _is_random(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in _DRAWS:
+        return False
+    draws = _DRAWS[node.target][1]
+    try:
+        return draws(*node.args, **node.kwargs)
+    except TypeError as error:  # of a node among the numbers
+        raise UncompiledError("a dropout's probability is not known when it is compiled") from error
+
+
+def count_random_calls(module: torch.fx.GraphModule) -> int:
+    """How many random calls a graph makes, those in its recomputed regions included.
+
+    Raises UncompiledError if one is where its number would not be known.
+    """
+    count = 0
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            warn_native(node.target, node.args, node.kwargs)
+        if _is_random(node):
+            count += 1
+        for body in _bodies(module, node).values():
+            inside = count_random_calls(body)
+            if inside and not _is_checkpoint(node):
+                name = getattr(node.target, "__name__", str(node.target))
+                raise UncompiledError(f"it draws dropout masks inside {name}")
+            count += inside
+    return count
+
+
+def with_key_table(module: torch.fx.GraphModule, example: Tensor) -> torch.fx.GraphModule:
+    """A copy of the graph with a last input, the table of keys, which its random calls read."""
+    return _numbered(module, example, 0)[0]
+
+
+def _numbered(
+    module: torch.fx.GraphModule, example: Tensor, first: int
+) -> tuple[torch.fx.GraphModule, int]:
+    """The copy, whose first random call has number `first`, and the number after its last."""
+    new, call = dynamo_graph_copy(module), first
+    table = synthetic_input(new.graph, "autopar_keys", example)
+    for node in list(new.graph.nodes):
+        if _is_random(node):
+            node.args = (table, call, *node.args)
+            node.target = _DRAWS[node.target][0]
+            call += 1
+        for name, body in _bodies(new, node).items():
+            if count_random_calls(body):
+                replaced, call = _numbered(body, example, call)
+                setattr(new, name, replaced)
+                node.args = (*node.args, table)
+    new.graph.lint()
+    new.recompile()
+    return new, call
+
+
+def _bodies(module: torch.fx.GraphModule, node: Node) -> dict[str, torch.fx.GraphModule]:
+    """The graphs that an op gets, and a called submodule, by name."""
+    names = [str(node.target)] if node.op == "call_module" else []
+    if node.op == "call_function":
+        names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    found = {name: getattr(module, name, None) for name in names}
+    return {n: body for n, body in found.items() if isinstance(body, torch.fx.GraphModule)}
+
+
+def _is_checkpoint(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "tag_activation_checkpoint"
