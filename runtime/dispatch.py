@@ -125,6 +125,7 @@ def routed_scatter(
     its element of `weight` [positions, 1]. Raises IndexError as `routed_gather`.
     """
     positions, shape = _positions(indices, route)
+    values = values if scale == 1 else values * scale
     if ways:
         tokens = values.reshape(-1, values.shape[-1])
         if _by_kernel(kernel, x, values):
@@ -139,7 +140,6 @@ def routed_scatter(
         values = values if weight is None else values * weight
     plan = _Exchange.of(positions, route, group, _by_kernel(kernel, x, values))
     k, dim = len(route.sizes), route.dim
-    values = values if scale == 1 else values * scale
     wide = values.expand(*x.shape[:dim], *shape, *x.shape[dim + k :])
     sent = wide.movedim(tuple(range(dim, dim + len(shape))), tuple(range(len(shape))))
     rest = (*x.shape[:dim], *x.shape[dim + k :])

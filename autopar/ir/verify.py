@@ -414,8 +414,12 @@ def no_micro_batch_axis(graph: Graph, mesh: Mesh | None) -> str | None:
 def kernels_fit(graph: Graph, mesh: Mesh | None) -> str | None:
     """A fused kernel has the tensors that its programs read, all of the shape of its result."""
     for node in graph.calls():
+        if not isinstance(node.target, LoweredOp):
+            continue
         kernel: Any = node.kwargs.get("kernel")
-        if not isinstance(node.target, LoweredOp) or not isinstance(kernel, (Fusion, Pointwise)):
+        if not isinstance(kernel, (Fusion, Pointwise)):  # all_reduce_norm, or combined rows
+            kernel = node.kwargs.get("epilogue")
+        if not isinstance(kernel, (Fusion, Pointwise)):
             continue
         extras: Any = node.kwargs.get("extras", ())
         if len(extras) != kernel.extras:
@@ -425,9 +429,12 @@ def kernels_fit(graph: Graph, mesh: Mesh | None) -> str | None:
         if isinstance(kernel, Fusion):
             shape = values_of(node)[0].shape
             args: Any = node.args
-            for x in (args[0], *extras):
-                if values_of(x)[0].shape != shape:
-                    return f"%{node.name} reads {x}, which has another shape than its result"
+            read = (args[0], *extras)
+        else:
+            shape, read = values_of(node)[0].shape, extras
+        for x in read:
+            if values_of(x)[0].shape != shape:
+                return f"%{node.name} reads {x}, which has another shape than its result"
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,17 +33,25 @@ def launch(
     """Launch `kernel` over `grid` with its run-time arguments in order and its constants by name.
 
     AMD's `num_waves` of 64 threads take the place of `num_warps` of 32; they are as many if None.
-    An empty grid launches nothing.
+    It runs on the GPU of its tensors, whichever is current. An empty grid launches nothing.
     """
     if isinstance(grid, tuple) and 0 in grid:
         return
     if num_waves is not None and torch.version.hip is not None:
         num_warps = num_waves
     function = load(kernel)
-    with _INTERPRETER if interpreted() else nullcontext(), _rounded():
+    with _INTERPRETER if interpreted() else nullcontext(), _rounded(), _on_device(arguments):
         # Contracted multiply-adds would round otherwise than the references.
         options = {"num_warps": num_warps, "enable_fp_fusion": False}
         function[grid](*arguments, **constants, **options)
+
+
+def _on_device(arguments: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The GPU of the first tensor among some arguments made the current one."""
+    for x in arguments:
+        if isinstance(x, torch.Tensor) and x.device.type == "cuda":
+            return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 def _rounded() -> AbstractContextManager[None]:

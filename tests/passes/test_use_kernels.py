@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import expecttest
 import pytest
 
 from autopar.errors import PassError
 from autopar.ir.graph import Graph
+from autopar.ir.lowered import ALL_REDUCE_NORM, ROUTED_GATHER, LoweredOp
 from autopar.ir.mesh import Mesh
+from autopar.ir.pointwise import parse_pointwise
 from autopar.ir.recomputed import FULL, MARK, SELECTIVE, Recomputed
 from autopar.ir.verify import verify
 from autopar.kernel_use import NOWHERE, Places, everywhere
@@ -195,3 +199,39 @@ def test_the_invariant_says_what_does_not_fit() -> None:
     node.kwargs = {**node.kwargs, "extras": ()}
     with pytest.raises(PassError, match="%d has 0 further tensors, its kernel reads 2"):
         verify(made, Mesh(()), ("kernels_fit",), "use_kernels")
+
+
+NORM = """
+    mesh dp=2
+    %x: input f32[2, 4] "x"
+    %r: input f32[2, 4] "r"
+    %z: input f32[4] "z"
+    %d: f32[2, 4] = aten.clone(%x)
+    return %d
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "epilogue", "extras", "message"),
+    [
+        (ALL_REDUCE_NORM, "mul(x, x)", (), ""),
+        (ALL_REDUCE_NORM, "add(a0, x)", (), "has 0 further tensors, its kernel reads 1"),
+        (ROUTED_GATHER, "add(a0, x)", ("r",), ""),
+        (ROUTED_GATHER, "add(a0, x)", ("z",), "reads z, which has another shape than its result"),
+        (ROUTED_GATHER, "mul(x, x)", ("r",), "has 1 further tensors, its kernel reads 0"),
+    ],
+)
+def test_epilogues_fit(
+    target: LoweredOp, epilogue: str, extras: tuple[str, ...], message: str
+) -> None:
+    mesh, graph = program(NORM)
+    named = {node.name: node for node in graph.fx.nodes}
+    (node,) = graph.calls()
+    node.target = target
+    kwargs: Any = {"epilogue": parse_pointwise(epilogue)}
+    node.kwargs = kwargs | ({"extras": tuple(named[n] for n in extras)} if extras else {})
+    if not message:
+        verify(graph, mesh, ("kernels_fit",), "use_kernels")
+        return
+    with pytest.raises(PassError, match=message):
+        verify(graph, mesh, ("kernels_fit",), "use_kernels")

@@ -157,7 +157,7 @@ def test_weighted_sum_and_residual(dtype: torch.dtype, monkeypatch: pytest.Monke
 def test_scatter_of_weighted_copies(
     route: Route, weights: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every token to two rows, against the copies made by hand."""
+    """Every token to two rows, scaled, against the copies made by hand."""
 
     def program(rank: int, group: Group, kernel: bool | None) -> tuple[Tensor, Result]:
         x, ways = rows_of(route, rank, (12, 5), dtype), 2
@@ -167,10 +167,10 @@ def test_scatter_of_weighted_copies(
         if weights == "mask":
             weight = weight > 0  # type: ignore[operator]
         more: Any = {"weight": weight, "ways": ways, "kernel": kernel}
-        y = routed_scatter(x, [index], tokens, route, group, True, **more)
+        y = routed_scatter(x, [index], tokens, route, group, True, 0.5, **more)
         copies = tokens.view(-1, 1, 5).expand(-1, ways, 5).reshape(-1, 5)
         copies = copies if weight is None else copies * weight
-        plain = routed_scatter(x, [index], copies, route, group, True)
+        plain = routed_scatter(x, [index], copies, route, group, True, 0.5)
         torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
         return y, [x, tokens, *([weight] if weights == "float" else [])]  # type: ignore[list-item]
 
