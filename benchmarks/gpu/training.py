@@ -7,13 +7,15 @@ Both train in turns in one process, on the same batches; the ratio is the median
 step times, with an interval that holds the true one in 95 of 100 cases. Tokens per second and MFU
 are of the decorated model: model FLOPs per token are 6 N + 12 L d T (Chowdhery et al., "PaLM",
 2022, appendix B, the embedding table counted where it is also the head), over the device's dense
-bfloat16 rate on its datasheet. Exits with 1 below `--goal`.
+bfloat16 rate on its datasheet. Exits with 1 below `--goal`, or where the losses differ by more than
+`LOSS_TOLERANCE`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +36,10 @@ GOAL = 0.99  # speed of the decorated model over the compiled one
 # (precision, batch): autocast of float32 parameters as GPT-2 is trained, bfloat16 ones for Llama,
 # of which two copies with their optimizer states must fit.
 SETTINGS = {"gpt2-124m": ("autocast", 32), "llama-1b": ("bf16", 4)}
+# Of the largest loss, how far those of the two may be apart. Both round products to bfloat16, one
+# part in 2^8, in different orders: twice that. Where parameters and the loss are bfloat16, updates
+# are rounded as well, and a loss is itself a number of 8 bits: four times as much.
+LOSS_TOLERANCE = {"autocast": 2 * 2**-8, "bf16": 8 * 2**-8}
 # Dense bfloat16 flop/s: NVIDIA's datasheets of A100, H100 SXM, H200 SXM and B200, AMD's of MI300X.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
 LAYERS = {"gpt2-124m": (12, 768), "llama-1b": (16, 2048)}
@@ -54,6 +60,7 @@ class Row:
     tokens_per_s: float
     mfu: float | None
     loss_difference: float
+    loss_limit: float
 
 
 class Trainer:
@@ -120,8 +127,22 @@ def measure(name: str, subject: Subject, options: argparse.Namespace) -> Row:
         ratio.high,
         tokens / step_s,
         _mfu(name, parameters, subject.sequence, tokens / step_s, device),
-        max(abs(a - b) for a, b in zip(trainers[0].losses, trainers[1].losses, strict=True)),
+        loss_difference(trainers[0].losses, trainers[1].losses),
+        LOSS_TOLERANCE[precision] * max(map(abs, trainers[1].losses)),
     )
+
+
+def loss_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """How far losses of the same steps are apart at most; infinite where one is not finite."""
+    if not all(map(math.isfinite, (*a, *b))):
+        return math.inf
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def failed(row: Row, goal: float) -> bool:
+    """Whether a model is slower than the goal, or does not train as the compiled one."""
+    # Not `>`: a limit that is no number is no limit.
+    return row.speed < goal or not row.loss_difference <= row.loss_limit
 
 
 def _mfu(
@@ -159,14 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row.model} ({row.precision}, {row.tokens} tokens): decorated "
             f"{row.decorated_s * 1e3:.2f} ms, compiled {row.compiled_s * 1e3:.2f} ms, speed "
             f"{row.speed:.3f} ({row.speed_low:.3f} to {row.speed_high:.3f}), "
-            f"{row.tokens_per_s:,.0f} tokens/s{mfu}, losses differ by {row.loss_difference:.1e}"
+            f"{row.tokens_per_s:,.0f} tokens/s{mfu}, losses differ by "
+            f"{row.loss_difference:.1e} (limit {row.loss_limit:.1e})"
         )
         if options.device == "cuda":
             torch.compiler.reset()
             torch.cuda.empty_cache()
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return int(any(row.speed < options.goal for row in rows))
+    return int(any(failed(row, options.goal) for row in rows))
 
 
 if __name__ == "__main__":
