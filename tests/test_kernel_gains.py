@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from autopar.cli_what_if import answer
 from autopar.cost.cluster import parse_cluster
 from autopar.cost.kernels import dropout_forms, int8_change, int8_times, pack_forms, step_change
 from autopar.kernel_gains import with_kernels_counted, without_kernels
 from autopar.kernel_use import KernelUse
-from autopar.passes.choose_kernels import choose_kernels
+from autopar.passes.choose_kernels import _counted_share, choose_kernels
 from autopar.passes.edits import reprice
 from autopar.passes.prepare import prepare
 from autopar.plan import Plan, plan_from_json
 from autopar.planning import capture_training, make_plan
+from autopar.questions import Question
 from autopar.report import make_console, print_plan
 from tests.zoo import ZOO
 
@@ -106,3 +108,28 @@ def test_compressed_sums_change_what_is_sent_and_the_wait() -> None:
 
 def test_uses_of_older_plans_have_no_change() -> None:
     assert KernelUse("pack", ("dp",)).step_s == 0
+
+
+def test_what_if_has_the_kernels_that_a_plan_there_has() -> None:
+    entry = ZOO["gpt"]
+    args, kwargs = entry.inputs(0)
+    captured = capture_training(entry.build(), args, kwargs)
+    graph, where = prepare(captured.graph), parse_cluster("2xH100")
+    plan = planned("2xH100", "auto")
+    before = Question(plan, graph, captured.symbols, captured.guards, where, "adamw", None)
+    batch = 4 * next(n for symbol, n in captured.symbols.items() if symbol.name == "b")
+    found = answer(before, before.with_sizes(b=batch), lambda _: None)
+    for key in ("before", "same_plan", "new_plan"):
+        assert found[key]["kernels_s"] < 0, key
+    assert found["before"]["time_s"] == pytest.approx(plan.predicted.time_s)
+    assert found["new_plan"]["time_s"] <= found["same_plan"]["time_s"] * (1 + 1e-6)
+    cpu = replace(before, cluster=parse_cluster("cpu:2"))
+    found = answer(before, cpu, lambda _: None)
+    assert found["same_plan"]["kernels_s"] == found["new_plan"]["kernels_s"] == 0
+
+
+def test_of_stages_the_one_with_the_fewest_places_counts() -> None:
+    stages = {"a": 0, "b": 0, "c": 1, "d": 1}
+    assert _counted_share(["a", "b", "c"], stages) == pytest.approx(1 / 3)
+    assert _counted_share(["a", "b"], stages) == 0
+    assert _counted_share(["a", "b"], {}) == 1
