@@ -270,17 +270,17 @@ def test_an_edit_is_checked_and_priced(made: str, folder: Path, capsys: Capsys) 
             lambda d: (d["choices"].update(gelu={"tp": "z"}), d["choices"].update(nothing={"tp": "a"})),
             ["the model has no op 'nothing'", "choices: gelu (small.py:", "tp is 'z'; allowed by"],
         ),
-        (lambda d: d["choices"].update(gelu={"pp": "a"}), ["gelu names the axis 'pp'", "it has tp"]),
+        (lambda d: d["choices"].update(gelu={"pp": "a"}), ["choices.gelu.pp names the axis", "it has tp"]),
         (lambda d: d["params"].pop("head.weight"), ["params: head.weight is missing"]),
         (
             lambda d: d["params"]["head.weight"].update(sharding="[tp, x"),
-            ["params: head.weight: sharding '[tp, x'"],
+            ['params.head.weight.sharding is "[tp, x"'],
         ),
         (
             lambda d: d["mesh"]["axes"][0].update(size=4),
             ["the plan is for 4 devices, and cpu:2 has 2"],
         ),
-        (lambda d: d["mesh"]["axes"][0].update(size=0), ["the mesh axis tp is 0, not a positive number"]),
+        (lambda d: d["mesh"]["axes"][0].update(size=0), ["mesh.axes[0].size (the mesh axis tp) is 0, not a"]),
         (lambda d: d.update(micro_batches=5), ["micro_batches is 5, which does not divide"]),
         (lambda d: d.update(micro_batches=-1), ["micro_batches is -1, not a positive number"]),
         (lambda d: d.update(fingerprint="0" * 64, params={
