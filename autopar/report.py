@@ -20,6 +20,7 @@ from .plan import Activation, Alternative, Plan, Storage
 from .units import bytes_text, seconds_text, signed_seconds
 
 WIDTH = 100
+LEAST_SHOWN_S = 1e-8  # a change of the step that a table names
 MOST_ROWS = 60  # of a table; the JSON has all of them
 _OWN_LINE = frozenset(
     name
@@ -295,7 +296,7 @@ def kernels_table(uses: Sequence[KernelUse]) -> Table | None:
     table = plain_table(
         "kernels",
         *("kernel", "*at", ">×", ">with", ">without", ">step", ">saves"),
-        "*besides (before | after)",
+        "*before | after",
     )
     rows: list[tuple[str, ...]] = [
         (
@@ -304,7 +305,7 @@ def kernels_table(uses: Sequence[KernelUse]) -> Table | None:
             str(use.count),
             seconds_text(use.time_s),
             seconds_text(use.unfused_s),
-            signed_seconds(use.step_s) if use.step_s else "-",
+            signed_seconds(use.step_s) if abs(use.step_s) >= LEAST_SHOWN_S else "-",
             bytes_text(use.saved_bytes) if use.saved_bytes else "-",
             use.fusion or "-",
         )
