@@ -31,6 +31,7 @@ from .overlap_collectives import overlap_collectives
 from .pipeline import Pass, Stage, run_passes, with_kernels
 from .propagate import propagate
 from .rules_of import rules_of
+from .shorten_blocks import shorten_blocks
 from .specialise import specialise
 from .spell_out_means import spell_out_means
 from .split_step import check_even, split_step
@@ -133,12 +134,14 @@ def why_not_micro_batched(
 ) -> str | None:
     """Why the training step of a captured graph cannot run in micro-batches; None if it can.
 
-    `statistics` says whether batch normalisation may take those of a micro-batch.
+    `statistics` says whether batch normalisation may take those of a micro-batch. Repeated blocks
+    are looked at in a few of their copies.
     """
     batch = batch_size(sizes)
     if batch is None or batch < 2:
         return "the batch has one row, or a size that forward fixes"
     count = next(k for k in range(2, batch + 1) if batch % k == 0)
+    graph = shorten_blocks(graph)
     try:
         followed = micro_batched(
             graph, Mesh(()), count, sizes, rules_of, {}, {}, statistics=statistics
