@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch.fx
 
+from autopar.collector import collector_paused
 from autopar.cost.cluster import Cluster, Device, group_span
 from autopar.cost.kernels import (
     Forms,
@@ -47,6 +48,7 @@ _WITHOUT = ("cpu", "V100", "P100", "T4")
 _AMD = ("MI2", "MI3")  # GPUs whose ranks have no flags in symmetric memory
 
 
+@collector_paused()
 def choose_kernels(
     graph: Graph,
     symbols: Mapping[sympy.Symbol, int],
