@@ -84,23 +84,33 @@ def describe_activations(
     """One line per op of a repeated block: what every mesh axis splits, and what comes out."""
     modules: dict[_Call, list[str]] = defaultdict(list)
     size: dict[_Call, float] = {}
+    # Copies of a block have one option: what it says is put together once.
+    known: dict[tuple[int, str], tuple[ShardingRule, Value, _Call]] = {}
+    patterns: dict[str, str] = {}
     for node in graph.calls():
         if node not in option or not values_of(node):
             continue
-        chosen, value = option[node], values_of(node)[0]
-        call = _Call(
-            op_of(node),
-            pattern(node.meta.get("module", "")),
-            node.meta.get("source", ""),
-            str(rules[node.name]),
-            " ".join(
-                f"{rename[axis]}:{_what_splits(rules[node.name], c)}" for axis, c in chosen.choices
-            ),
-            type_of(value),
-            str(renamed(chosen.gives[0].without_varying(), rename)),
-        )
-        modules[call].append(node.meta.get("module", ""))
-        size.setdefault(call, pricer.local_bytes(value, chosen.gives[0]))
+        chosen, value, rule = option[node], values_of(node)[0], rules[node.name]
+        module, source = node.meta.get("module", ""), node.meta.get("source", "")
+        if module not in patterns:
+            patterns[module] = pattern(module)
+        like = known.get((id(chosen), op_of(node)))
+        if like is None or like[0] != rule or like[1] != value:
+            splits = (f"{rename[axis]}:{_what_splits(rule, c)}" for axis, c in chosen.choices)
+            made = _Call(
+                op_of(node),
+                patterns[module],
+                source,
+                str(rule),
+                " ".join(splits),
+                type_of(value),
+                str(renamed(chosen.gives[0].without_varying(), rename)),
+            )
+            like = known[id(chosen), op_of(node)] = rule, value, made
+        call = replace(like[2], module=patterns[module], source=source)
+        modules[call].append(module)
+        if call not in size:
+            size[call] = pricer.local_bytes(value, chosen.gives[0])
     return tuple(
         Activation(
             c.op,
