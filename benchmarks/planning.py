@@ -5,10 +5,10 @@
 
 Each cold row is a new process that imports torch, builds the model on the meta device, captures it
 and searches: every mesh of one axis and of two, of three where the model has a use for a third,
-all micro-batches up to 64 and every mode of recomputation. `total` is the wall time of the whole
-process, the peak is its own. CPU seconds tell how much of the wall was the machine's other work.
-`--re-plan` plans again in one process, for another batch, cluster or bandwidth. Exits with 1 where
-a goal is missed.
+all micro-batches up to 64 and every mode of recomputation; then it chooses kernels, as the command
+`autopar plan` does. `total` is the wall time of the whole process, the peak is its own. CPU seconds
+tell how much of the wall was the machine's other work. `--re-plan` plans again in one process, for
+another batch, cluster or bandwidth. Exits with 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ COLUMNS = (
     ("capture", "capture_s"),
     ("search", "search_s"),
     ("search, CPU", "search_cpu_s"),
+    ("kernels, CPU", "kernels_cpu_s"),
     ("total", "total_s"),
     ("total, CPU", "total_cpu_s"),
 )
@@ -135,15 +136,18 @@ def _cold(cases: list[Case], missed: list[str]) -> list[dict[str, Any]]:
 
 def _replans(missed: list[str]) -> list[dict[str, Any]]:
     rows = run(CASES[0], "re-plan")
-    print("| plan | seconds | CPU seconds | solved | chosen | step s |\n" + "|---" * 6 + "|")
+    names = "| plan | search | search, CPU | kernels | kernels, CPU | solved | chosen | step s |"
+    print(names + "\n" + "|---" * 8 + "|")
     for row in rows:
         print(
             f"| {row['what']} | {row['search_s']:.2f} | {row['search_cpu_s']:.2f} | "
+            f"{row['kernels_s']:.2f} | {row['kernels_cpu_s']:.2f} | "
             f"{row['solved']} | {row['plan']} | {row['step_s']:.3g} |"
         )
-        if row is not rows[0] and row["search_s"] > REPLAN_GOAL_S:
+        taken = row["search_s"] + row["kernels_s"]
+        if row is not rows[0] and taken > REPLAN_GOAL_S:
             missed.append(
-                f"re-plan ({row['what']}) took {row['search_s']:.2f} s, the goal is {REPLAN_GOAL_S}"
+                f"re-plan ({row['what']}) took {taken:.2f} s, the goal is {REPLAN_GOAL_S}"
             )
     return rows
 

@@ -26,6 +26,7 @@ from torch import nn  # noqa: E402
 
 from autopar.cost.cluster import Cluster, parse_cluster  # noqa: E402
 from autopar.ir.graph import Graph  # noqa: E402
+from autopar.passes.choose_kernels import choose_kernels  # noqa: E402
 from autopar.passes.pipelined import Wanted  # noqa: E402
 from autopar.passes.prepare import prepare  # noqa: E402
 from autopar.passes.problem import problem_of  # noqa: E402
@@ -137,7 +138,7 @@ def planned(
     frames: Frames | None = None,
     unlimited: bool = False,
 ) -> dict[str, Any]:
-    """One search: its seconds, what it looked at, and what it chose."""
+    """One search and the choice of kernels: their seconds, what was looked at, what was chosen."""
     said: list[str] = []
     batch = next((n for symbol, n in symbols.items() if str(symbol) == "b"), None)
     clock = Clock()
@@ -154,16 +155,32 @@ def planned(
         pipelines=Wanted(),
     )
     wall, cpu = clock.read()
-    counts = [tuple(map(int, m.groups())) for text in said if (m := COUNTED.search(text))]
+    choose_kernels(of.graph, symbols, plan, cluster)
+    kernels, kernels_cpu = clock.read()
+    candidates, solved = _counted(said)
     return {
         "search_s": wall,
         "search_cpu_s": cpu,
-        "candidates": sum(n for n, _ in counts),
-        "solved": sum(n for _, n in counts),
+        "kernels_s": kernels,
+        "kernels_cpu_s": kernels_cpu,
+        "candidates": candidates,
+        "solved": solved,
         "gap": plan.gap,
         "plan": _text(plan),
         "step_s": plan.predicted.time_s,
     }
+
+
+def _counted(said: list[str]) -> tuple[int, int]:
+    """Candidates and relaxations of all searches; one that goes on counts what it had, too."""
+    total, last = (0, 0), (0, 0)
+    for text in said:
+        if m := COUNTED.search(text):
+            now = (int(m[1]), int(m[2]))
+            if now < last or now[1] < last[1]:  # another search
+                total = (total[0] + last[0], total[1] + last[1])
+            last = now
+    return total[0] + last[0], total[1] + last[1]
 
 
 def _text(plan: Plan) -> str:
