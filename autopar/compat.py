@@ -436,7 +436,7 @@ def local_shape_of(
 # --- starting ranks -------------------------------------------------------------------------------
 
 
-def shutdown_timeout(seconds: int) -> dict[str, int]:
+def shutdown_timeout(seconds: int) -> dict[str, Any]:
     """The option of `LaunchConfig` for the time between SIGTERM and SIGKILL of ranks.
 
     Torch 2.11 has none, and waits 30 s.
@@ -568,7 +568,7 @@ def fake_like(tensor: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
     from torch._guards import detect_fake_mode
 
     mode: Any = detect_fake_mode(list(inputs))
-    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)  # type: ignore[no-any-return]
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
 def dynamo_graph_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -733,7 +733,7 @@ def inductor_source(graph: torch.fx.GraphModule, args: Sequence[Any], inference:
     from torch._inductor.virtualized import V
     from torch.utils._pytree import tree_map
 
-    mode: Any = detect_fake_mode(args)
+    mode: Any = detect_fake_mode([*args, *(n.meta.get("val") for n in graph.graph.nodes)])
     cuda = torch.device("cuda", 0)
 
     def moved(value: Any) -> Any:

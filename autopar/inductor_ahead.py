@@ -14,7 +14,7 @@ import operator
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +30,12 @@ from .compat import (
     inductor_source,
     pretended_gpu,
 )
-from .ir.graph import Graph, values_of
+from .ir.graph import Graph, Value, values_of
 from .ir.lowered import LoweredOp
 from .ir.recomputed import SELECTIVE
 from .runtime.kernels.ahead import Specialisation
 from .runtime.kernels.emit import Kernel
+from .runtime.keyed_dropout import KEYED_DROPOUT, keyed_dropout, read_keys
 from .runtime.regions import Region, steps_of
 
 Node = torch.fx.Node
@@ -87,6 +88,7 @@ def inductor_kernels(program: Graph, architecture: str) -> InductorKernels:
     The batch, sizes and dtypes are those of the program's values.
     """
     mode = FakeTensorMode()
+    program = _with_masks(program)
     values = _values(program, mode)
     runs: dict[str, tuple[Run, int]] = {}
     for run in runs_of(program):
@@ -114,6 +116,27 @@ def inductor_kernels(program: Graph, architecture: str) -> InductorKernels:
     order = ("inference", "forward", "backward")
     found = sorted(kernels.values(), key=lambda k: order.index(k.phase))
     return InductorKernels(tuple(found), dict(calls))
+
+
+def _with_masks(program: Graph) -> Graph:
+    """The program as a compiler sees it: dropouts are ops of torch, here all of the first keys."""
+    new = read_keys(program)
+    made: dict[Any, Any] = {}
+    for node in new.calls():
+        if node.target is KEYED_DROPOUT:
+            x, p, table, _, region = node.args
+            node.target = made.setdefault((p, region), _masking(p, region))
+            node.args = (x, table)
+    for table in new.placeholders("keys"):
+        table.meta["value"] = Value((1, 2), torch.int32)
+    return new
+
+
+def _masking(p: Any, region: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def dropout(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return keyed_dropout(x, p, table, 0, region)
+
+    return dropout
 
 
 def runs_of(program: Graph) -> Iterator[Run]:
