@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch._dynamo.utils import counters
 
 from autopar.inductor_ahead import inductor_kernels
 from autopar.ir.lowered import DROPOUT
+from autopar.passes.blocks import find_blocks
+from autopar.plan import Recompute
 from autopar.runtime import program as programs
 from autopar.runtime.alone import alone_groups
 from autopar.runtime.keyed_dropout import KEYED_DROPOUT, read_keys
@@ -17,14 +20,20 @@ from autopar.runtime.phase_clock import PhaseClock
 from tests import simulate
 
 
-def decided(strategy: str) -> simulate.Decisions:
-    """A plan of two ranks for a small GPT with dropout."""
+def decided(strategy: str, full: int = 0) -> simulate.Decisions:
+    """A plan of two ranks for a small GPT with dropout, `full` of whose blocks are recomputed."""
     subject = simulate.zoo_subject("gpt")
-    return simulate.decisions_of(subject, simulate.plan_of(subject, 2, strategy))
+    found = simulate.decisions_of(subject, simulate.plan_of(subject, 2, strategy))
+    if not full:
+        return found
+    ((first, _, copies),) = find_blocks(simulate.concrete(subject)).regions
+    return replace(found, recompute=(Recompute(first.name, copies, full, 0),))
 
 
-@pytest.mark.parametrize("strategy", ["data", "tensor"])
-def test_two_ranks_draw_the_masks_of_one(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "full"), [("data", 0), ("tensor", 0), ("tensor", 2)])
+def test_two_ranks_draw_the_masks_of_one(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, full: int
+) -> None:
     made: list[Any] = []
 
     def load(graph: Any, groups: Any) -> Any:
@@ -33,7 +42,7 @@ def test_two_ranks_draw_the_masks_of_one(monkeypatch: pytest.MonkeyPatch, strate
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(simulate, "load_program", load)
-    simulate.check_zoo("gpt", decided(strategy))
+    simulate.check_zoo("gpt", decided(strategy, full))
     assert all(KEYED_DROPOUT in targets and DROPOUT not in targets for targets in made)
 
 
