@@ -200,19 +200,24 @@ def all_reduce_norm(
         RANKS=workspace.ranks,
         WIDTH=width,
         BLOCK=block,
-        **_warps(block, x.element_size()),
+        num_warps=_warps(block, x.element_size()),
+        num_waves=_waves(block, x.element_size()),
     )
     return y, total, scale
 
 
-def _warps(block: int, itemsize: int) -> dict[str, int]:
+def _warps(block: int, itemsize: int) -> int:
     """Two loads of 128 bits of a 16-bit dtype per thread and row, one of others; at most 16 warps.
 
     In float32 two would do, but ptxas then saves registers until it spills: 16 bytes per thread of
     2048 elements with Triton 3.9 for sm_90, 8 of 4096 with Triton 3.6 for sm_100.
     """
-    each = {"num_warps": 512} if itemsize == 2 else {"num_warps": 128, "num_waves": 256}
-    return {name: min(16, max(1, block // elements)) for name, elements in each.items()}
+    return min(16, max(1, block // (512 if itemsize == 2 else 128)))
+
+
+def _waves(block: int, itemsize: int) -> int:
+    """AMD's waves of 64 threads, for loads of 128 bits."""
+    return min(16, max(1, block // (512 if itemsize == 2 else 256)))
 
 
 def normalised(
@@ -272,7 +277,7 @@ def form(
 ) -> Specialisation:
     """The kernel of rows of a width over so many ranks; all tensors but `y` of one dtype."""
     names = ["x_ptr", "residual_ptr", *(["weight_ptr"] if weighted else [])]
-    block = 1 << (width - 1).bit_length()
+    block, itemsize = 1 << (width - 1).bit_length(), 4 if dtype == "fp32" else 2
     return Specialisation(
         emit(epilogue, weighted),
         {
@@ -286,5 +291,6 @@ def form(
         },
         {"EPS": 1e-5, "RANK": 1, "RANKS": ranks, "WIDTH": width, "BLOCK": block},
         (*names, "y_ptr", "sum_ptr", "scale_ptr", "table_ptr", "counts_ptr"),
-        **_warps(block, 4 if dtype == "fp32" else 2),
+        num_warps=_warps(block, itemsize),
+        num_waves=_waves(block, itemsize),
     )
