@@ -67,6 +67,8 @@ class Case:
 
 CASES = (
     *(Case(m, s) for m in MEMORY_MODELS for s in ("data", "zero", "tensor", "auto")),
+    *(Case("gpt", s) for s in ("pipeline", "pipeline+data", "pipeline+tensor")),
+    Case("mlp", "pipeline+data"),
     Case("gpt", limit_mib=420, recompute="full"),
     Case("gpt", limit_mib=420, recompute="selective"),
     Case("gpt", micro_batches=4),
