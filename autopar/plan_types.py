@@ -26,7 +26,7 @@ class Prediction:
 
     Times in seconds, memory in bytes; `comm_s` is the communication that compute waits for, and
     `memory_bytes` the peak. `comm_bytes` is what one device sends per step, per
-    collective name. `kernels_s` is what autopar's own kernels change of `time_s` (below zero: less),
+    collective name. `kernels_s` is what autopar's own kernels add to `time_s` (less: below zero),
     which is the sum of the times, of a pipeline's bubble and of this.
     """
 
