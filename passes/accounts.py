@@ -24,6 +24,7 @@ from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
 from .columns import Edge, Flow, is_getitem
+from .gradient_sums import summed_as
 from .options import Option
 from .price import Pricer
 from .wide_gradients import is_summed_whole
@@ -171,6 +172,13 @@ class Accounts:
             once += self.pricer.edge_forward_s(*where)
         return self.micro_batches * once
 
+    def sums_s(self, flow: Flow) -> float:
+        """Seconds per step to add a parameter's gradients over micro-batches: compute."""
+        if not self.accumulates(flow):
+            return 0.0
+        held = summed_as(flow.source, flow.want, flow.regather)
+        return (self.micro_batches - 1) * self.pricer.sum_s(flow.producer, flow.port, held)
+
     def flow_memory(self, flow: Flow, times: float) -> float:
         """Bytes that `times` copies of a value keep for the readers that need it backward."""
         if not flow.saved:
@@ -240,6 +248,7 @@ def bill(graph: Graph, blocks: Blocks, option: Mapping[Node, Option], accounts: 
         memory += accounts.option_memory(node, option[node], n)
     for flow, times in read_flows(graph, blocks, option, accounts).items():
         seconds = times * accounts.flow_time_s(flow)
+        blocking += times * accounts.sums_s(flow)
         if accounts.overlaps(flow):
             parameters += seconds
         else:

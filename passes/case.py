@@ -96,7 +96,6 @@ class Case:
             self.pricer.device,
             self.optimizer,
             self.layers,
-            MICRO_BATCHES if self.accounts.several else 1,
         )
 
     @cached_property

@@ -27,6 +27,7 @@ from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
 from .edges import Edge, edge_key, edges_of, is_getitem, producer_of
+from .gradient_sums import is_summed
 from .options import Option
 
 __all__ = [
@@ -220,7 +221,7 @@ def build_columns(  # one straight line through the equations, in their order
                 if saving:
                     memory.add(saving[0], item, times)
                 continue
-            if source != want:
+            if source != want or is_summed(edge.producer, edge.port):
                 w = made.column()
                 for _, column in members:
                     made.row(0, highspy.kHighsInf, [w], [column])

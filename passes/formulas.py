@@ -39,7 +39,6 @@ from autopar.cost.formula import (
     split_size,
     symbolic_device,
 )
-from autopar.cost.local_op import LocalOp
 from autopar.cost.memory import saved, state_bytes
 from autopar.ir.graph import Graph, Value, tensor_inputs, value_of, values_of
 from autopar.ir.lowered import GATHER_VARY, PVARY
@@ -49,7 +48,7 @@ from autopar.ir.rule import Choice, Dims, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
-from .gradient_sums import parameter_slots, share_that_adds, sum_time
+from .gradient_sums import sum_time
 from .kept import own_outputs
 from .own_formulas import own_messages
 
@@ -140,10 +139,8 @@ class Formulas:
         like: Device,
         optimizer: str = "adamw",
         blocks: Blocks | None = None,
-        micro_batches: Any = 1,
     ) -> None:
         self.concrete, self.rules, self.mesh, self.optimizer = concrete, rules, mesh, optimizer
-        self.micro_batches = micro_batches
         self.hints = dict(hints)
         self.sizes = {**hints, **{axis_size(axis.name): axis.size for axis in mesh}}
         self._values = {n.name: values_of(n) for n in symbolic.fx.nodes}
@@ -177,7 +174,6 @@ class Formulas:
             *grads,
             _reads(node),
             own_outputs(node),
-            parameter_slots(node),
         )
 
     def _types(self, node: Node) -> list[tuple[object, ...]]:
@@ -212,19 +208,13 @@ class Formulas:
             expression(op_flops(op)),
             expression(op_bytes(op)),
             expression(forward_time(self._device, op)),
-            expression(backward) + self._sums(node, op, needed),
+            expression(backward),
             tuple(
                 self._collective(kind, whole, axis, late)
                 for kind, axis, late, whole in own_messages(op, rule, chosen)
             ),
             expression(kept),
         )
-
-    def _sums(self, node: Node, op: LocalOp, needed: bool) -> sympy.Expr:
-        """What micro-batches add to gradients of parameters."""
-        if self.micro_batches == 1 or not needed:
-            return sympy.Integer(0)
-        return share_that_adds(self.micro_batches) * expression(sum_time(self._device, node, op))
 
     def _factors(self, node: Node, rule: ShardingRule) -> dict[str, tuple[Any, int]]:
         """Symbolic size and size at the hints of every factor."""
@@ -316,6 +306,12 @@ class Formulas:
                     expression(state_bytes(numel, value.dtype, self.optimizer).total),
                 )
         return self._stored[key]
+
+    def sum_seconds(self, producer: Node, port: int, sharding: Sharding) -> sympy.Expr:
+        """Adding one micro-batch's gradient of a parameter to those of the ones before."""
+        nbytes = self.gives_bytes(producer, port, sharding)
+        traced = Traced.of(nbytes, self._number(nbytes))
+        return expression(sum_time(self._device, traced, self._values[producer.name][port].dtype))
 
     # -- edges --------------------------------------------------------------------------------
 

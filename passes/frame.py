@@ -135,14 +135,11 @@ class Frame:
         meshes: Sequence[Mesh],
         cluster: Cluster,
         symbols: Mapping[sympy.Symbol, int],
-        micro_batches: int = 1,
     ) -> Priced:
         """Prices of all options on some meshes; `symbols` are the sizes of one micro-batch."""
         problem = self.problem
         grid = Grid(cluster, tuple(meshes), symbols)
-        pricer = GridPricer(
-            grid, self.symbolic, problem.symbols, problem.optimizer, self.layouts, micro_batches
-        )
+        pricer = GridPricer(grid, self.symbolic, problem.symbols, problem.optimizer, self.layouts)
         options = {
             node: pricer.stored(node, listed)
             if node.op == "placeholder"

@@ -49,10 +49,10 @@ class Frames:
     ) -> Priced:
         """Prices of meshes at the sizes of one micro-batch; the latest are kept."""
         sizes = tuple(request.at(micro_batches).items())
-        key = (roles, meshes, sizes, micro_batches)
+        key = (roles, meshes, sizes)
         found = self.prices.get(key)
         if found is None or found.pricer.grid.cluster is not request.cluster:
-            found = self.get(roles).priced(meshes, request.cluster, dict(sizes), micro_batches)
+            found = self.get(roles).priced(meshes, request.cluster, dict(sizes))
             while len(self.prices) >= KEPT:
                 del self.prices[next(iter(self.prices))]
             self.prices[key] = found

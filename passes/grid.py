@@ -34,7 +34,6 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.rule import Dim, Dims, Placed, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding, Split
 
-from .gradient_sums import sums_time
 from .kept import own_outputs
 from .options import Option
 from .price import message_bytes
@@ -128,9 +127,8 @@ class GridPricer:
         reference: Mapping[sympy.Symbol, int],
         optimizer: str,
         layouts: dict[Node, Layouts],
-        micro_batches: int = 1,
     ) -> None:
-        self.grid, self.optimizer, self.micro_batches = grid, optimizer, micro_batches
+        self.grid, self.optimizer = grid, optimizer
         self.device = grid.cluster.device
         self._symbolic = symbolic
         self._reference = reference
@@ -243,8 +241,6 @@ class GridPricer:
         needs = any(v.requires_grad for v in values_of(node))
         forward = _full(forward_time(self.device, op), full)
         backward = _full(backward_time(self.device, op) if needs else 0.0, full)
-        if needs:
-            backward = backward + sums_time(self.device, node, op, self.micro_batches)
         readers = sum(1 for user in node.users if user.op == "call_function")
         value = node.meta["value"]
         if readers > 1 and isinstance(value, Value) and value.requires_grad:

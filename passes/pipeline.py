@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import sympy
@@ -110,7 +110,18 @@ def with_kernels(mesh: Mesh, kernels: Places) -> list[Pass]:
     ]
 
 
-def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh, check: bool = True) -> list[Stage]:
+def last_of(graph: Graph, passes: list[Pass]) -> Graph:
+    """What the passes make of a graph, on one copy of it and unverified: for counting.
+
+    Copies and verification are most of what lowering takes.
+    """
+    graph = graph.copy()
+    for step in passes:
+        graph = step.run(replace(graph, spent=True))
+    return replace(graph, spent=False)
+
+
+def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh) -> list[Stage]:
     """Run the passes in order; after each, every live invariant is verified.
 
     Raises PassError naming the pass, the invariant and the node. Returns every intermediate graph,
@@ -125,6 +136,5 @@ def run_passes(graph: Graph, passes: list[Pass], mesh: Mesh, check: bool = True)
         for name in step.ends:
             live.pop(name, None)
         live.update(dict.fromkeys(step.establishes))
-        if check:
-            verify(graph, mesh, tuple(live), pass_name=step.name)
+        verify(graph, mesh, tuple(live), pass_name=step.name)
     return stages

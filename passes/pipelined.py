@@ -206,7 +206,7 @@ class _Outer:
             if frame.is_empty:
                 continue
             meshes = tuple(mesh for _, mesh in listed)
-            priced = frame.priced(meshes, self.request.cluster, self.request.at(k), k)
+            priced = frame.priced(meshes, self.request.cluster, self.request.at(k))
             for stages in dict.fromkeys(stages for stages, _ in listed):
                 for mode in (m for m in (NONE, SELECTIVE, FULL) if m in self.request.modes):
                     table = frame.table(priced, self.variant(stages, k, mode))
@@ -249,7 +249,7 @@ class _Outer:
         frame: Frame = self.frames.get(candidate.roles)
         stages, k = candidate.stages, candidate.micro_batches
         cluster = self.request.cluster
-        priced = frame.priced((candidate.mesh,), cluster, self.request.at(k), k)
+        priced = frame.priced((candidate.mesh,), cluster, self.request.at(k))
         table = frame.table(priced, self.variant(stages, k, candidate.mode))
         for within in (WITHIN, math.inf):
             built = frame.programme(table, candidate.bound_s * stages * within)

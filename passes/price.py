@@ -41,7 +41,7 @@ from autopar.ir.rule import Choice, Placed, ShardingRule
 from autopar.ir.sharding import Sharding
 
 from .bucket_collectives import BUCKET_BYTES
-from .gradient_sums import sums_time
+from .gradient_sums import sum_time
 from .kept import own_outputs
 from .route_costs import route_messages
 
@@ -162,7 +162,6 @@ class Pricer:
         forward, backward = float(forward_time(self.device, op)), 0.0
         if any(v.requires_grad for v in values_of(node)):
             backward = float(backward_time(self.device, op))
-            backward += float(sums_time(self.device, node, op, self.micro_batches))
         readers = sum(1 for user in node.users if user.op == "call_function")
         value = node.meta["value"]
         if readers > 1 and isinstance(value, Value) and value.requires_grad:
@@ -211,6 +210,11 @@ class Pricer:
         if not value.requires_grad:
             return local * value.dtype.itemsize
         return float(state_bytes(local, value.dtype, self.optimizer).total)
+
+    def sum_s(self, producer: Node, port: int, sharding: Sharding) -> float:
+        """Seconds to add one micro-batch's gradient of a parameter to those of the ones before."""
+        value = values_of(producer)[port]
+        return float(sum_time(self.device, self.local_bytes(value, sharding), value.dtype))
 
     # -- edges --------------------------------------------------------------------------------
 

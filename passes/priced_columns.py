@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 import torch.fx
 from numpy.typing import NDArray
 
 from autopar.ir.graph import values_of
+from autopar.ir.sharding import Sharding
 
 from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy
 from .columns import Columns, Flow
+from .gradient_sums import is_summed, sum_time, summed_as
 from .grid import Grid
 from .moves import MovePrices, Moves
 from .variant import Prices, Variant
@@ -53,6 +56,11 @@ class PricedColumns:
     bytes_axes: tuple[tuple[str, ...], ...]
     bytes_saved: Array
     bytes_summed: Array
+    sum_column: Ints
+    sum_value: Ints
+    sum_axes: tuple[tuple[str, ...], ...]
+    sum_times: Array
+    sum_dtypes: tuple[torch.dtype, ...]
     copies: dict[tuple[str, int], Array] = field(default_factory=dict)
 
     def prices(
@@ -77,6 +85,8 @@ class PricedColumns:
             late = self.time_late if overlap else np.zeros(len(seconds), dtype=np.bool_)
             np.add.at(made.late, self.time_column[late], seconds[late])
             np.add.at(made.cost, self.time_column[~late], seconds[~late])
+        if k > 1 and len(self.sum_value):
+            np.add.at(made.cost, self.sum_column, (k - 1) * self._sums(value_bytes, grid))
         if len(self.bytes_value):
             factor = self.bytes_saved + (self.bytes_summed if k > 1 else 0.0)
             factor = factor * self._copies(variant) * value_bytes[self.bytes_value]
@@ -97,6 +107,17 @@ class PricedColumns:
             once[twice] += forward[twice]
         often = self.time_times * np.where(self.time_late & ~self.time_again, 1, k)
         return often[:, None] * once
+
+    def _sums(self, value_bytes: Array, grid: Grid) -> Array:
+        """Seconds to add one micro-batch's gradients of parameters, as `Accounts.sums_s`."""
+        split = {axes: grid.product(axes) for axes in set(self.sum_axes)}
+        whole = value_bytes[self.sum_value][:, None]
+        nbytes = whole / np.stack([split[axes] for axes in self.sum_axes])
+        seconds = np.zeros_like(nbytes)
+        for dtype in set(self.sum_dtypes):
+            of = np.array([one == dtype for one in self.sum_dtypes])
+            seconds[of] = sum_time(grid.cluster.device, nbytes[of], dtype)
+        return self.sum_times[:, None] * seconds
 
     def _copies(self, variant: Variant) -> Array:
         key = (variant.mode, variant.in_flight)
@@ -136,6 +157,11 @@ def priceable(
         for saved, summed in (_held(flow),)
         if saved or summed
     ]
+    summed = [
+        (column, columns.flows[item], times)
+        for column, item, times in columns.time.triples()
+        if is_summed(columns.flows[item].producer, columns.flows[item].port)
+    ]
     numbers = [option[node] for node in columns.options]
     calls = [
         np.full(len(o), node.op == "call_function")
@@ -164,6 +190,11 @@ def priceable(
         tuple(_axes(f, saved) for _, f, _, saved, _ in held),
         np.array([float(saved) for *_, saved, _ in held]),
         np.array([float(summed) for *_, summed in held]),
+        np.array([column for column, *_ in summed], dtype=np.int64),
+        np.array([moves.values[f.producer, f.port] for _, f, _ in summed], dtype=np.int64),
+        tuple(_axes_of(summed_as(f.source, f.want, f.regather)) for _, f, _ in summed),
+        np.array([times for *_, times in summed], dtype=np.float64),
+        tuple(values_of(f.producer)[f.port].dtype for _, f, _ in summed),
     )
 
 
@@ -189,5 +220,8 @@ def _held(flow: Flow) -> tuple[bool, int]:
 
 def _axes(flow: Flow, saved: bool) -> tuple[str, ...]:
     """The axes that split what is kept; of a sum beside a stored gradient, the gradient's."""
-    held = flow.want if saved else flow.source
-    return tuple(sorted(axis for split in held.splits for axis in split.axes))
+    return _axes_of(flow.want if saved else flow.source)
+
+
+def _axes_of(sharding: Sharding) -> tuple[str, ...]:
+    return tuple(sorted(axis for split in sharding.splits for axis in split.axes))

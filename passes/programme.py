@@ -175,6 +175,7 @@ def _priced(
     for column, item, times in columns.time.triples():
         flow = columns.flows[item]
         seconds = times * accounts.flow_time_s(flow)
+        cost[column] += times * accounts.sums_s(flow)
         if accounts.overlap and accounts.overlaps(flow):
             late[column] += seconds
         else:

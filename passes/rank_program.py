@@ -16,7 +16,7 @@ from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Plan
 
 from .case import Case
-from .pipeline import lowering, run_passes
+from .pipeline import last_of, lowering, run_passes
 from .rules_of import rules_of
 
 
@@ -44,8 +44,8 @@ def rank_program(
     """The lowered graph of `rank`: local shapes, exchanges on groups.
 
     `graph` is the prepared captured graph that the plan belongs to, `sizes` are those of one
-    micro-batch. `check` verifies the invariants, which takes more than half of the time: a program
-    that is only counted does without.
+    micro-batch. `check` verifies the invariants after every pass: a program that is only counted
+    does without (`pipeline.last_of`).
     """
     storage, regather = storage_of(graph, plan)
     choices = {
@@ -63,7 +63,9 @@ def rank_program(
         plan.recompute,
         kernels=kernels,
     )
-    return run_passes(graph, passes, plan.mesh, check)[-1].graph
+    if not check:
+        return last_of(graph, passes)
+    return run_passes(graph, passes, plan.mesh)[-1].graph
 
 
 def busiest_rank(case: Case) -> int:

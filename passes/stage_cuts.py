@@ -57,6 +57,17 @@ def cut_chain(
     return best_cuts(seconds, schedule.stages * chunks, memory, memory_limit)
 
 
+def unevenness(chain: Chain, schedule: Schedule) -> float:
+    """By which share the slowest piece takes longer than the mean, cut as evenly as can be."""
+    pieces = schedule.stages * schedule.chunks
+    seconds = chain.seconds + chain.optimizer_s / chain.micro_batches
+    starts = best_cuts(seconds, pieces, lambda _: np.zeros_like(seconds), np.inf)
+    assert not isinstance(starts, TooFull)
+    slowest = max(float(seconds[bounds]) for bounds in bounds_of(starts, len(chain)))
+    whole = float(seconds[0, len(chain)])
+    return slowest * pieces / whole - 1 if whole else 0.0
+
+
 def best_cuts(
     seconds: Array, pieces: int, memory: Bytes, memory_limit: float
 ) -> list[int] | TooFull:

@@ -23,7 +23,7 @@ from .programme import Assignment, solve
 from .rounded import round_off
 from .settle import Settled
 from .simulate_cuts import CutSimulator
-from .stage_cuts import TooFull, cut_chain
+from .stage_cuts import TooFull, cut_chain, unevenness
 from .stage_steps import Chain, Shares, chain_of
 
 Node = torch.fx.Node
@@ -31,6 +31,8 @@ Node = torch.fx.Node
 MOST_CHUNKS = 4  # pieces per stage that are tried
 SIMPLER = 0.02  # what a schedule must gain over a simpler one
 ATTEMPTS = 4  # at leaving room for what the simulation has beyond the sums
+UNEVEN = 0.05  # of the mean piece, from which copies of blocks are cut inside
+MOST_CUT_INSIDE = 48  # units of a model where they are: deep ones are even enough
 LEVELS = 8  # steps between no recomputation and the most that is allowed
 
 
@@ -149,6 +151,8 @@ class _Cutter:
         if len(units) < pieces:
             return None
         chain = self._chain(units)
+        if len(units) <= MOST_CUT_INSIDE and unevenness(chain, schedule) > UNEVEN:
+            chain = self._chain(units_of(self.problem.graph, self.problem.blocks))
         levels = [self._shares(i / LEVELS) for i in range(LEVELS + 1)]
         if self.modes == (NONE,) or not self.problem.blocks.regions:
             return self._fitted(chain, schedule, {})

@@ -33,6 +33,7 @@ COMPUTE, OPTIMIZER = "compute", "optimizer"
 COMMUNICATION, PARAMETERS = "communication", "parameter communication"
 INSIDE = "communication inside ops"
 STATE, SAVED = "state", "saved"
+SUMS = "sums of gradients"
 MICRO_BATCHES = sympy.Symbol("k", integer=True, positive=True)
 BATCH = sympy.Symbol("b", integer=True, positive=True)
 
@@ -113,6 +114,9 @@ class _Priced:
     ) -> Any:
         return self._formulas.edge(producer, port, source, want, regather).kept
 
+    def sum_s(self, producer: Node, port: int, sharding: Sharding) -> Any:
+        return self._formulas.sum_seconds(producer, port, sharding)
+
     def saves_input(self, node: Node, slot: int) -> bool:
         return self._formulas.keeps_input(node, slot)
 
@@ -191,6 +195,7 @@ def step_formula(
         if not any(only(edge.consumer) for edge in flow.readers):
             continue
         late = accounts.overlaps(flow)
+        add_seconds(OPTIMIZER, SUMS, accounts.sums_s(flow), n)
         add_seconds(PARAMETERS if late else COMMUNICATION, "", accounts.flow_time_s(flow), n)
         label = "gathered parameters" if flow.producer.op == "placeholder" else "activations"
         add(SAVED, label, accounts.flow_memory(flow, n))

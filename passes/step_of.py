@@ -24,6 +24,7 @@ from autopar.ir.sharding import Sharding
 from .blocks import Blocks
 from .bucket_collectives import BUCKET_BYTES
 from .chunks import Chunk, chunks_of, thinned
+from .gradient_sums import is_summed, summed_as
 from .kept import own_outputs
 from .options import Option
 from .price import EdgeCollective, Pricer
@@ -150,6 +151,7 @@ class _Builder:
     entering: dict[int, dict[Place, float]] = field(default_factory=lambda: defaultdict(dict))
     facts: dict[tuple[Node, object, object], _Facts] = field(default_factory=dict)
     views: dict[Node, bool] = field(default_factory=dict)
+    sums_s: dict[Node, float] = field(default_factory=lambda: defaultdict(float))
 
     def segment(self, chunk: Chunk, index: int) -> list[Part]:
         """The parts of one chunk, collectives right before the op that first wants their result."""
@@ -182,7 +184,8 @@ class _Builder:
         option, facts = self.option[node], self._facts(node)
         own = option.time_s - facts.forward_s - facts.backward_s
         kept = sum(nbytes for _, nbytes in saved) + option.memory_bytes
-        if facts.view and not facts.forward_s and not facts.backward_s and not kept:
+        sums_s = self.sums_s.pop(node, 0.0)
+        if facts.view and not facts.forward_s and not facts.backward_s + sums_s and not kept:
             for port, _ in enumerate(values_of(node)):  # where what it looks at is made
                 self.place[node, port] = max(inputs, default=None)
             return
@@ -194,14 +197,14 @@ class _Builder:
                 module=node.meta.get("module", ""),
                 kind=COMPUTE,
                 forward_s=facts.forward_s,
-                backward_s=facts.backward_s,
+                backward_s=facts.backward_s + sums_s,
                 output_bytes=facts.output_bytes,
                 saved_bytes=kept,
                 deps=_deps(inputs, index),
                 recomputable=facts.family not in _KEPT_WHEN_SELECTIVE,
                 saved_from=tuple(s for s in saved if s[1]),
                 freed_by=at if facts.saves_output or facts.view else -1,
-                weight_s=weight_s,
+                weight_s=weight_s + sums_s,
                 gradient_bytes=gradient,
                 moment_bytes=facts.moment_bytes,
             )
@@ -358,6 +361,8 @@ class _Builder:
             if source != want:
                 at = self._collectives(parts, index, producer, port, want, at)
             self.paid[key] = at
+            if is_summed(producer, port):
+                self.sums_s[node] += self._sum_s(producer, port, want)
         at = self.paid[key]
         if at is not None and at[0] != index:
             self._enters(index, at, self.pricer.local_bytes(values_of(producer)[port], want))
@@ -371,6 +376,14 @@ class _Builder:
         elif nbytes:
             saved.append((here, nbytes))
         return at
+
+    def _sum_s(self, producer: Node, port: int, want: Sharding) -> float:
+        """Seconds per micro-batch, on average, to add a parameter's gradient to those before."""
+        k, given = self.pricer.micro_batches, self.option[producer]
+        if k == 1:
+            return 0.0
+        held = summed_as(given.gives[port], want, given.regather)
+        return (k - 1) / k * self.pricer.sum_s(producer, port, held)
 
     def _saves(self, node: Node, slot: int) -> bool:
         return self.pricer.saves_input(self.blocks.representative[node], slot)

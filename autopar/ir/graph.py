@@ -68,11 +68,13 @@ class Graph:
 
     `outputs` is the number of leading output-node entries that the user's code returns; entry
     `outputs + i` of the output node is the new value of `mutated[i]` (a buffer's placeholder name).
+    `spent` says that nobody needs the graph as it is: who asks for a copy to change has it itself.
     """
 
     fx: torch.fx.Graph
     outputs: int
     mutated: tuple[str, ...] = ()
+    spent: bool = False
 
     def placeholders(self, role: str | None = None) -> list[torch.fx.Node]:
         return [
@@ -92,7 +94,12 @@ class Graph:
         return found
 
     def copy(self) -> Graph:
-        """A copy whose nodes and metadata dicts are independent of this graph's."""
+        """A copy whose nodes and metadata dicts are independent of this graph's.
+
+        A spent graph gives itself.
+        """
+        if self.spent:
+            return self
         new = torch.fx.Graph()
         env: dict[torch.fx.Node, torch.fx.Node] = {}
         for node in self.fx.nodes:

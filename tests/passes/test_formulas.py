@@ -19,7 +19,6 @@ from autopar.passes.options import Option, call_options, param_options
 from autopar.passes.price import Pricer
 from autopar.passes.rules_of import rules_of
 from autopar.passes.specialise import specialise
-from autopar.passes.step_formula import MICRO_BATCHES
 from tests.simulate import zoo_subject
 
 from .helpers import graph_of
@@ -30,19 +29,14 @@ B = sympy.Symbol("b", integer=True, positive=True)
 
 
 def priced(
-    graph: Graph,
-    hints: Mapping[sympy.Symbol, int],
-    cluster: str,
-    sizes: Mapping[str, int],
-    micro_batches: int = 1,
+    graph: Graph, hints: Mapping[sympy.Symbol, int], cluster: str, sizes: Mapping[str, int]
 ) -> tuple[Rows, Settings]:
     """Every option and edge of a graph with its formula and its price on one mesh."""
     concrete = specialise(graph, hints)
     rules = rules_of(concrete)
     where = parse_cluster(cluster)
-    pricer = Pricer(where, make_mesh(where, sizes), micro_batches=micro_batches)
-    k = MICRO_BATCHES if micro_batches > 1 else 1
-    made = Formulas(graph, concrete, rules, hints, pricer.mesh, pricer.device, micro_batches=k)
+    pricer = Pricer(where, make_mesh(where, sizes))
+    made = Formulas(graph, concrete, rules, hints, pricer.mesh, pricer.device)
     rows: Rows = []
     options: dict[Node, list[Option]] = {}
     for node in concrete.calls():
@@ -66,8 +60,7 @@ def priced(
             rows.append((f"{node} {o.gives[0]} stored", stored.stored, o.memory_bytes))
             rows.append((f"{node} {o.gives[0]} update", stored.seconds, update))
     rows += edges(concrete, options, pricer, made)
-    numbers = {s.name: n for s, n in hints.items()}
-    return rows, Settings({**numbers, MICRO_BATCHES.name: micro_batches}, sizes)
+    return rows, Settings({s.name: n for s, n in hints.items()}, sizes)
 
 
 def edges(
@@ -106,21 +99,19 @@ def assert_agrees(rows: Rows, settings: Settings, cluster: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "cluster", "sizes", "micro_batches"),
+    ("name", "cluster", "sizes"),
     [
-        ("mlp", "cpu:4", {"dp": 2, "tp": 2}, 1),
-        ("mlp", "cpu:4", {"dp": 2, "tp": 2}, 4),
-        ("gpt", "2x2xH100", {"dp": 4}, 8),
-        ("resnet", "cpu:4", {"dp": 4}, 1),
-        ("moe_index", "cpu:4", {"tp": 4}, 1),
+        ("mlp", "cpu:4", {"dp": 2, "tp": 2}),
+        ("gpt", "2x2xH100", {"dp": 4}),
+        ("resnet", "cpu:4", {"dp": 4}),
+        ("moe_index", "cpu:4", {"tp": 4}),
     ],
 )
 def test_every_option_costs_what_its_formula_says(
-    name: str, cluster: str, sizes: dict[str, int], micro_batches: int
+    name: str, cluster: str, sizes: dict[str, int]
 ) -> None:
     subject = zoo_subject(name)
-    hints = subject.capture.symbols
-    rows, settings = priced(subject.graph, hints, cluster, sizes, micro_batches)
+    rows, settings = priced(subject.graph, subject.capture.symbols, cluster, sizes)
     assert len(rows) > 100
     assert_agrees(rows, settings, cluster)
 

@@ -90,7 +90,7 @@ def priced(case: tuple[str, str, Roles], micro_batches: int) -> Priced:
     name, spec, roles = case
     meshes = list(meshes_of(roles, parse_cluster(spec)))
     symbols = problem(name, spec, micro_batches).symbols
-    return frame(*case).priced(meshes, parse_cluster(spec), symbols, micro_batches)
+    return frame(*case).priced(meshes, parse_cluster(spec), symbols)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def alone(case: tuple[str, str, Roles], micro_batches: int, most: int = 1000) ->
     exact = problem(name, spec, micro_batches)
     twins = {node.name: node for node in exact.graph.fx.nodes}
     for at, mesh in enumerate(meshes_of(roles, exact.cluster)):
-        pricer = Pricer(exact.cluster, mesh, micro_batches=micro_batches)
+        pricer = Pricer(exact.cluster, mesh)
         for node, options in frame(*case).options.items():
             if node.op != "call_function":
                 continue
@@ -149,8 +149,7 @@ def _is_even(node: Node, placed: Placed, mesh: Mesh) -> bool:
 def test_options_are_those_of_their_mesh(case: tuple[str, str, Roles], micro_batches: int) -> None:
     """Seconds and bytes of every option, and whether it is one: as on its mesh alone."""
     found, checked, refused = priced(case, micro_batches), 0, 0
-    grid_meshes, cluster = found.pricer.grid.meshes, found.pricer.grid.cluster
-    pricers = {m: Pricer(cluster, m, micro_batches=micro_batches) for m in grid_meshes}
+    pricers = {mesh: Pricer(found.pricer.grid.cluster, mesh) for mesh in found.pricer.grid.meshes}
     for one in alone(case, micro_batches, most=7):
         grid, told = found.options[one.node], f"{one.node} option {one.row} on {one.mesh}"
         legal = bool(grid.legal[one.row, one.at])
@@ -252,6 +251,11 @@ def test_columns_cost_what_accounts_say(case: tuple[str, str, Roles], variant: V
         flow = _twin(columns.flows[item], twins)
         seconds = times * accounts.flow_time_s(flow)
         (late if overlap and accounts.overlaps(flow) else cost)[column] += seconds
+        cost[column] += times * accounts.sums_s(flow)
+        summed = flow.source if flow.regather else flow.want
+        shape = values_of(flow.producer)[flow.port].int_shape()
+        dims = zip(summed.splits, shape, strict=True)  # of uneven ones, the mean is taken there
+        even[column] &= all(split.is_even(n, table.meshes[at]) for split, n in dims)
     for column, item, times in columns.memory.triples():
         flow = _twin(columns.flows[item], twins)
         memory[column] += accounts.flow_memory(flow, times)

@@ -76,7 +76,7 @@ def tried(
     kept = {node: keep(node, list(options)) for node, options in frame.options.items()}
     frame = replace(frame, options=kept)
     meshes = tuple(meshes_of(ROLES, cluster))
-    table = frame.table(frame.priced(meshes, cluster, {}, variant.micro_batches), variant)
+    table = frame.table(frame.priced(meshes, cluster, {}), variant)
     built = frame.programme(table, 1e3)
     assert built is not None
     found = tuple(assignments(frame, mesh, variant) for mesh in meshes)
