@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from expecttest import assert_expected_inline
 
+from autopar.kernel_use import KernelUse
 from autopar.plan import Plan
 
 from .cli_helpers import run_main
@@ -48,6 +49,16 @@ def test_report_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_report_of_hostile_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = saved(tmp_path / "plan.json", HOSTILE)
     assert run_main(capsys, "report", plan, "-o", str(tmp_path / "x.html"))[0] == 0
+
+
+def test_report_of_a_plan_whose_kernels_save_time_and_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uses = KernelUse("int8", (), "", 1, 1e-4, 2e-4, step_s=-1e-4, sent_bytes={"all_reduce": -1000})
+    saving = replace(PLAN, kernels=(uses,), predicted=replace(PLAN.predicted, kernels_s=-1e-4))
+    plan, out = saved(tmp_path / "plan.json", saving), tmp_path / "x.html"
+    assert run_main(capsys, "report", plan, "-o", str(out))[0] == 0
+    assert "-100 us of the step" in out.read_text()
 
 
 @pytest.mark.parametrize(
