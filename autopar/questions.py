@@ -20,7 +20,7 @@ from .kernel_gains import with_kernels_counted
 from .passes.accounts import FULL, NONE, SELECTIVE
 from .passes.case import Case, make_case
 from .passes.choose_kernels import choose_kernels
-from .passes.columns import is_getitem
+from .passes.columns import passes_on
 from .passes.describe import collapse, pattern
 from .passes.hinted import hints_of_plan
 from .passes.hints import op_names, with_hints
@@ -178,7 +178,7 @@ def find_ops(case: Case, wanted: str) -> list[Node]:
     stands_for = case.blocks.representative
     names: dict[str, list[Node]] = {}
     for node in case.concrete.calls():
-        if not is_getitem(node):
+        if not passes_on(node):
             for name in op_names(node):
                 names.setdefault(name, []).append(stands_for[node])
     return _matching(names, wanted, "op")

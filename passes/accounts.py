@@ -19,15 +19,16 @@ import torch.fx
 
 from autopar.cost.cluster import Cluster
 from autopar.cost.families import op_family, op_name
-from autopar.ir.graph import Graph, values_of
+from autopar.ir.graph import Graph, value_of, values_of
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
-from .columns import Edge, Flow, is_getitem
+from .columns import Edge, Flow, passes_on
 from .gradient_sums import summed_as
+from .narrow_gathers import summed
 from .options import Option
 from .price import Pricer
-from .wide_gradients import is_summed_whole
+from .wide_gradients import is_summed_apart
 from .widening import widening
 
 Node = torch.fx.Node
@@ -82,7 +83,7 @@ def regions_of(graph: Graph, blocks: Blocks) -> Regions:
             of[calls[start + offset]] = (index, offset // period)
     leaving: dict[Node, int] = {}
     for node in calls:
-        if node in of and not is_getitem(node):
+        if node in of and not passes_on(node):
             readers = _readers(node)
             if any(of.get(user) != of[node] for user in readers):
                 stands = blocks.representative[node]
@@ -93,7 +94,7 @@ def regions_of(graph: Graph, blocks: Blocks) -> Regions:
 def _readers(node: Node) -> list[Node]:
     found = []
     for user in node.users:
-        found += _readers(user) if is_getitem(user) else [user]
+        found += _readers(user) if passes_on(user) else [user]
     return found
 
 
@@ -177,7 +178,8 @@ class Accounts:
         if not self.accumulates(flow):
             return 0.0
         held = summed_as(flow.source, flow.want, flow.regather)
-        return (self.micro_batches - 1) * self.pricer.sum_s(flow.producer, flow.port, held)
+        each = self.pricer.sum_s(flow.producer, flow.port, held, flow.regather)
+        return (self.micro_batches - 1) * each
 
     def flow_memory(self, flow: Flow, times: float) -> float:
         """Bytes that `times` copies of a value keep for the readers that need it backward."""
@@ -219,9 +221,9 @@ class Accounts:
 
     def _sum_bytes(self, flow: Flow) -> float:
         """What the sum takes: beyond the stored gradient, or whole until it is reduced."""
-        value = values_of(flow.producer)[flow.port]
+        value = value_of(summed(flow.producer, flow.regather))
         wider = widening(value.dtype)
-        if is_summed_whole(flow.source, flow.want, flow.regather):
+        if is_summed_apart(flow.producer, flow.source, flow.want, flow.regather):
             return (1 + wider) * self.pricer.local_bytes(value, flow.want.without_varying())
         return wider * self.pricer.local_bytes(value, flow.source) if wider else 0.0
 

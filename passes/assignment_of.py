@@ -16,7 +16,7 @@ from autopar.plan import Plan
 from .blocks import Blocks, find_blocks
 from .options import Option, place_call
 from .price import Pricer
-from .programme import is_getitem
+from .programme import passes_on
 
 Node = torch.fx.Node
 
@@ -42,7 +42,7 @@ def assignment_of(
             option[node] = Option((), _whole(tensor_inputs(node)), (), 0.0, 0.0)
         elif node.op == "placeholder" and values_of(node):
             option[node] = _stored(node, plan, pricer)
-        elif node.op == "call_function" and not is_getitem(node):
+        elif node.op == "call_function" and not passes_on(node):
             texts = plan.choices.get(node.name, {})
             key = (stands_for[node], tuple(texts.items()))
             if key not in calls:
@@ -105,7 +105,7 @@ def _stored(node: Node, plan: Plan, pricer: Pricer) -> Option:
         (),
         (),
         (sharding,),
-        pricer.optimizer_time_s(value, sharding),
+        pricer.update_time_s(node, sharding),
         pricer.stored_bytes(value, sharding),
         stored.regather,
     )

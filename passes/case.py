@@ -27,6 +27,7 @@ from .assignment_of import assignment_of
 from .blocks import Blocks, find_blocks
 from .bucket_collectives import BUCKET_BYTES
 from .formulas import Formulas
+from .narrow_gathers import wear_casts
 from .options import Option
 from .price import Pricer
 from .rules_of import rules_of
@@ -149,7 +150,7 @@ def make_case(
                 fix="choose a batch size that is",
             )
         sizes[BATCH] //= micro_batches
-    concrete = specialise(symbolic, sizes)
+    concrete = wear_casts(specialise(symbolic, sizes))
     rules = rules_of(concrete)
     layers = find_blocks(concrete)
     pricer = Pricer(cluster, plan.mesh, optimizer, micro_batches=micro_batches)

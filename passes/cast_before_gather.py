@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.fx
 
 from autopar.ir.graph import Graph, tensor_inputs, value_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.recomputed import MARK, mark_of
 from autopar.ir.sharding import Sharding
+
+from .narrow_gathers import is_narrowing_cast
 
 Node = torch.fx.Node
 
@@ -45,21 +46,6 @@ def cast_before_gather(graph: Graph, mesh: Mesh) -> Graph:
                 first = node.next
             first.prepend(node)
     return new
-
-
-def is_narrowing_cast(node: Node) -> bool:
-    """Whether a call does nothing but round a floating point parameter to a narrower dtype."""
-    if node.target is not torch.ops.aten._to_copy.default or set(node.kwargs) != {"dtype"}:
-        return False
-    (source,) = tensor_inputs(node)
-    before, after = value_of(source).dtype, value_of(node).dtype
-    return (
-        source.op == "placeholder"
-        and source.meta["role"] == "param"
-        and before.is_floating_point
-        and after.is_floating_point
-        and after.itemsize < before.itemsize
-    )
 
 
 def is_plain_cast(node: Node) -> bool:

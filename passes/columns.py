@@ -26,7 +26,7 @@ from autopar.ir.graph import Graph, Value, tensor_inputs, value_of
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
-from .edges import Edge, edge_key, edges_of, is_getitem, producer_of
+from .edges import Edge, edge_key, edges_of, is_getitem, passes_on, producer_of
 from .gradient_sums import is_summed
 from .options import Option
 
@@ -40,6 +40,7 @@ __all__ = [
     "edge_key",
     "edges_of",
     "is_getitem",
+    "passes_on",
     "producer_of",
     "reading_patterns",
     "times_read",

@@ -20,6 +20,7 @@ from autopar.ir.sharding import Sharding
 from autopar.ir.text import print_value
 from autopar.plan import Activation, Traffic
 
+from .narrow_gathers import travelling_value
 from .options import Option
 from .price import Pricer
 from .programme import Edge, edges_of
@@ -155,7 +156,7 @@ def describe_traffic(
         if (edge.producer, edge.port, want) in paid or source == want:
             continue
         paid.add((edge.producer, edge.port, want))
-        value = values_of(edge.producer)[edge.port]
+        value = travelling_value(edge.producer, edge.port)
         for kind, axis, backward, nbytes in _messages(
             value, source, want, producer.regather, pricer
         ):

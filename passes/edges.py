@@ -1,4 +1,4 @@
-"""Who reads what: the reads of tensor values in a graph, through `getitem` nodes."""
+"""Who reads what: the reads of tensor values in a graph, through nodes that pass them on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from autopar.ir.graph import Graph, Value, tensor_inputs
 
 Node = torch.fx.Node
 
+WORN = "worn"  # meta of a cast that is planned as part of its parameter (`narrow_gathers`)
+
 
 class Edge(NamedTuple):
     """A value read by a node: output `port` of `producer` is tensor input `slot` of `consumer`."""
@@ -22,7 +24,7 @@ class Edge(NamedTuple):
 
 
 def edges_of(graph: Graph) -> list[Edge]:
-    """Every read of a tensor value by an op or by the output, through `getitem` nodes."""
+    """Every read of a tensor value by an op or by the output, through nodes that pass it on."""
     return edges_among(graph.fx.nodes)
 
 
@@ -30,7 +32,7 @@ def edges_among(nodes: Iterable[Node]) -> list[Edge]:
     """Every read of a tensor value by one of the nodes."""
     found = []
     for node in nodes:
-        if node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
+        if node.op == "output" or (node.op == "call_function" and not passes_on(node)):
             for slot, source in enumerate(tensor_inputs(node)):
                 found.append(Edge(*producer_of(source), node, slot))
     return found
@@ -41,8 +43,15 @@ def is_getitem(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
+def passes_on(node: Node) -> bool:
+    """Whether a node decides nothing: its readers read what is before it."""
+    return bool(node.meta.get(WORN)) or is_getitem(node)
+
+
 def producer_of(node: Node) -> tuple[Node, int]:
     """The op behind a value and which of its tensor outputs it is."""
+    if node.meta.get(WORN):
+        return tensor_inputs(node)[0], 0
     if not is_getitem(node):
         return node, 0
     source, index = node.args[0], node.args[1]

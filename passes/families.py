@@ -11,7 +11,7 @@ from autopar.ir.graph import Graph, Value, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 
-from .columns import is_getitem, producer_of
+from .columns import passes_on, producer_of
 from .options import Allowed, Option
 
 Node = torch.fx.Node
@@ -191,7 +191,7 @@ def follow(
     dims = {key: set(found) for key, found in starts.items()}
     factors: dict[Node, frozenset[str]] = {}
     for node in graph.calls():
-        if is_getitem(node):
+        if passes_on(node):
             continue
         rule = rules[node.name]
         tainted = {

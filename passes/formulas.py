@@ -18,6 +18,7 @@ import torch.fx
 
 from autopar.cost.cluster import Device
 from autopar.cost.compute import (
+    LocalOp,
     accumulate_time,
     backward_time,
     forward_time,
@@ -50,6 +51,7 @@ from autopar.ir.sharding import Sharding
 from .blocks import Blocks
 from .gradient_sums import sum_time
 from .kept import own_outputs
+from .narrow_gathers import is_narrow, summed, travelling
 from .own_formulas import own_messages
 
 Node = torch.fx.Node
@@ -292,7 +294,8 @@ class Formulas:
     def stored(self, node: Node, sharding: Sharding) -> StoredFormula:
         """A parameter stored at a sharding."""
         value = value_of(node)
-        key = (value.shape, value.dtype, value.requires_grad, sharding)
+        cast = travelling(node)
+        key = (value.shape, value.dtype, value.requires_grad, value_of(cast).dtype, sharding)
         if key not in self._stored:
             sizes = zip(value.int_shape(), sharding.splits, strict=True)
             local = math.prod(local_size(size, split) for size, split in sizes)
@@ -301,14 +304,29 @@ class Formulas:
                 self._stored[key] = StoredFormula(ZERO, nbytes)
             else:
                 numel = local if isinstance(local, int) else Traced.of(local, self._number(local))
+                seconds = optimizer_time(self._device, numel, value.dtype, self.optimizer)
+                if cast is not node:
+                    op = self._cast(cast, sharding)
+                    seconds = seconds + forward_time(self._device, op)
+                    if value_of(cast).requires_grad:
+                        seconds = seconds + backward_time(self._device, op)
                 self._stored[key] = StoredFormula(
-                    expression(optimizer_time(self._device, numel, value.dtype, self.optimizer)),
+                    expression(seconds),
                     expression(state_bytes(numel, value.dtype, self.optimizer).total),
                 )
         return self._stored[key]
 
-    def sum_seconds(self, producer: Node, port: int, sharding: Sharding) -> sympy.Expr:
+    def _cast(self, cast: Node, sharding: Sharding) -> LocalOp:
+        """The cast of a parameter, on the shard that is stored."""
+        sizes = zip(value_of(cast).int_shape(), sharding.splits, strict=True)
+        shape = tuple(self._size(local_size(size, split)) for size, split in sizes)
+        return local_op(cast, [shape], [shape])
+
+    def sum_seconds(
+        self, producer: Node, port: int, sharding: Sharding, regather: bool = False
+    ) -> sympy.Expr:
         """Adding one micro-batch's gradient of a parameter to those of the ones before."""
+        producer = summed(producer, regather)
         nbytes = self.gives_bytes(producer, port, sharding)
         traced = Traced.of(nbytes, self._number(nbytes))
         return expression(sum_time(self._device, traced, self._values[producer.name][port].dtype))
@@ -319,10 +337,10 @@ class Formulas:
         self, producer: Node, port: int, source: Sharding, want: Sharding, regather: bool = False
     ) -> EdgeFormula:
         """Resharding of a value for its readers, and of its gradient on the way back."""
-        value = self._values[producer.name][port]
+        value = self._values[travelling(producer).name][port]
         role = producer.meta.get("role") if producer.op == "placeholder" else None
         nbytes = sympy.sympify(value.numel()) * value.dtype.itemsize
-        key = (nbytes, value.requires_grad, role, source, want, regather)
+        key = (nbytes, value.requires_grad, role, is_narrow(producer), source, want, regather)
         if key not in self._edges:
             self._edges[key] = self._find_edge(*key)
         return self._edges[key]
@@ -332,6 +350,7 @@ class Formulas:
         nbytes: sympy.Expr,
         grad: bool,
         role: str | None,
+        narrow: bool,
         source: Sharding,
         want: Sharding,
         regather: bool,
@@ -353,7 +372,9 @@ class Formulas:
                 if kind is not None
             ]
             before = step.after
-        kept = nbytes / _parts(want)
+        kept = nbytes / _parts(source if narrow and regather else want)
+        if narrow:
+            return EdgeFormula(tuple(found), kept)
         if role is not None and (role != "param" or regather or want.without_varying() == source):
             kept = ZERO
         return EdgeFormula(tuple(found), kept)

@@ -35,6 +35,7 @@ from autopar.ir.rule import Dim, Dims, Placed, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding, Split
 
 from .kept import own_outputs
+from .narrow_gathers import travelling, travelling_value
 from .options import Option
 from .price import message_bytes
 from .route_costs import GROUPED, SCATTERS, route_messages
@@ -321,13 +322,20 @@ class GridPricer:
             return OptionPrices(zero, zero, nbytes, nbytes, legal)
         elements = nbytes / value.dtype.itemsize
         seconds = optimizer_time(self.device, elements, value.dtype, self.optimizer)
+        cast = travelling(node)
+        if cast is not node:
+            dims, _ = self.local(node, 0, shardings)
+            op = local_op(cast, [tuple(dims)], [tuple(dims)])
+            seconds = seconds + forward_time(self.device, op)
+            if value_of(cast).requires_grad:
+                seconds = seconds + backward_time(self.device, op)
         extra = np.array([[1e-9 if o.regather else 0.0] for o in options])
         held = state_bytes(elements, value.dtype, self.optimizer).total
         return OptionPrices(zero, _full(seconds, zero.shape) + extra, held, nbytes, legal)
 
     def whole_bytes(self, node: Node, port: int) -> float:
-        """Bytes of a whole value."""
-        made = float(values_of(node)[port].dtype.itemsize)
+        """Bytes of a whole value as it travels."""
+        made = float(travelling_value(node, port).dtype.itemsize)
         for size in self.shape(node, port):
             made *= size
         return made

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from autopar.cost.cluster import Cluster
 from autopar.cost.comm import reshard_time
-from autopar.ir.graph import values_of
 from autopar.ir.hint import MARK, may_reshard
 from autopar.ir.lowered import GATHER_VARY, PVARY, Collective
 from autopar.ir.mesh import Mesh
@@ -27,6 +26,7 @@ from autopar.ir.sharding import Sharding
 from .bucket_collectives import BUCKET_BYTES
 from .edges import Edge
 from .grid import Grid
+from .narrow_gathers import travelling_value
 from .options import Option
 
 Node = torch.fx.Node
@@ -237,7 +237,9 @@ def moves_of(
         codes // len(ways.number),
         values,
         np.array([_is_param(node) for node, _ in values], dtype=np.bool_),
-        np.array([values_of(node)[port].requires_grad for node, port in values], dtype=np.bool_),
+        np.array(
+            [travelling_value(node, port).requires_grad for node, port in values], dtype=np.bool_
+        ),
         list(ways.step_at),
         step_of[codes % len(ways.number)],
     )

@@ -18,7 +18,7 @@ from .frame import Variant
 from .options import Option, place_call
 from .price import Pricer
 from .problem import Problem
-from .programme import evaluate, is_getitem
+from .programme import evaluate, passes_on
 from .propose import Proposal
 from .settle import Settled
 from .staged_plan import schedule_text
@@ -137,7 +137,7 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
     for node, first in problem.blocks.representative.items():
         if first is not node and first in options:
             options[node] = options[first]
-        elif node.op == "output" or (node.op == "call_function" and not is_getitem(node)):
+        elif node.op == "output" or (node.op == "call_function" and not passes_on(node)):
             values = [v for s in tensor_inputs(node) for v in values_of(s)[:1]]
             wants = tuple(Sharding.replicated(v.rank) for v in values)
             gives = tuple(Sharding.replicated(v.rank) for v in values_of(node))
@@ -156,7 +156,7 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
                 (),
                 (),
                 (whole,),
-                pricer.optimizer_time_s(value, whole) if is_param else 0.0,
+                pricer.update_time_s(node, whole) if is_param else 0.0,
                 pricer.stored_bytes(value, whole) if is_param else 0.0,
             )
     accounts = Accounts(pricer, problem.regions)

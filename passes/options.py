@@ -120,7 +120,7 @@ def priced_on(
         value, (stored,) = value_of(node), option.gives
         if not storable(stored, value.int_shape(), mesh):
             return None
-        time_s = pricer.optimizer_time_s(value, stored) + 1e-9 * option.regather
+        time_s = pricer.update_time_s(node, stored) + 1e-9 * option.regather
         return replace(option, time_s=time_s, memory_bytes=pricer.stored_bytes(value, stored))
     if rule is None:
         return option
@@ -163,7 +163,7 @@ def param_options(
     for sharding in found:
         if not storable(sharding, shape, mesh):
             continue
-        time_s = pricer.optimizer_time_s(value, sharding)
+        time_s = pricer.update_time_s(node, sharding)
         memory = pricer.stored_bytes(value, sharding)
         options.append(Option((), (), (sharding,), time_s, memory))
         if any(sharding.splits):

@@ -43,6 +43,7 @@ from autopar.ir.sharding import Sharding
 from .bucket_collectives import BUCKET_BYTES
 from .gradient_sums import sum_time
 from .kept import own_outputs
+from .narrow_gathers import is_narrow, summed, travelling, travelling_value
 from .route_costs import route_messages
 
 Node = torch.fx.Node
@@ -205,15 +206,25 @@ class Pricer:
         local = self.local_bytes(value, sharding) / value.dtype.itemsize
         return float(optimizer_time(self.device, local, value.dtype, self.optimizer))
 
+    def update_time_s(self, node: Node, sharding: Sharding) -> float:
+        """What a stored parameter takes per step: its update, and its cast if it has one."""
+        seconds, cast = self.optimizer_time_s(value_of(node), sharding), travelling(node)
+        if cast is node:
+            return seconds
+        shape = self._local(value_of(node), sharding)
+        op = local_op(cast, [shape], [shape])
+        seconds += float(forward_time(self.device, op))
+        return seconds + float(backward_time(self.device, op)) * value_of(cast).requires_grad
+
     def stored_bytes(self, value: Value, sharding: Sharding) -> float:
         local = self.local_bytes(value, sharding) / value.dtype.itemsize
         if not value.requires_grad:
             return local * value.dtype.itemsize
         return float(state_bytes(local, value.dtype, self.optimizer).total)
 
-    def sum_s(self, producer: Node, port: int, sharding: Sharding) -> float:
+    def sum_s(self, producer: Node, port: int, sharding: Sharding, regather: bool = False) -> float:
         """Seconds to add one micro-batch's gradient of a parameter to those of the ones before."""
-        value = values_of(producer)[port]
+        value = values_of(summed(producer, regather))[port]
         return float(sum_time(self.device, self.local_bytes(value, sharding), value.dtype))
 
     # -- edges --------------------------------------------------------------------------------
@@ -234,7 +245,7 @@ class Pricer:
             return 0.0
         if MARK in producer.meta and not may_reshard(producer.meta[MARK], source, want):
             return float("inf")
-        value = values_of(producer)[port]
+        value = travelling_value(producer, port)
         role = producer.meta.get("role") if producer.op == "placeholder" else None
         key = (source, want, self._bytes(value), value.requires_grad, role, regather)
         found = self._edge_times.get(key)
@@ -279,7 +290,7 @@ class Pricer:
         self, producer: Node, port: int, source: Sharding, want: Sharding
     ) -> list[EdgeCollective]:
         """The collectives of one edge in forward order, each with its dual and both times."""
-        value = values_of(producer)[port]
+        value = travelling_value(producer, port)
         role = producer.meta.get("role") if producer.op == "placeholder" else None
         found = []
         for step in self._steps(source, want) or ():
@@ -304,9 +315,10 @@ class Pricer:
         return found
 
     def edge_bytes(
-        self, value: Value, source: Sharding, want: Sharding, regather: bool = False
+        self, producer: Node, port: int, source: Sharding, want: Sharding, regather: bool = False
     ) -> dict[str, float]:
         """Bytes that one device sends per step for an edge, per collective."""
+        value = travelling_value(producer, port)
         found: dict[str, float] = {}
         for step in self._steps(source, want) or ():
             nbytes = self._bytes(value) / step.parts
@@ -335,14 +347,18 @@ class Pricer:
     ) -> float:
         """Memory of a value kept for the backward in the form its readers want.
 
-        A parameter as stored, and a gathered copy that is dropped and gathered again, cost nothing.
+        A parameter as stored, and a gathered copy that is dropped and gathered again, cost nothing;
+        but for the cast shard of one that travels in a lower precision.
         """
+        value = travelling_value(producer, port)
+        if is_narrow(producer):
+            return self._bytes(value) / (source if regather else want).parts(self.mesh)
         if producer.op == "placeholder":
             if producer.meta.get("role") != "param" or regather:
                 return 0.0
             if want.without_varying() == source:
                 return 0.0
-        return self._bytes(values_of(producer)[port]) / want.parts(self.mesh)
+        return self._bytes(value) / want.parts(self.mesh)
 
     # -- helpers ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from numpy.typing import NDArray
 
-from autopar.ir.graph import values_of
+from autopar.ir.graph import value_of
 from autopar.ir.sharding import Sharding
 
 from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy
@@ -21,8 +21,10 @@ from .columns import Columns, Flow
 from .gradient_sums import is_summed, sum_time, summed_as
 from .grid import Grid
 from .moves import MovePrices, Moves
+from .narrow_gathers import is_narrow, travelling
+from .narrow_gathers import summed as _summed
 from .variant import Prices, Variant
-from .wide_gradients import is_summed_whole
+from .wide_gradients import is_summed_apart
 from .widening import widening
 
 Node = torch.fx.Node
@@ -60,6 +62,7 @@ class PricedColumns:
     sum_value: Ints
     sum_axes: tuple[tuple[str, ...], ...]
     sum_times: Array
+    sum_widths: Array
     sum_dtypes: tuple[torch.dtype, ...]
     copies: dict[tuple[str, int], Array] = field(default_factory=dict)
 
@@ -112,6 +115,7 @@ class PricedColumns:
         """Seconds to add one micro-batch's gradients of parameters, as `Accounts.sums_s`."""
         split = {axes: grid.product(axes) for axes in set(self.sum_axes)}
         whole = value_bytes[self.sum_value][:, None]
+        whole = whole * self.sum_widths[:, None]
         nbytes = whole / np.stack([split[axes] for axes in self.sum_axes])
         seconds = np.zeros_like(nbytes)
         for dtype in set(self.sum_dtypes):
@@ -194,7 +198,8 @@ def priceable(
         np.array([moves.values[f.producer, f.port] for _, f, _ in summed], dtype=np.int64),
         tuple(_axes_of(summed_as(f.source, f.want, f.regather)) for _, f, _ in summed),
         np.array([times for *_, times in summed], dtype=np.float64),
-        tuple(values_of(f.producer)[f.port].dtype for _, f, _ in summed),
+        np.array([_width(f) for _, f, _ in summed], dtype=np.float64),
+        tuple(value_of(_summed(f.producer, f.regather)).dtype for _, f, _ in summed),
     )
 
 
@@ -212,15 +217,21 @@ def _held(flow: Flow) -> tuple[bool, int]:
         return True, 0
     if not _is_param(flow):
         return False, 0
-    value = values_of(flow.producer)[flow.port]
-    wider = widening(value.dtype)
-    whole = is_summed_whole(flow.source, flow.want, flow.regather)
-    return whole, (whole + wider) * value.requires_grad
+    value = value_of(_summed(flow.producer, flow.regather))
+    apart = is_summed_apart(flow.producer, flow.source, flow.want, flow.regather)
+    return apart or is_narrow(flow.producer), (apart + widening(value.dtype)) * value.requires_grad
+
+
+def _width(flow: Flow) -> float:
+    """How much wider what is summed of a parameter is than what travels."""
+    moved, held = travelling(flow.producer), _summed(flow.producer, flow.regather)
+    return value_of(held).dtype.itemsize / value_of(moved).dtype.itemsize
 
 
 def _axes(flow: Flow, saved: bool) -> tuple[str, ...]:
     """The axes that split what is kept; of a sum beside a stored gradient, the gradient's."""
-    return _axes_of(flow.want if saved else flow.source)
+    shard = is_narrow(flow.producer) and flow.regather
+    return _axes_of(flow.want if saved and not shard else flow.source)
 
 
 def _axes_of(sharding: Sharding) -> tuple[str, ...]:

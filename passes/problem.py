@@ -18,9 +18,10 @@ from autopar.ir.sharding import Sharding
 
 from .accounts import Regions, regions_of
 from .blocks import Blocks, find_blocks
-from .columns import is_getitem
+from .columns import passes_on
 from .families import Factors, Family, batch_factors, expert_factors, sequence_factors
 from .hints import keep_hinted
+from .narrow_gathers import wear_casts
 from .options import Option, call_options, param_options
 from .price import Pricer
 from .rules_of import rules_of
@@ -60,7 +61,7 @@ def problem_of(
     graph: Graph, symbols: Mapping[sympy.Symbol, int], cluster: Cluster, optimizer: str
 ) -> Problem:
     """The problem of a prepared graph for one size of every symbol."""
-    concrete = specialise(graph, symbols)
+    concrete = wear_casts(specialise(graph, symbols))
     blocks = find_blocks(concrete)
     rules = rules_of(concrete, blocks.representative)
     return Problem(
@@ -92,7 +93,7 @@ def options_of(
                 Sharding.replicated(v.rank) for s in tensor_inputs(node) for v in values_of(s)[:1]
             )
             options[node] = [Option((), wants, (), 0.0, 0.0)]
-        elif node.op == "call_function" and not is_getitem(node):
+        elif node.op == "call_function" and not passes_on(node):
             rule = problem.rules[node.name]
             found = call_options(node, rule, mesh, pricer, family.allows)
             options[node] = keep_hinted(node, family.keeps(node, found))

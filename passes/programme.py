@@ -41,6 +41,7 @@ from .columns import (
     copies_of,
     edges_of,
     is_getitem,
+    passes_on,
     producer_of,
     reading_patterns,
     times_read,
@@ -48,7 +49,16 @@ from .columns import (
 from .options import Option
 from .price import Pricer
 
-__all__ = ["Assignment", "Edge", "edges_of", "evaluate", "is_getitem", "producer_of", "solve"]
+__all__ = [
+    "Assignment",
+    "Edge",
+    "edges_of",
+    "evaluate",
+    "is_getitem",
+    "passes_on",
+    "producer_of",
+    "solve",
+]
 
 Node = torch.fx.Node
 Vector = NDArray[np.float64]

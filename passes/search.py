@@ -16,7 +16,7 @@ from autopar.cost.sent import sent_bytes
 from autopar.cost.step import Step
 from autopar.cost.timeline import Timeline, summarise
 from autopar.errors import PassError, UserError
-from autopar.ir.graph import Graph, value_of, values_of
+from autopar.ir.graph import Graph, value_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.text import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
@@ -237,8 +237,7 @@ def predict(graph: Graph, option: Mapping[Node, Option], pricer: Pricer) -> Pred
         if key not in paid:
             paid.add(key)
             comm += pricer.edge_time_s(*arguments)
-            value = values_of(edge.producer)[edge.port]
-            for kind, n in pricer.edge_bytes(value, source, want, producer.regather).items():
+            for kind, n in pricer.edge_bytes(*arguments).items():
                 sent[kind] += n
         if pricer.saves_input(edge.consumer, edge.slot) and key not in kept:
             kept.add(key)

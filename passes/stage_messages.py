@@ -130,7 +130,7 @@ def messages_of(
                     sent_bytes[node],
                     value.requires_grad,
                     value.dtype,
-                    at[producer],
+                    at[producer if producer in at else node],
                     _kept_by(node, at, blocks, option, pricer),
                 )
     return Messages(tuple(tuple(known[n] for n in unit.crossing) for unit in units))

@@ -22,7 +22,7 @@ from autopar.ir.sharding import Sharding
 
 from .accounts import Accounts, Regions, read_flows, regions_of
 from .blocks import Blocks
-from .columns import is_getitem
+from .columns import passes_on
 from .formulas import Formulas
 from .options import Option
 from .price import Pricer
@@ -114,8 +114,8 @@ class _Priced:
     ) -> Any:
         return self._formulas.edge(producer, port, source, want, regather).kept
 
-    def sum_s(self, producer: Node, port: int, sharding: Sharding) -> Any:
-        return self._formulas.sum_seconds(producer, port, sharding)
+    def sum_s(self, producer: Node, port: int, sharding: Sharding, regather: bool = False) -> Any:
+        return self._formulas.sum_seconds(producer, port, sharding, regather)
 
     def saves_input(self, node: Node, slot: int) -> bool:
         return self._formulas.keeps_input(node, slot)
@@ -180,7 +180,7 @@ def step_formula(
     for node in option:
         count[blocks.representative[node]] += 1
     for node, n in count.items():
-        if not only(node) or is_getitem(node):
+        if not only(node) or passes_on(node):
             continue
         stored = node.op == "placeholder"
         label = formulas.optimizer if stored else op_family(op_name(node.target))

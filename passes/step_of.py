@@ -26,9 +26,10 @@ from .bucket_collectives import BUCKET_BYTES
 from .chunks import Chunk, chunks_of, thinned
 from .gradient_sums import is_summed, summed_as
 from .kept import own_outputs
+from .narrow_gathers import is_narrow, travelling_value
 from .options import Option
 from .price import EdgeCollective, Pricer
-from .programme import is_getitem, producer_of
+from .programme import passes_on, producer_of
 from .stored import gradient_bytes, stored_state
 from .wide_gradients import is_summed_whole
 from .widening import widening
@@ -157,7 +158,7 @@ class _Builder:
         """The parts of one chunk, collectives right before the op that first wants their result."""
         parts: list[Part] = []
         for node in chunk.nodes:
-            if node.op != "output" and is_getitem(node):
+            if node.op != "output" and passes_on(node):
                 continue
             saved: list[tuple[int, float]] = []
             inputs = tensor_inputs(node)
@@ -365,12 +366,15 @@ class _Builder:
                 self.sums_s[node] += self._sum_s(producer, port, want)
         at = self.paid[key]
         if at is not None and at[0] != index:
-            self._enters(index, at, self.pricer.local_bytes(values_of(producer)[port], want))
+            moved = travelling_value(producer, port)
+            self._enters(index, at, self.pricer.local_bytes(moved, want))
         if node.op == "output" or key in self.kept or not self._saves(node, slot):
             return at
         self.kept.add(key)
         nbytes = self.pricer.saved_input_bytes(producer, port, source, want, given.regather)
         here = at[1] if at is not None and at[0] == index else -1
+        shard = is_narrow(producer) and given.regather  # is kept, and what is gathered is not
+        here = -1 if shard else here
         if producer.op == "placeholder" and here >= 0:
             parts[here] = replace(parts[here], saved_bytes=parts[here].saved_bytes + nbytes)
         elif nbytes:
@@ -383,7 +387,7 @@ class _Builder:
         if k == 1:
             return 0.0
         held = summed_as(given.gives[port], want, given.regather)
-        return (k - 1) / k * self.pricer.sum_s(producer, port, held)
+        return (k - 1) / k * self.pricer.sum_s(producer, port, held, given.regather)
 
     def _saves(self, node: Node, slot: int) -> bool:
         return self.pricer.saves_input(self.blocks.representative[node], slot)
@@ -405,7 +409,7 @@ class _Builder:
         at: Place | None,
     ) -> Place | None:
         """Append the collectives of an edge; where their result is made."""
-        source, value = self.option[producer].gives[port], values_of(producer)[port]
+        source, value = self.option[producer].gives[port], travelling_value(producer, port)
         param = producer.meta["fqns"][0] if producer.meta.get("role") == "param" else ""
         first = len(parts)
         for collective in self.pricer.edge_collectives(producer, port, source, want):
@@ -426,7 +430,7 @@ class _Builder:
 
     def _sum_wide(self, parts: list[Part], first: int, producer: Node, want: Sharding) -> None:
         """Note the sum of a parameter's gradient with the gather that makes what ops read."""
-        value, given = value_of(producer), self.option[producer]
+        value, given = travelling_value(producer, 0), self.option[producer]
         gathers = [i for i in range(first, len(parts)) if parts[i].kind and parts[i].backward_s]
         if gathers and is_summed_whole(given.gives[0], want, given.regather):
             last = parts[gathers[-1]]

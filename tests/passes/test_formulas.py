@@ -7,19 +7,23 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import sympy
+import torch
 import torch.fx
 
 from autopar.cost.cluster import make_mesh, parse_cluster
 from autopar.cost.evaluate import Settings, compiled
-from autopar.ir.graph import Graph, value_of, values_of
+from autopar.ir.graph import Graph, values_of
 from autopar.passes.bucket_collectives import BUCKET_BYTES
-from autopar.passes.columns import edges_of, is_getitem
+from autopar.passes.columns import edges_of, passes_on
 from autopar.passes.formulas import Formulas
+from autopar.passes.narrow_gathers import travelling_value, wear_casts
 from autopar.passes.options import Option, call_options, param_options
 from autopar.passes.price import Pricer
 from autopar.passes.rules_of import rules_of
 from autopar.passes.specialise import specialise
-from tests.simulate import zoo_subject
+from tests.autocast import Autocast
+from tests.simulate import subject_of, zoo_subject
+from tests.zoo import ZOO
 
 from .helpers import graph_of
 
@@ -32,7 +36,7 @@ def priced(
     graph: Graph, hints: Mapping[sympy.Symbol, int], cluster: str, sizes: Mapping[str, int]
 ) -> tuple[Rows, Settings]:
     """Every option and edge of a graph with its formula and its price on one mesh."""
-    concrete = specialise(graph, hints)
+    concrete = wear_casts(specialise(graph, hints))
     rules = rules_of(concrete)
     where = parse_cluster(cluster)
     pricer = Pricer(where, make_mesh(where, sizes))
@@ -40,7 +44,7 @@ def priced(
     rows: Rows = []
     options: dict[Node, list[Option]] = {}
     for node in concrete.calls():
-        if is_getitem(node):
+        if passes_on(node):
             continue
         rule = rules[node.name]
         options[node] = call_options(node, rule, pricer.mesh, pricer, lambda *_: True)
@@ -56,7 +60,7 @@ def priced(
         options[node] = param_options(node, wanted, pricer.mesh, pricer)
         for o in options[node]:
             stored = made.stored(node, o.gives[0])
-            update = pricer.optimizer_time_s(value_of(node), o.gives[0])
+            update = pricer.update_time_s(node, o.gives[0])
             rows.append((f"{node} {o.gives[0]} stored", stored.stored, o.memory_bytes))
             rows.append((f"{node} {o.gives[0]} update", stored.seconds, update))
     rows += edges(concrete, options, pricer, made)
@@ -72,9 +76,10 @@ def edges(
         gives = {(o.gives[e.port], o.regather) for o in options.get(e.producer, ())}
         wants = {o.wants[e.slot] for o in options.get(e.consumer, ())}
         value, role = values_of(e.producer)[e.port], e.producer.meta.get("role")
+        moved = travelling_value(e.producer, e.port)
         for source, regather in gives:
             for want in wants:
-                key = (value.shape, value.dtype, value.requires_grad, role, source, want, regather)
+                key = (value, moved, role, source, want, regather)
                 price = pricer.edge_time_s(e.producer, e.port, source, want, regather)
                 if key in seen or price == float("inf"):
                     continue
@@ -114,6 +119,14 @@ def test_every_option_costs_what_its_formula_says(
     rows, settings = priced(subject.graph, subject.capture.symbols, cluster, sizes)
     assert len(rows) > 100
     assert_agrees(rows, settings, cluster)
+
+
+def test_what_is_cast_costs_what_its_formula_says() -> None:
+    torch.manual_seed(0)
+    args, kwargs = ZOO["mlp"].inputs(0, torch.float32)
+    subject = subject_of(Autocast(ZOO["mlp"].build()), args, kwargs)
+    rows, settings = priced(subject.graph, subject.capture.symbols, "2x2xH100", {"dp": 2, "tp": 2})
+    assert_agrees(rows, settings, "2x2xH100")
 
 
 UNEVEN = """

@@ -33,6 +33,7 @@ from autopar.passes.options import Option, place_call
 from autopar.passes.price import Pricer
 from autopar.passes.problem import Problem, problem_of
 from autopar.passes.propose import Request, Roles, meshes_of
+from tests.autocast import Autocast
 from tests.simulate import Subject, subject_of
 from tests.zoo import ZOO
 
@@ -59,17 +60,19 @@ CASES = [
     ("moe_sort", "8xH100", ONE),
     ("rec", "8xH100", SHARDED),
 ]
+WORN = [("mlp:autocast", "cpu:8", TWO), ("mlp:autocast", "4x8xH100", SHARDED)]
 IDS = [f"{name}-{cluster}-{len(roles)}" for name, cluster, roles in CASES]
 
 
 @cache
 def captured(name: str) -> Subject:
-    """A zoo model in single precision (`name:bf16` in that), its batch a symbol."""
+    """A zoo model in single precision (`name:bf16` in that, or under autocast), any batch."""
     torch.manual_seed(0)
     name, _, narrow = name.partition(":")
-    dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = torch.bfloat16 if narrow == "bf16" else torch.float32
     args, kwargs = ZOO[name].inputs(0, dtype)
-    return subject_of(ZOO[name].build().to(dtype), args, kwargs)
+    module = ZOO[name].build().to(dtype)
+    return subject_of(Autocast(module) if narrow == "autocast" else module, args, kwargs)
 
 
 @cache
@@ -180,7 +183,7 @@ def test_options_are_those_of_their_mesh(case: tuple[str, str, Roles], micro_bat
     assert checked > 15
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[9], WORN[1]], ids=str)
 def test_parameters_cost_what_they_cost_on_their_mesh(case: tuple[str, str, Roles]) -> None:
     """The optimizer's seconds and the stored bytes of every way to store a parameter."""
     found, checked = priced(case, 1), 0
@@ -197,7 +200,7 @@ def test_parameters_cost_what_they_cost_on_their_mesh(case: tuple[str, str, Role
                 assert bool(grid.legal[row, at]) == room, (node, split, mesh)
                 if not room:
                     continue
-                seconds = pricer.optimizer_time_s(value, split) + 1e-9 * option.regather
+                seconds = pricer.update_time_s(node, split) + 1e-9 * option.regather
                 assert grid.backward_s[row, at] == pytest.approx(seconds, rel=EXACT)
                 stored = pricer.stored_bytes(value, split)
                 assert grid.kept_bytes[row, at] == pytest.approx(stored, rel=EXACT)
@@ -207,7 +210,7 @@ def test_parameters_cost_what_they_cost_on_their_mesh(case: tuple[str, str, Role
 
 # Steps --------------------------------------------------------------------------------------------
 
-NARROW = [("mlp:bf16", "cpu:8", TWO), ("mlp:bf16", "4x8xH100", SHARDED)]
+NARROW = [("mlp:bf16", "cpu:8", TWO), ("mlp:bf16", "4x8xH100", SHARDED), *WORN]
 VARIANTS = [Variant(1, "none"), Variant(2, "selective"), Variant(4, "full")]
 
 

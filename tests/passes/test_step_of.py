@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 
 from autopar.cost import staging
 from autopar.cost.sent import sent_bytes
@@ -18,7 +19,9 @@ from autopar.passes.price import Pricer
 from autopar.passes.rules_of import rules_of
 from autopar.passes.step_of import step_of
 from autopar.plan import Plan
-from tests.simulate import concrete, cpu, plan_of, zoo_subject
+from tests.autocast import Autocast
+from tests.simulate import Subject, concrete, cpu, plan_of, subject_of, zoo_subject
+from tests.zoo import ZOO
 
 RANKS = 4
 CASES = [
@@ -29,12 +32,24 @@ CASES = [
     ("gpt_outside", "data+tensor"),
     ("resnet", "data"),
 ]
+AUTOCAST = [("mlp:autocast", s) for s in ("zero", "data", "zero+tensor")]
+
+
+def worn(name: str) -> bool:
+    return name.endswith(":autocast")
+
+
+@cache
+def under_autocast(name: str) -> Subject:
+    torch.manual_seed(0)
+    args, kwargs = ZOO[name.partition(":")[0]].inputs(0, torch.float32)
+    return subject_of(Autocast(ZOO[name.partition(":")[0]].build()), args, kwargs)
 
 
 @cache
 def made(name: str, strategy: str) -> tuple[Plan, Step, Paid]:
     """A plan, its step, and what the search's account says that it costs."""
-    subject = zoo_subject(name)
+    subject = under_autocast(name) if worn(name) else zoo_subject(name)
     plan = plan_of(subject, RANKS, strategy)
     case = make_case(subject.graph, subject.capture.symbols, plan, cpu(RANKS))
     step = step_of(case.concrete, case.blocks, case.option, case.pricer, 1)
@@ -46,7 +61,7 @@ def seconds(part: Part) -> float:
     return part.forward_s * (2 if part.regather else 1) + part.backward_s
 
 
-@pytest.mark.parametrize(("name", "strategy"), CASES)
+@pytest.mark.parametrize(("name", "strategy"), CASES + AUTOCAST)
 def test_times_add_up(name: str, strategy: str) -> None:
     _, step, paid = made(name, strategy)
     compute = comm = 0.0
@@ -61,7 +76,7 @@ def test_times_add_up(name: str, strategy: str) -> None:
     assert step.optimizer_s == pytest.approx(paid.optimizer_s, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "strategy"), CASES)
+@pytest.mark.parametrize(("name", "strategy"), CASES + AUTOCAST)
 def test_bytes_add_up(name: str, strategy: str) -> None:
     _, step, paid = made(name, strategy)
     saved = sum(s.copies * p.saved_bytes for s, p in step.parts())
@@ -76,7 +91,7 @@ def test_bytes_add_up(name: str, strategy: str) -> None:
             assert sum(n for _, n in part.saved_from) <= part.saved_bytes * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(("name", "strategy"), CASES[:5])
+@pytest.mark.parametrize(("name", "strategy"), CASES[:5] + AUTOCAST)
 def test_bytes_sent_add_up(name: str, strategy: str) -> None:
     """The collectives of the step send what the plan's own table of them says."""
     plan, step, _ = made(name, strategy)
