@@ -20,6 +20,7 @@ from .cost.profile import shipped_profile, shipped_profiles
 from .cost.timeline import summarise
 from .errors import UserError
 from .passes.case import Case, make_case, scaled_mesh
+from .passes.describe import describe_traffic
 from .passes.timeline_of import timeline_of
 from .plan import Plan
 from .questions import Question, ask
@@ -184,6 +185,12 @@ def _moved(question: Question) -> tuple[Case | None, str]:
     if not case.evaluate(settings)[2].all():
         return None, "some devices would have nothing: a dim that is split is too small"
     there = replace(plan, timeline=summarise(timeline_of(case)))
+    if plan.pipeline is None:  # in a pipeline kernels gain nothing of what is sent
+        names = {name: name for name in plan.mesh.names}
+        sent = describe_traffic(
+            case.concrete, case.rules, case.option, case.pricer, names, plan.micro_batches
+        )
+        there = replace(there, traffic=sent)
     return replace(case, plan=question.with_kernels(there)), note
 
 

@@ -114,11 +114,17 @@ class Question:
     def with_kernels(self, plan: Plan) -> Plan:
         """A plan at the question's setting with the kernels that `autopar plan` chooses for it.
 
-        What they change of its step is in `predicted.kernels_s`, for a plan that was not simulated
-        at this setting without what messages gain.
+        None where the question's plan has none, and int8 along the axes where that has it: only the
+        setting is another. What they change of its step is in `predicted.kernels_s`, for a plan
+        that was not simulated at this setting without what messages gain.
         """
-        arguments = (self.graph, self.hints, plan, self.cluster)
-        found = choose_kernels(*arguments, "auto", (), self.optimizer)
+        own = self.plan.kernels
+        mode = "auto" if any(use.kernel != "int8" for use in own) else "off"
+        axes = {axis: None for use in own if use.kernel == "int8" for axis in use.where}
+        compressed = tuple(axis for axis in axes if axis in plan.mesh.names)
+        found = choose_kernels(
+            self.graph, self.hints, plan, self.cluster, mode, compressed, self.optimizer
+        )
         return with_kernels_counted(plan, found)
 
 

@@ -144,8 +144,12 @@ def describe_traffic(
     option: Mapping[Node, Option],
     pricer: Pricer,
     rename: Mapping[str, str],
+    micro_batches: int = 1,
 ) -> tuple[Traffic, ...]:
-    """Collectives by kind, axis and purpose, with what one device sends; the most bytes first."""
+    """Collectives by kind, axis and purpose, with what one device sends; the most bytes first.
+
+    Of a step: `graph` has the sizes of one micro-batch, and what is sent once per step counts once.
+    """
     count: dict[tuple[str, str, str, str], int] = defaultdict(int)
     sent: dict[tuple[str, str, str, str], float] = defaultdict(float)
     places: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
@@ -157,19 +161,21 @@ def describe_traffic(
             continue
         paid.add((edge.producer, edge.port, want))
         value = travelling_value(edge.producer, edge.port)
+        is_param = edge.producer.meta.get("role") == "param"
+        often = 1 if is_param and not producer.regather else micro_batches
         for kind, axis, backward, nbytes in _messages(
             value, source, want, producer.regather, pricer
         ):
             purpose, place = _purpose(edge, kind, backward)
             key = (kind, rename[axis], purpose, pattern(place))
-            count[key] += 1
-            sent[key] += float(wire_bytes(kind, nbytes, pricer.mesh[axis].size))
+            count[key] += often
+            sent[key] += often * float(wire_bytes(kind, nbytes, pricer.mesh[axis].size))
             places[key].append(place)
     for node, kind, axis, purpose, nbytes in _of_routes(graph, rules, option, pricer):
         place = node.meta.get("module", "")
         key = (kind, rename[axis], purpose, pattern(place))
-        count[key] += 1
-        sent[key] += nbytes
+        count[key] += micro_batches
+        sent[key] += micro_batches * nbytes
         places[key].append(place)
     made = [
         Traffic(

@@ -77,7 +77,7 @@ def reprice(
         hints={str(symbol): int(size) for symbol, size in symbols.items()},
         activations=describe_activations(case.concrete, case.rules, option, pricer, rename),
         traffic=per_stage(
-            describe_traffic(case.concrete, case.rules, option, pricer, rename),
+            describe_traffic(case.concrete, case.rules, option, pricer, rename, plan.micro_batches),
             plan.stages,
             messages_of(plan.pipeline, plan.micro_batches),
             sent,

@@ -175,7 +175,9 @@ def _finish(
         gap=gap_with(_gap(best, unsettled_s), best, [left_s]),
         activations=describe_activations(graph, best.problem.rules, option, pricer, rename),
         traffic=per_stage(
-            describe_traffic(graph, best.problem.rules, option, pricer, rename),
+            describe_traffic(
+                graph, best.problem.rules, option, pricer, rename, best.variant.micro_batches
+            ),
             mesh.axes[0].size if pipeline is not None else 1,
             messages_of(pipeline, best.variant.micro_batches),
             sent_bytes_of(best),

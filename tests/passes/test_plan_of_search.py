@@ -60,3 +60,16 @@ def test_a_plan_says_what_it_is(name: str) -> None:
         made.micro_batches,
         made.recompute,
     )
+
+
+@pytest.mark.parametrize("strategy", ["data", "zero", "tensor"])
+def test_traffic_is_that_of_a_whole_step(strategy: str) -> None:
+    """Of all micro-batches: by collective as much as the prediction says is sent."""
+    made = planned("cpu:4", strategy=strategy, micro_batches=(4,))
+    assert made.micro_batches == 4
+    sent: dict[str, int] = {}
+    for one in made.traffic:
+        sent[one.collective] = sent.get(one.collective, 0) + one.sent_bytes
+    assert sent.keys() == made.predicted.comm_bytes.keys()
+    for kind, nbytes in made.predicted.comm_bytes.items():
+        assert sent[kind] == pytest.approx(nbytes, rel=0.02), kind
