@@ -23,9 +23,7 @@ LONG = {
     },
     "e2e/test_equivalence.py": {
         "test_a_dead_rank_is_a_failure_and_the_pool_goes_on",
-        "test_float64_equals_one_device[gpt_attention_dropout-data+tensor]",
         "test_float64_equals_one_device[hf_gpt2-zero]",
-        "test_float64_equals_one_device[resnet-data+tensor]",
     },
     "e2e/test_given_plans.py": {
         "test_plans_and_hints_of_the_user",
