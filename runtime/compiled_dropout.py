@@ -98,6 +98,8 @@ _DRAWS: dict[Any, tuple[Callable[..., Any], Callable[..., bool]]] = {
 
 
 def _is_random(node: Node) -> bool:
+    if node.op == "call_function" and node.target is torch.dropout_:
+        raise UncompiledError("it draws dropout masks in place; call F.dropout(x) in its place")
     if node.op != "call_function" or node.target not in _DRAWS:
         return False
     draws = _DRAWS[node.target][1]
