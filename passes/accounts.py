@@ -24,7 +24,7 @@ from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
 from .columns import Edge, Flow, passes_on
-from .gradient_sums import summed_as
+from .gradient_sums import is_summed, summed_as
 from .narrow_gathers import summed
 from .options import Option
 from .price import Pricer
@@ -216,8 +216,7 @@ class Accounts:
 
     def accumulates(self, flow: Flow) -> bool:
         """Whether gradients of a parameter are summed over micro-batches."""
-        value = values_of(flow.producer)[flow.port]
-        return self.several and self.overlaps(flow) and value.requires_grad
+        return self.several and is_summed(flow.producer, flow.port)
 
     def _sum_bytes(self, flow: Flow) -> float:
         """What the sum takes: beyond the stored gradient, or whole until it is reduced."""

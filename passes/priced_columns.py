@@ -114,9 +114,8 @@ class PricedColumns:
     def _sums(self, value_bytes: Array, grid: Grid) -> Array:
         """Seconds to add one micro-batch's gradients of parameters, as `Accounts.sums_s`."""
         split = {axes: grid.product(axes) for axes in set(self.sum_axes)}
-        whole = value_bytes[self.sum_value][:, None]
-        whole = whole * self.sum_widths[:, None]
-        nbytes = whole / np.stack([split[axes] for axes in self.sum_axes])
+        whole = value_bytes[self.sum_value] * self.sum_widths
+        nbytes = whole[:, None] / np.stack([split[axes] for axes in self.sum_axes])
         seconds = np.zeros_like(nbytes)
         for dtype in set(self.sum_dtypes):
             of = np.array([one == dtype for one in self.sum_dtypes])

@@ -47,8 +47,7 @@ def cut_chain(
     kept = chain.kept + chain.messages.kept(schedule, chain.segments)
     moment = working + chunks * chain.messages.moment(schedule)
     moment = moment + chain.staging.spans(chain.segments)
-    # Optimizer and what is sent count once per micro-batch in the rhythm of a pipeline.
-    seconds = chain.seconds + chain.optimizer_s / m
+    seconds = _in_rhythm(chain)
 
     def memory(piece: int) -> Array:
         of_piece = chain.state + held[piece % schedule.stages] / chunks * kept
@@ -57,10 +56,15 @@ def cut_chain(
     return best_cuts(seconds, schedule.stages * chunks, memory, memory_limit)
 
 
+def _in_rhythm(chain: Chain) -> Array:
+    """[start, end] seconds of a micro-batch, with its share of the optimizer."""
+    return chain.seconds + chain.optimizer_s / chain.micro_batches
+
+
 def unevenness(chain: Chain, schedule: Schedule) -> float:
     """By which share the slowest piece takes longer than the mean, cut as evenly as can be."""
     pieces = schedule.stages * schedule.chunks
-    seconds = chain.seconds + chain.optimizer_s / chain.micro_batches
+    seconds = _in_rhythm(chain)
     starts = best_cuts(seconds, pieces, lambda _: np.zeros_like(seconds), np.inf)
     assert not isinstance(starts, TooFull)
     slowest = max(float(seconds[bounds]) for bounds in bounds_of(starts, len(chain)))

@@ -43,6 +43,7 @@ def test_two_ranks_draw_the_masks_of_one(
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(simulate, "load_program", load)
     simulate.check_zoo("gpt", decided(strategy, full))
+    assert made
     assert all(KEYED_DROPOUT in targets and DROPOUT not in targets for targets in made)
 
 
