@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,7 +42,7 @@ from .runtime.group import Group
 from .runtime.locals import local_tensors
 from .runtime.materialise import agree_on_values, realise_others, shard_deferred
 from .runtime.memory_watch import MemoryWatch
-from .runtime.optimizer import LocalSteps
+from .runtime.optimizer import local_steps
 from .runtime.random import draw_seed
 from .runtime.shared_memory import make_group
 from .runtime.state import (
@@ -100,8 +99,7 @@ class Session:
         self._live = world.flat_mesh(self.world_size, device)
         self._check = agree.StepCheck(make_group())
         place_optimizer_states()  # before the states are taken apart into local tensors
-        self._steps = LocalSteps()
-        weakref.finalize(self, self._steps.close)
+        local_steps()
         self._hints = hints_of(module)  # before the parameters that have them are replaced
         if self.plan is not None:
             self._hints += hints_of_plan(self.plan)
@@ -348,7 +346,7 @@ class Session:
         on_cpu = self.options.kernels == "auto" and self.device_type == "cpu"
         mode = "off" if on_cpu else self.options.kernels
         places = places_of(self.plan.kernels, mode, planned)
-        self._steps.kernels = places.has("adamw", OPTIMIZER)
+        local_steps().use_kernel(self.module, places.has("adamw", OPTIMIZER))
         return with_compression(places, self.plan.mesh, self.options.compress)
 
     def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Runnable:

@@ -35,7 +35,7 @@ from .calibrate_collectives import (
 )
 from .calibrate_ops import PARAMETERS, compute_work, optimizer_work
 from .load_clock import LoadClock
-from .optimizer import LocalSteps
+from .optimizer import local_steps
 from .shared_memory import make_group
 
 SECONDS = {False: 0.015, True: 0.01}  # per callable and round, by `quick`
@@ -142,7 +142,7 @@ def main(path: str) -> None:
             raise SystemExit(f"the ranks do not find each other: {first_line(error)}") from None
     inside: int = job["inside"]
     teams = make_teams(inside, nproc // inside) if nproc > 1 else ({}, {})
-    steps = LocalSteps()
+    local_steps()
     parameters = tiny_parameters(nproc)
     load = LoadClock()
     foreign, found = [], []
@@ -150,7 +150,6 @@ def main(path: str) -> None:
         clock = Clock(SECONDS[quick], nproc, reporter(number))
         found.append(measure(clock, teams, parameters, quick))
         foreign.append(load.tick())
-    steps.close()
     results = middle_of(found)
     if nproc > 1:
         dist.barrier()

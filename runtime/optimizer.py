@@ -8,14 +8,15 @@ over 75 DTensors costs 20 ms on a CPU; this costs about one.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -49,9 +50,8 @@ class LocalSteps:
     raises leaves the user's as it was, and hooks of the user's see DTensors.
     """
 
-    def __init__(self, kernels: bool = False) -> None:
-        """`kernels`: elements of Adam and AdamW go through the kernel where it is usable."""
-        self.kernels = kernels
+    def __init__(self) -> None:
+        self._with_kernel: WeakSet[nn.Module] = WeakSet()
         self._local: WeakKeyDictionary[Any, _LocalGroups] = WeakKeyDictionary()
         self._handles = (
             register_optimizer_step_pre_hook(self.before),
@@ -59,9 +59,22 @@ class LocalSteps:
         )
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, which must not be while an optimizer of any model makes its step."""
         for handle in self._handles:
             handle.remove()
+
+    def use_kernel(self, module: nn.Module, wanted: bool) -> None:
+        """Whether Adam and AdamW of this module's parameters go through the kernel if it is usable.
+
+        Other optimizers' steps are torch's own.
+        """
+        (self._with_kernel.add if wanted else self._with_kernel.discard)(module)
+
+    def _is_for_kernel(self, optimizer: Any) -> bool:
+        if type(optimizer) not in WITH_KERNEL or not self._with_kernel:
+            return False
+        theirs = {id(p) for module in self._with_kernel for p in module.parameters()}
+        return any(id(p) in theirs for g in optimizer.param_groups for p in g["params"])
 
     def before(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -78,7 +91,7 @@ class LocalSteps:
         if not any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]):
             return None
         kind = type(optimizer)
-        local: Any = object.__new__(WITH_KERNEL.get(kind, kind) if self.kernels else kind)
+        local: Any = object.__new__(WITH_KERNEL[kind] if self._is_for_kernel(optimizer) else kind)
         vars(local).update(vars(optimizer))
         local.state = defaultdict(dict)
         local.param_groups = self._local[optimizer] = _LocalGroups(optimizer, local.state)
@@ -93,6 +106,16 @@ class LocalSteps:
             if name not in ("state", "param_groups") and vars(optimizer).get(name) is not value:
                 setattr(optimizer, name, value)
         groups.give_back()
+
+
+@functools.cache
+def local_steps() -> LocalSteps:
+    """The hooks of this process, for all parallel modules, which stay.
+
+    Hooks that went with their module, whenever its memory is collected, would go in the middle of
+    a step of another module's optimizer, and the state that this step made would be lost.
+    """
+    return LocalSteps()
 
 
 class _LocalGroups(Sequence[dict[str, Any]]):

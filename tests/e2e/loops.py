@@ -7,6 +7,8 @@ differently on purpose: rank 0's seeds and first parameters count.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -259,6 +261,21 @@ class Unused(nn.Module):
         return x.mean() * scale
 
 
+def one_after_another(strategy: str) -> Values:
+    """The memory of a first model is collected in the middle of a step of the second."""
+    first = gpt(strategy)
+    losses = steps(first, torch.optim.AdamW(first.parameters(), lr=1e-2), 1)
+    first.cycle = first  # its memory is left to the garbage collector
+    gone = weakref.ref(first)
+    del first
+    second = gpt(strategy)
+    optimizer = torch.optim.AdamW(second.parameters(), lr=1e-2)
+    optimizer.register_step_post_hook(lambda *_: gc.collect())
+    losses += steps(second, optimizer)
+    assert gone() is None
+    return {"losses": losses, **state(second)}
+
+
 def side_effects(strategy: str) -> Values:
     seed(0)
     model: Any = autopar.parallelize(Unused().double(), strategy=strategy)
@@ -426,6 +443,7 @@ LOOPS |= {
         evaluated,
         checkpointed,
         frozen,
+        one_after_another,
         side_effects,
         huggingface,
         decorated_class,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar.compat import fake_process_group, local_of
@@ -17,7 +17,7 @@ from autopar.errors import KernelWarning
 from autopar.runtime import kernel_steps
 from autopar.runtime.kernels import support
 from autopar.runtime.kernels.adamw import adamw
-from autopar.runtime.optimizer import LocalSteps
+from autopar.runtime.optimizer import local_steps
 from tests.runtime.test_optimizer import SHAPES, piece, placed, whole
 
 MAKERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -41,29 +41,33 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(kernel_steps, "adamw", counted)
     with fake_process_group(2):
-        steps = LocalSteps(kernels=True)
         yield found
-        steps.close()
 
 
-def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(placed(whole(name, 0).to(dtype), name)) for name in SHAPES}
+def parameters(dtype: torch.dtype = torch.float64) -> nn.ParameterDict:
+    return with_kernel({name: placed(whole(name, 0).to(dtype), name) for name in SHAPES})
 
 
-def give(own: dict[str, nn.Parameter], seed: int, dtype: torch.dtype = torch.float64) -> None:
+def with_kernel(values: dict[str, Tensor]) -> nn.ParameterDict:
+    module = nn.ParameterDict((name, nn.Parameter(value)) for name, value in values.items())
+    local_steps().use_kernel(module, True)
+    return module
+
+
+def give(own: Mapping[str, nn.Parameter], seed: int, dtype: torch.dtype = torch.float64) -> None:
     for name, parameter in own.items():
         gradient = whole(name, seed).to(dtype)
         is_placed = isinstance(parameter, DTensor)
         parameter.grad = placed(gradient, name) if is_placed else gradient
 
 
-def groups(own: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+def groups(own: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     first, *rest = own.values()
     return [{"params": [first]}, {"params": rest, "betas": (0.5, 0.9), "eps": 1e-4}]
 
 
 def run(
-    own: dict[str, nn.Parameter], make: type[Any], options: dict[str, Any], dtype: torch.dtype
+    own: Mapping[str, nn.Parameter], make: type[Any], options: dict[str, Any], dtype: torch.dtype
 ) -> Any:
     optimizer = make(groups(own), **{"lr": 0.1, **copy.deepcopy(options)})
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
@@ -108,7 +112,7 @@ def test_steps_and_state_are_torchs(name: str, dtype: torch.dtype, launches: lis
 
 @pytest.mark.parametrize("inf", [0.0, 1.0])
 def test_what_a_grad_scaler_passes(inf: float, launches: list[int]) -> None:
-    def stepped(own: dict[str, nn.Parameter]) -> Any:
+    def stepped(own: Mapping[str, nn.Parameter]) -> Any:
         optimizer = torch.optim.AdamW(list(own.values()), lr=0.1, fused=True)
         for step, found in ((1, 0.0), (2, inf), (3, 0.0)):
             give(own, step, torch.float32)
@@ -132,7 +136,7 @@ def test_a_saved_state_goes_on_with_and_without_kernels(launches: list[int]) -> 
     own = parameters()
     saved = run(own, torch.optim.AdamW, {}, torch.float64).state_dict()
     launches.clear()
-    mine = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()}
+    mine = with_kernel({name: p.detach().clone() for name, p in own.items()})
     plain = {name: nn.Parameter(local_of(p).detach().clone()) for name, p in own.items()}
     for kept in (mine, plain):
         optimizer = torch.optim.AdamW(groups(kept), lr=0.1)
@@ -179,3 +183,12 @@ def test_other_optimizers(launches: list[int]) -> None:
     give(own, 1)
     optimizer.step()
     assert launches == []
+
+
+def test_the_kernel_is_for_the_modules_that_want_it(launches: list[int]) -> None:
+    mine, others = parameters(), parameters()
+    local_steps().use_kernel(others, False)
+    for own, wanted in ((others, []), (mine, [3])):
+        give(own, 1)
+        torch.optim.AdamW(list(own.values()), lr=0.1).step()
+        assert launches == wanted
