@@ -20,7 +20,9 @@ import torch.fx
 from autopar.cost.cluster import Cluster
 from autopar.cost.families import op_family, op_name
 from autopar.ir.graph import Graph, value_of, values_of
+from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
+from autopar.plan import PIPELINE_AXIS
 
 from .blocks import Blocks
 from .columns import Edge, Flow, passes_on
@@ -41,9 +43,14 @@ MODES = (NONE, SELECTIVE, FULL)
 OVERLAP = 0.8
 
 
-def overlap_of(cluster: Cluster) -> float:
-    """Ranks of a CPU compute on the cores that communicate: only between hosts it overlaps."""
-    return 0.0 if cluster.single is not None and len(cluster.levels) == 1 else OVERLAP
+def overlap_of(cluster: Cluster, mesh: Mesh) -> float:
+    """Ranks of a CPU compute on the cores that communicate: only between hosts it overlaps.
+
+    So it does not where none but the stages of a pipeline are on different hosts.
+    """
+    inside = [axis for axis in mesh if axis.name != PIPELINE_AXIS and axis.size > 1]
+    crosses = cluster.single is None or any(axis.level for axis in inside)
+    return OVERLAP if crosses else 0.0
 
 
 def is_heavy(node: Node) -> bool:

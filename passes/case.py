@@ -158,7 +158,7 @@ def make_case(
     regions, modes = _recomputed(plan, regions_of(concrete, layers), layers)
     blocks = _told_apart(layers, option, regions)
     regions = replace(regions_of(concrete, blocks), of=regions.of, copies=regions.copies)
-    accounts = Accounts(pricer, regions, micro_batches, modes, overlap_of(cluster))
+    accounts = Accounts(pricer, regions, micro_batches, modes, overlap_of(cluster, plan.mesh))
     return Case(
         plan, symbolic, concrete, rules, layers, blocks, option, accounts, dict(hints), optimizer
     )

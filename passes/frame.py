@@ -70,7 +70,7 @@ class Table:
     meshes: tuple[Mesh, ...]
     priced: Priced
     variant: Variant
-    overlap: float
+    overlap: Array
     cost: Array
     memory: Array
     least_s: Array
@@ -173,7 +173,7 @@ class Frame:
         legal = np.where(priced.legal, memory, np.inf)
         least_bytes = np.minimum.reduceat(legal, self.starts, axis=0).sum(axis=0)
         least_bytes += self._least_saved(priced.pricer, variant)
-        overlap = overlap_of(grid.cluster)
+        overlap = np.array([overlap_of(grid.cluster, mesh) for mesh in grid.meshes])
         return Table(grid.meshes, priced, variant, overlap, cost, memory, least_s, least_bytes)
 
     @cached_property
@@ -217,7 +217,7 @@ class Frame:
         if not np.logical_or.reduceat(reach, self.starts).all():
             return None
         kept = {node: np.flatnonzero(reach[numbers]) for node, numbers in self.number.items()}
-        hidden_s = table.overlap * within_s if table.overlap else 0.0
+        hidden_s = table.overlap.max() * within_s if table.overlap.any() else 0.0
         uses = moves.within(kept, table.priced.moved, variant.micro_batches, slack, hidden_s)
         built = self._columns(reach, uses, variant.micro_batches > 1)
         if built is None:

@@ -11,6 +11,7 @@ import sympy
 import torch.fx
 
 from autopar.cost.cluster import make_mesh
+from autopar.cost.pipeline import transfer_s
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, Value
 from autopar.ir.mesh import Mesh
@@ -61,6 +62,7 @@ class Piped:
 
 DEEP = 16  # pieces of a model whose blocks are not cut inside
 SETTLED = 3  # candidates that are solved exactly and simulated, by estimate
+MUCH_SENT = 0.05  # of a step
 SERIAL = 2  # of those that would take least if nothing overlapped
 ROLES = {"data": "dp", "tensor": "tp"}  # the axis inside a stage of a forced family
 
@@ -157,8 +159,36 @@ def best_pipelines(
             found.append(one)
             fits.add(key)
             progress(f"{one.mesh}, {one.pipeline.schedule}: simulated")
+    best = min(found, key=lambda one: one.timeline.step_s, default=None)
+    if best is not None and _sends_much(best, request):
+        found += _with_split_messages(frames, graph, request, wanted, best)
     left = min([left, *(c.est_s for c in made.solved if c not in chosen)])
     return Best(tuple(found), tuple(misfits), left)
+
+
+def _sends_much(one: Staged, request: Request) -> bool:
+    """Whether messages between stages take a share of the step that the programme, which does not
+    price them, might have chosen otherwise for.
+    """
+    level = one.mesh[PIPELINE_AXIS].level
+    return transfer_s(request.cluster, one.sent_bytes, level) > MUCH_SENT * one.timeline.step_s
+
+
+def _with_split_messages(
+    frames: Frames, graph: Graph, request: Request, wanted: Wanted, one: Staged
+) -> list[Staged]:
+    """The same stages with the batch split inside, if that is faster.
+
+    A device sends its rows then, and never all of them.
+    """
+    stages, k = one.mesh[PIPELINE_AXIS].size, one.variant.micro_batches
+    if stages == request.cluster.size:
+        return []
+    same = replace(wanted, micro_batches=(int(k),))
+    made = _forced(frames, graph, request, "pipeline+data", same, stages, "data")
+    if isinstance(made, Staged) and made.timeline.step_s < one.timeline.step_s:
+        return [replace(made, name="auto")]
+    return []
 
 
 def _various(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -74,18 +74,18 @@ class PricedColumns:
         value_bytes: Array,
         grid: Grid,
         variant: Variant,
-        overlap: float,
+        overlap: Array,
     ) -> Prices:
         """Prices of all columns; `cost` and `memory` are those of the frame's options."""
         shape, k = (self.columns.size, len(grid)), variant.micro_batches
         made = Prices(*(np.zeros(shape) for _ in range(4)))
         first = len(self.option)
         made.cost[:first], made.memory[:first] = cost[self.option], memory[self.option]
-        if overlap:
+        if overlap.any():
             made.hides[:first][self.calls] = overlap * made.cost[:first][self.calls]
         if len(self.time_pair):
             seconds = self._seconds(moved, variant)
-            late = self.time_late if overlap else np.zeros(len(seconds), dtype=np.bool_)
+            late = self.time_late if overlap.any() else np.zeros(len(seconds), dtype=np.bool_)
             np.add.at(made.late, self.time_column[late], seconds[late])
             np.add.at(made.cost, self.time_column[~late], seconds[~late])
         if k > 1 and len(self.sum_value):

@@ -90,7 +90,7 @@ def settle(
     )
     regions = problem.regions
     modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
-    overlap = overlap_of(problem.cluster)
+    overlap = overlap_of(problem.cluster, mesh)
     accounts = Accounts(pricer, regions, variant.micro_batches, modes, overlap)
     assignment = None
     tries: list[tuple[tuple[Keeps, Stores] | None, float]] = [(None, math.inf)]

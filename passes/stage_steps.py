@@ -15,8 +15,7 @@ from autopar.cost.simulate import passes_of
 from autopar.cost.simulator import How
 from autopar.cost.stages import segment_s
 from autopar.cost.step import Segment, Step
-from autopar.ir.graph import Graph, Value, value_of, values_of
-from autopar.ir.sharding import Sharding
+from autopar.ir.graph import Graph, value_of
 from autopar.plan import PIPELINE_AXIS
 
 from .blocks import Blocks
@@ -24,6 +23,7 @@ from .chunks import Chunk
 from .columns import producer_of
 from .cut_points import Unit
 from .options import Option
+from .pieces import boundary_sharding
 from .price import Pricer
 from .stage_messages import Messages, Staging, messages_of, staging_of
 from .step_of import alike, segments_of
@@ -191,9 +191,8 @@ def chain_of(
             known.setdefault(key, []).append(segment)
         segments.append(same or segment)
     at = {node: i for i, unit in enumerate(units) for node in unit.nodes}
-    batch = _batch_dims(symbolic or graph)
     crossing = {node for unit in units for node in unit.crossing}
-    each = {node: _sent_bytes(node, option, pricer, batch) for node in crossing}
+    each = {node: _sent_bytes(node, option, pricer) for node in crossing}
     sent = [sum(each[node] for node in unit.crossing) for unit in units]
     stored = []
     for node in graph.placeholders("param"):
@@ -239,39 +238,8 @@ def _spans(each: Sequence[float] | Array) -> Array:
     return np.triu(total[None, :] - total[:, None])
 
 
-def _batch_dims(symbolic: Graph) -> Mapping[str, frozenset[int]]:
-    """Per value, the dims whose size depends on the batch: all symbols of dim 0 of the inputs."""
-    symbols = {
-        symbol
-        for node in symbolic.placeholders("input")
-        for value in values_of(node)[:1]
-        if value.shape and not isinstance(value.shape[0], int)
-        for symbol in value.shape[0].free_symbols
-    }
-    found: dict[str, frozenset[int]] = {}
-    for node in symbolic.fx.nodes:
-        value = node.meta.get("value")
-        if isinstance(value, Value):
-            dims = (
-                d
-                for d, size in enumerate(value.shape)
-                if not isinstance(size, int) and size.free_symbols & symbols
-            )
-            found[node.name] = frozenset(dims)
-    return found
-
-
-def _sent_bytes(
-    node: Node,
-    option: Mapping[Node, Option],
-    pricer: Pricer,
-    batch: Mapping[str, frozenset[int]],
-) -> float:
-    """What one device sends of a value: its part of the batch, whole otherwise."""
+def _sent_bytes(node: Node, option: Mapping[Node, Option], pricer: Pricer) -> float:
+    """What one device sends of a value: its piece."""
     producer, port = producer_of(node)
-    value, given = value_of(node), option[producer].gives[port]
-    made = Sharding.replicated(value.rank)
-    for dim in batch.get(node.name, frozenset({0} if value.rank else ())):
-        if given.splits[dim].axes:
-            made = made.with_split(dim, given.splits[dim].axes)
-    return pricer.local_bytes(value, made)
+    crosses = boundary_sharding(option[producer].gives[port])
+    return pricer.local_bytes(value_of(node), crosses)

@@ -87,7 +87,7 @@ def settle_pipeline(
         problem.regions,
         rounds.micro_batches,
         dict.fromkeys(range(len(problem.regions.copies)), rounds.mode),
-        overlap_of(problem.cluster),
+        overlap_of(problem.cluster, mesh),
         rounds.in_flight,
     )
     room = stages * memory_limit

@@ -53,7 +53,11 @@ def test_steps_and_accounts_pay_the_same(micro_batches: int, regather: bool) -> 
             split = [o for o in listed if o.gives[0].used_axes()]
             options[node] = [replace(o, regather=regather) for o in split] or listed
     accounts = Accounts(
-        pricer, regions_of(problem.graph, problem.blocks), micro_batches, {}, overlap_of(cluster)
+        pricer,
+        regions_of(problem.graph, problem.blocks),
+        micro_batches,
+        {},
+        overlap_of(cluster, mesh),
     )
     found = solve(problem.graph, problem.blocks, options, pricer, math.inf, accounts=accounts)
     assert found is not None

@@ -229,7 +229,7 @@ def test_columns_cost_what_accounts_say(case: tuple[str, str, Roles], variant: V
     pricer = Pricer(exact.cluster, table.meshes[at], micro_batches=variant.micro_batches)
     regions = regions_of(exact.graph, exact.blocks)
     modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
-    overlap = overlap_of(exact.cluster)
+    overlap = overlap_of(exact.cluster, table.meshes[at])
     accounts = Accounts(pricer, regions, variant.micro_batches, modes, overlap)
     cost, late, hides, memory = (np.zeros(columns.size) for _ in range(4))
     even = np.ones(columns.size, dtype=bool)

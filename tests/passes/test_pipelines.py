@@ -12,8 +12,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 from autopar.capture import Capture
+from autopar.cost.cluster import make_mesh, parse_cluster
 from autopar.errors import UserError
 from autopar.ir.graph import Graph
+from autopar.passes.accounts import overlap_of
 from autopar.passes.blocks import find_blocks
 from autopar.passes.cut_points import units_of
 from autopar.passes.edits import illegal_edits, reprice
@@ -84,7 +86,7 @@ def planned(of: tuple[Capture, Graph], strategy: str = "auto", **how: Any) -> Pl
         graph,
         capture.fingerprint,
         capture.symbols,
-        cpu(4),
+        how.pop("cluster", cpu(4)),
         strategy=strategy,
         pipelines=Wanted(**wanted),
         **how,
@@ -112,6 +114,28 @@ layer_norm_5, linear_12""",
     assert {unit.name for unit in coarse} <= {unit.name for unit in fine}
     assert all(len(unit.crossing) == 1 for unit in fine[1:])
     assert sum(len(unit.nodes) for unit in fine) == sum(len(unit.nodes) for unit in coarse)
+
+
+def test_nothing_of_a_stage_inside_a_cpu_host_overlaps() -> None:
+    """Gathers of parameters beside compute would be free, and every stage would do with ZeRO."""
+    hosts, gpus = parse_cluster("2xcpu:4"), parse_cluster("2x4xH100")
+    whole, staged = {"dp": 2, "tp": 4}, {"pp": 2, "dp": 4}
+    assert overlap_of(hosts, make_mesh(hosts, whole)) > 0
+    assert overlap_of(hosts, make_mesh(hosts, staged)) == 0
+    assert overlap_of(gpus, make_mesh(gpus, staged)) > 0
+    assert overlap_of(cpu(4), make_mesh(cpu(4), {"dp": 4})) == 0
+
+
+@pytest.mark.parametrize("length", [32, 128])
+def test_stages_on_two_hosts_are_as_fast_as_forced_ones(length: int) -> None:
+    """Of one with 128 tokens per row, messages that are whole on every device take too long."""
+    ids = torch.zeros(16, length, dtype=torch.int64)
+    large, hosts = captured(Net(dim=512), ids, ids), parse_cluster("2xcpu:4")
+    plan, data = (
+        planned(large, strategy, cluster=hosts, stages=(2,), recompute=("none",))
+        for strategy in ("auto", "pipeline+data")
+    )
+    assert plan.predicted.time_s <= 1.001 * data.predicted.time_s
 
 
 def test_a_pipeline_of_one_device_per_stage(net: tuple[Capture, Graph]) -> None:

@@ -97,7 +97,9 @@ def better(wanted: Request, than_s: float) -> list[tuple[str, Variant, float]]:
                         pricer,
                         wanted.memory_limit,
                         better_than_s=than_s,
-                        accounts=Accounts(pricer, regions, k, modes, overlap_of(wanted.cluster)),
+                        accounts=Accounts(
+                            pricer, regions, k, modes, overlap_of(wanted.cluster, mesh)
+                        ),
                     )
                     if made is not None and made.time_s < than_s:
                         found.append((str(mesh), Variant(k, mode), made.time_s))

@@ -88,7 +88,7 @@ def assignments(frame: Frame, mesh: Mesh, variant: Variant) -> dict[Pick, tuple[
     problem = frame.problem
     pricer = Pricer(problem.cluster, mesh, micro_batches=variant.micro_batches)
     modes = dict.fromkeys(range(len(frame.regions.copies)), variant.mode)
-    overlap = overlap_of(problem.cluster)
+    overlap = overlap_of(problem.cluster, mesh)
     accounts = Accounts(pricer, frame.regions, variant.micro_batches, modes, overlap)
     options = {n: [on_mesh(frame, n, o, pricer) for o in os] for n, os in frame.options.items()}
     stands_for = problem.blocks.representative

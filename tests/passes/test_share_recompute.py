@@ -138,7 +138,7 @@ def solved(name: str, spec: str) -> tuple[Problem, Accounts, Assignment]:
     pricer = Pricer(cluster, mesh)
     options = options_of(problem, mesh, pricer, problem.family("auto", {"dp": "any"}))
     regions = regions_of(problem.graph, problem.blocks)
-    accounts = Accounts(pricer, regions, 1, {}, overlap_of(cluster))
+    accounts = Accounts(pricer, regions, 1, {}, overlap_of(cluster, mesh))
     found = solve(problem.graph, problem.blocks, options, pricer, math.inf, accounts=accounts)
     assert found is not None
     return problem, accounts, found
