@@ -114,10 +114,12 @@ def search(
         fitting = [leanest(found, request, frames, graph)]
     above = above_limit([one for one in found.above if not _has(fitting, one)], limit)
     tried: list[Settled | Alternative] = [*fitting, *above, *piped.tried]
-    # They run one micro-batch and recompute nothing: not what was asked for, perhaps.
-    comparable = cluster.size > 1 and 1 in micro_batches and NONE in modes
-    for other in ("data", "zero", "tensor") if comparable else ():
-        tried += force(problem, other, limit, progress)
+    plain = 1 in micro_batches and NONE in modes  # else it is not what was asked for
+    for other in ("data", "zero", "tensor") if cluster.size > 1 else ():
+        if plain:
+            tried += force(problem, other, limit, progress)
+        else:
+            tried += force_within(frames, graph, request, other, progress)
     lefts = (piped.left_s, found.left_s)
     return _finish(problem, tried, found.proposals, strategy, fingerprint, symbols, limit, *lefts)
 

@@ -7,15 +7,26 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
+import torch
+from torch import Tensor, nn
+
 from autopar.cost.cluster import parse_cluster
 from autopar.errors import UserError
+from autopar.passes.prepare import prepare
 from autopar.passes.propose import WORTH, Frames
 from autopar.passes.search import MODES, search
+from autopar.planning import capture_training
+from tests.autocast import Autocast
 
 from .test_propose import needed, problem, stack
 
 SPEC = "cpu:4"
 SHARES = (math.inf, 0.6, 0.4, 0.3, 0.1)  # of what the fastest plan keeps
+
+
+class Squares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean()
 
 
 @cache
@@ -71,3 +82,22 @@ def test_micro_batches_and_modes() -> None:
     for found in (counts, modes):
         for less, more in itertools.pairwise(found):
             check(less, more)
+
+
+def test_named_strategies_with_several_micro_batches() -> None:
+    """Where one micro-batch may not be, plans of named strategies are compared with as many."""
+    layers = (nn.Linear(1024, 1024) for _ in range(8))
+    model = Autocast(nn.Sequential(*layers, Squares()))
+    capture = capture_training(model, (torch.zeros(64, 1024),), {}, fold=True)
+    times = {
+        strategy: search(
+            prepare(capture.graph),
+            capture.fingerprint,
+            capture.symbols,
+            parse_cluster("2x4xH100"),
+            strategy=strategy,
+            micro_batches=(4,),
+        ).predicted.time_s
+        for strategy in ("auto", "data", "zero", "tensor")
+    }
+    assert times["auto"] <= min(times.values()) * (1 + 1e-9)
