@@ -19,6 +19,7 @@ from .ir.step import StepGraphs
 from .kernel_use import NOWHERE, Places
 from .passes.follow_micro_batches import Followed
 from .passes.lower_pieces import LoweredPieces, lower_pieces
+from .passes.pieces import Boundary
 from .passes.pipeline import Stage
 from .passes.pipeline_plan import matching_cuts
 from .passes.rank_program import storage_of
@@ -69,6 +70,7 @@ def load_pipelined_step(
             regather,
             ahead=device.type != "cpu",
             kernels=kernels,
+            boundary=Boundary.of(plan.mesh),
         )
     )
     compiled = backend not in (None, "eager")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autopar.ir.graph import Graph, Value
+from autopar.ir.graph import Graph, Value, value_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 from autopar.kernel_use import NOWHERE, Places
@@ -14,8 +14,10 @@ from autopar.kernel_use import NOWHERE, Places
 from .edges import producer_of
 from .follow_micro_batches import Followed
 from .lower_step import Lowered, lower_part
-from .pieces import Piece, boundary_sharding, cut_graph
+from .pieces import Boundary, Piece, cut_graph
 from .pipeline import Stage
+
+DIRECT = Boundary()  # what is whole is sent whole
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,20 @@ def lower_pieces(
     regather: frozenset[str] = frozenset(),
     ahead: bool = True,
     kernels: Places = NOWHERE,
+    boundary: Boundary = DIRECT,
 ) -> LoweredPieces:
     """Cut a model in micro-batches, and lower the pieces of the rank's stage.
 
     `rank` counts over stages first, then over `stage_mesh`; piece `i` runs on stage
-    `i % stages`. Raises UserError where the cuts do not fit, and as `lower_part` does.
+    `i % stages`; values cross between them as `boundary` says. Raises UserError where the cuts do
+    not fit, and as `lower_part` does.
     """
     pieces = cut_graph(followed.graph, cuts)
     stage, member = divmod(rank, stage_mesh.size)
     made = []
     for i in range(stage, len(pieces), stages):
         received = dict(
-            zip(pieces[i].receives, _crossing(followed, pieces[i].receives), strict=True)
+            zip(pieces[i].receives, _crossing(followed, pieces[i].receives, boundary), strict=True)
         )
         lowered = lower_part(
             followed,
@@ -69,7 +73,7 @@ def lower_pieces(
             {**storage, **received},
             regather,
             ahead,
-            sends=i < len(pieces) - 1,
+            sends=boundary if i < len(pieces) - 1 else None,
             kernels=kernels,
         )
         made.append((i, lowered))
@@ -78,13 +82,14 @@ def lower_pieces(
     )
 
 
-def _crossing(followed: Followed, names: Sequence[str]) -> tuple[Sharding, ...]:
+def _crossing(followed: Followed, names: Sequence[str], boundary: Boundary) -> tuple[Sharding, ...]:
     """How the values of these names cross from a piece to the next."""
     nodes = {node.name: node for node in followed.graph.calls()}
     found = []
     for name in names:
         producer, port = producer_of(nodes[name])
-        found.append(boundary_sharding(followed.given[producer.name, port]))
+        given = followed.given[producer.name, port]
+        found.append(boundary.sharding(value_of(nodes[name]), given))
     return tuple(found)
 
 

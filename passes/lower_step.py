@@ -28,6 +28,7 @@ from .mark_blocks import mark_blocks
 from .mark_recompute import mark_recompute, settle_recompute
 from .number_random_calls import number_random_calls
 from .overlap_collectives import overlap_collectives
+from .pieces import Boundary
 from .pipeline import Pass, Stage, run_passes, with_kernels
 from .propagate import propagate
 from .rules_of import rules_of
@@ -80,7 +81,7 @@ def lower_part(
     storage: Mapping[str, Sharding],
     regather: frozenset[str] = frozenset(),
     ahead: bool = True,
-    sends: bool = False,
+    sends: Boundary | None = None,
     kernels: Places = NOWHERE,
 ) -> Lowered:
     """One rank's programs of a step, or of a piece of the model in it.
@@ -103,7 +104,7 @@ def lower_part(
     ]
     stages = run_passes(graph, common, mesh)
     check_even(stages[-1].graph, mesh)
-    made = split_step(stages[-1].graph, mesh, sends)
+    made = split_step(stages[-1].graph, mesh, sends is not None)
     own = _own_passes(mesh, rank, ahead, kernels)
     found = []
     for part in (made.prologue, made.tail, made.body):

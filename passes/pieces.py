@@ -9,9 +9,10 @@ from typing import Any
 import torch.fx
 
 from autopar.errors import UserError
-from autopar.ir.graph import Graph, value_of
-from autopar.ir.mesh import MICRO_BATCH
+from autopar.ir.graph import Graph, Value, value_of
+from autopar.ir.mesh import MICRO_BATCH, Axis, Mesh
 from autopar.ir.sharding import Sharding
+from autopar.plan import PIPELINE_AXIS
 
 from .columns import is_getitem
 from .cut_points import made_again
@@ -153,11 +154,41 @@ def _copied(new: torch.fx.Graph, node: Node, env: Mapping[Node, Node]) -> Node:
     return copy
 
 
-def boundary_sharding(given: Sharding) -> Sharding:
-    """How a value that is `given` where it is made crosses to the next piece.
+@dataclass(frozen=True)
+class Boundary:
+    """How values cross from one piece to the next.
 
-    On the axes of a stage it is split or whole; what is partial there is added up. Along
-    micro-batches it stays as it is: every one crosses by itself.
+    On the axes of a stage they are split or whole; what is partial there is added up. Along
+    micro-batches they stay as they are: every one crosses by itself.
+
+    What is whole on the axes `scattered` is cut up on the way, so that each device sends a part of
+    it over the slow links between stages, and the devices of the next stage gather it over their
+    fast ones (arXiv:2104.04473, section 4.1).
     """
-    partial = tuple((axis, kind) for axis, kind in given.partial if axis == MICRO_BATCH)
-    return Sharding(given.splits, partial)
+
+    scattered: tuple[Axis, ...] = ()
+
+    @staticmethod
+    def of(mesh: Mesh) -> Boundary:
+        """That of a plan's mesh, `pp` included."""
+        if PIPELINE_AXIS not in mesh.names:
+            return Boundary()
+        across = mesh[PIPELINE_AXIS].level
+        inside = (axis for axis in mesh if axis.name != PIPELINE_AXIS and axis.size > 1)
+        return Boundary(tuple(axis for axis in inside if axis.level < across))
+
+    def sharding(self, value: Value, given: Sharding) -> Sharding:
+        """That in which a value crosses which is `given` where it is made.
+
+        The first dim, that of micro-batches, is not cut up.
+        """
+        partial = tuple((axis, kind) for axis, kind in given.partial if axis == MICRO_BATCH)
+        made = Sharding(given.splits, partial)
+        for axis in self.scattered if value.requires_grad else ():
+            if axis.name in made.used_axes():
+                continue
+            sizes = dict(enumerate(value.shape[1:], 1))
+            free = [d for d, size in sizes.items() if not made.splits[d] and size % axis.size == 0]
+            if free:
+                made = made.with_split(free[0], (axis.name,))
+        return made

@@ -17,7 +17,7 @@ from autopar.ir.text import print_node
 from autopar.ir.verify import SENDS
 
 from .options import place_call
-from .pieces import boundary_sharding
+from .pieces import Boundary
 from .programme import is_getitem, producer_of
 
 Node = torch.fx.Node
@@ -30,7 +30,7 @@ def propagate(
     choices: Mapping[str, Mapping[str, Choice]],
     storage: Mapping[str, Sharding],
     regather: frozenset[str] = frozenset(),
-    sends: bool = False,
+    sends: Boundary | None = None,
 ) -> Graph:
     """Type every value of the graph with a sharding, and note what each op wants of its inputs.
 
@@ -38,7 +38,7 @@ def propagate(
     `regather` are marked for being gathered again in the backward. The wanted
     shardings are left in `meta["wants"]`, one per tensor input. User inputs, buffers and constants
     are replicated, and so is whatever the graph returns, unless it `sends` it to another piece of
-    the model: that is split as it is made. Axes on which a choice is not legal for
+    the model: that crosses as `Boundary` says. Axes on which a choice is not legal for
     these sizes fall back to replication.
     """
     new = graph.copy()
@@ -50,7 +50,7 @@ def propagate(
                 node.meta["regather"] = node.name in regather
         elif node.op == "output":
             node.meta["wants"] = _returned(new, sends)
-            node.meta[SENDS] = sends
+            node.meta[SENDS] = sends is not None
         elif is_getitem(node):
             source, port = producer_of(node)
             node.meta["value"] = values_of(source)[port]
@@ -59,7 +59,7 @@ def propagate(
     return new
 
 
-def _returned(graph: Graph, sends: bool) -> tuple[Sharding, ...]:
+def _returned(graph: Graph, sends: Boundary | None) -> tuple[Sharding, ...]:
     """What is wanted of what a graph returns: all of it.
 
     But results of the user's code stay as they are on the axis of micro-batches, where they are put
@@ -73,8 +73,8 @@ def _returned(graph: Graph, sends: bool) -> tuple[Sharding, ...]:
     for source in tensor_inputs(node):
         (value,) = values_of(source)
         wanted = Sharding.replicated(value.rank)
-        if sends and source in user and value.sharding is not None:
-            wanted = boundary_sharding(value.sharding)
+        if sends is not None and source in user and value.sharding is not None:
+            wanted = sends.sharding(value, value.sharding)
         elif source in user and value.sharding is not None:
             wanted = value.sharding.without_varying()
             for axis in {*value.sharding.used_axes()} - {MICRO_BATCH}:

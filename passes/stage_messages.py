@@ -29,6 +29,7 @@ from .cut_points import Unit
 from .kept import own_outputs
 from .options import Option
 from .price import Pricer
+from .received import crossing_sharding
 
 Node = torch.fx.Node
 Array = NDArray[np.float64]
@@ -146,6 +147,8 @@ def _kept_by(
     """The first unit whose ops keep a value as it is made: its producer, or who reads it first."""
     producer, port = producer_of(node)
     given = option[producer].gives[port]
+    if crossing_sharding(node, option, pricer).splits != given.splits:
+        return -1  # a part of it crosses
     if port in own_outputs(producer):
         return at[producer]
     for user in sorted((u for u in node.users if u in at), key=lambda u: at[u]):

@@ -20,11 +20,10 @@ from autopar.plan import PIPELINE_AXIS
 
 from .blocks import Blocks
 from .chunks import Chunk
-from .columns import producer_of
 from .cut_points import Unit
 from .options import Option
-from .pieces import boundary_sharding
 from .price import Pricer
+from .received import crossing_sharding, received_by
 from .stage_messages import Messages, Staging, messages_of, staging_of
 from .step_of import alike, segments_of
 from .stored import stored_state
@@ -54,13 +53,14 @@ class Chain:
     """The units of a model with their prices for one micro-batch on one device of a stage.
 
     `segments[i]` is unit `i`; units that do the same share one. `crossing_bytes[i]` is what one
-    device sends over the cut before unit `i`; `messages` are the same as memory, `staging` is the
-    memory of collectives.
+    device sends over the cut before unit `i`, `received[i]` what a stage that begins there has to
+    gather of it; `messages` are the same as memory, `staging` is the memory of collectives.
     """
 
     units: tuple[Unit, ...]
     segments: tuple[Segment, ...]
     crossing_bytes: tuple[float, ...]
+    received: tuple[Segment | None, ...]
     stored: tuple[Stored, ...]
     micro_batches: int
     messages: Messages
@@ -89,7 +89,8 @@ class Chain:
 
     def piece(self, start: int, end: int) -> Step:
         """The step of the units from `start` up to `end`."""
-        segments: list[Segment] = []
+        first = self.received[start]
+        segments: list[Segment] = [] if first is None else [first]
         last: Segment | None = None
         for segment in self.segments[start:end]:
             if segment is last and segment.block:
@@ -120,7 +121,9 @@ class Chain:
     @cached_property
     def seconds(self) -> Array:
         """Forward and backward of one micro-batch, without collectives of parameters."""
-        return _spans([segment_s(s) for s in self.segments])
+        found = _spans([segment_s(s) for s in self.segments])
+        gathered = np.array([0.0 if s is None else segment_s(s) for s in (*self.received, None)])
+        return np.where(found > 0, found + gathered[:, None], found)
 
     @cached_property
     def kept(self) -> Array:
@@ -171,7 +174,6 @@ class Chain:
 
 def chain_of(
     graph: Graph,
-    symbolic: Graph | None,
     blocks: Blocks,
     units: Sequence[Unit],
     option: Mapping[Node, Option],
@@ -192,7 +194,10 @@ def chain_of(
         segments.append(same or segment)
     at = {node: i for i, unit in enumerate(units) for node in unit.nodes}
     crossing = {node for unit in units for node in unit.crossing}
-    each = {node: _sent_bytes(node, option, pricer) for node in crossing}
+    each = {
+        node: pricer.local_bytes(value_of(node), crossing_sharding(node, option, pricer))
+        for node in crossing
+    }
     sent = [sum(each[node] for node in unit.crossing) for unit in units]
     stored = []
     for node in graph.placeholders("param"):
@@ -205,6 +210,7 @@ def chain_of(
         tuple(units),
         tuple(segments),
         tuple(sent),
+        received_by(units, option, pricer),
         tuple(stored),
         micro_batches,
         messages_of(units, blocks, option, pricer, each),
@@ -236,10 +242,3 @@ def _spans(each: Sequence[float] | Array) -> Array:
     """[start, end] -> the sum from start up to end; zero where there is nothing between."""
     total = np.concatenate([[0.0], np.cumsum(np.asarray(each, dtype=np.float64))])
     return np.triu(total[None, :] - total[:, None])
-
-
-def _sent_bytes(node: Node, option: Mapping[Node, Option], pricer: Pricer) -> float:
-    """What one device sends of a value: its piece."""
-    producer, port = producer_of(node)
-    crosses = boundary_sharding(option[producer].gives[port])
-    return pricer.local_bytes(value_of(node), crosses)

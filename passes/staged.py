@@ -193,7 +193,6 @@ class _Cutter:
             problem = self.problem
             self.chains[key] = chain_of(
                 problem.graph,
-                problem.symbolic,
                 problem.blocks,
                 units,
                 self.assignment.option,

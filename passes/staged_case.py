@@ -30,7 +30,6 @@ def simulate_case(case: Case, how: How | None = None) -> Simulated:
     units = units_at(case.concrete, case.layers, cuts)
     chain = chain_of(
         case.concrete,
-        case.symbolic,
         case.layers,
         units,
         case.option,

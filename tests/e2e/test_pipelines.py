@@ -108,6 +108,28 @@ def test_models_of_the_zoo_equal_one_device(
             assert outcome.parameter <= LIMIT_FLOAT64, outcome.worst
 
 
+@pytest.mark.parametrize(
+    ("model", "case"),
+    [
+        ("gpt_attention_dropout", "pipeline+tensor/1f1b"),
+        pytest.param("hf_t5", "pipeline+tensor/zero_bubble", marks=pytest.mark.slow),
+        pytest.param("moe", "pipeline+zero/1f1b", marks=pytest.mark.slow),
+    ],
+)
+def test_what_crosses_in_parts_equals_one_device(
+    model: str, case: str, four_ranks: RankPool, tmp_path: Path
+) -> None:
+    """On two hosts, values that are whole on every rank of a stage go in parts to the next one."""
+    torch.set_num_threads(1)
+    make_reference(model, "float64", 2, tmp_path / "reference")
+    plan = piped_case(model, case, "float64").to_json()
+    arguments = (model, "auto", "float64", 2, str(tmp_path / "reference"), plan, None, "2xcpu:2")
+    outcome = four_ranks.run(train_and_compare, *arguments)[0]
+    assert outcome.loss <= LIMIT_FLOAT64
+    assert outcome.gradient <= LIMIT_FLOAT64, outcome.worst
+    assert outcome.parameter <= LIMIT_FLOAT64, outcome.worst
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pipeline+data/interleaved", "pipeline+tensor/zero_bubble"])
 def test_blocks_that_run_again_in_the_backward(

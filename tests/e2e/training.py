@@ -120,10 +120,12 @@ def train_and_compare(
     file: str,
     plan: str | None = None,
     compress: str | None = None,
+    cluster: str | None = None,
 ) -> Outcome | None:
     """On every rank: train in parallel; on rank 0, compare with the reference in `file`.
 
-    `plan` is the text of a plan to follow instead of a strategy, `compress` how gradients travel.
+    `plan` is the text of a plan to follow instead of a strategy, `compress` how gradients travel,
+    `cluster` what the ranks are taken to be.
     """
     entry = MODELS[name]
     keep = dtype == "float64"
@@ -133,6 +135,7 @@ def train_and_compare(
         strategy=strategy if given is None else "auto",
         plan=given,
         compress=compress,
+        cluster=cluster,
     )
     try:
         run = train(entry, model, steps, keep)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from autopar.capture import Capture, capture
 from autopar.errors import UserError
-from autopar.ir.graph import Graph
+from autopar.ir.graph import Graph, Value
 from autopar.ir.interpret import run_graph
+from autopar.ir.mesh import Axis, Mesh
 from autopar.ir.recomputed import MARK
 from autopar.ir.text import parse_sharding
 from autopar.passes.columns import is_getitem
-from autopar.passes.pieces import Piece, boundary_sharding, cut_graph
+from autopar.passes.pieces import Boundary, Piece, cut_graph
 from autopar.passes.prepare import prepare
 from autopar.passes.specialise import specialise
 from tests.capture_helpers import placeholder_tensors
@@ -85,9 +86,25 @@ def test_cuts_that_are_none(cuts: list[str], message: str) -> None:
         cut_graph(graph_of(SKIPPED), cuts)
 
 
+def crossing(given: str, boundary: Boundary, *shape: int, grad: bool = True) -> str:
+    value = Value(shape, torch.float32, None, grad)
+    return str(boundary.sharding(value, parse_sharding(given)))
+
+
 def test_a_value_crosses_whole_or_split_and_partial_only_along_micro_batches() -> None:
-    given = parse_sharding("[mb&dp, -] +mb +tp")
-    assert str(boundary_sharding(given)) == "[mb&dp, -] +mb"
+    assert crossing("[mb&dp, -] +mb +tp", Boundary(), 8, 4) == "[mb&dp, -] +mb"
+
+
+def test_what_is_whole_in_a_stage_crosses_to_another_host_in_parts() -> None:
+    hosts = Boundary.of(Mesh((Axis("pp", 2, 1), Axis("dp", 2), Axis("tp", 4))))
+    assert crossing("[mb&dp, -, -] +tp", hosts, 8, 12, 5) == "[mb&dp, tp, -]"
+    assert crossing("[mb, -, -]", hosts, 8, 12, 8) == "[mb, dp, tp]"
+    assert crossing("[mb&dp, -, tp]", hosts, 8, 12, 8) == "[mb&dp, -, tp]"
+    assert crossing("[mb&dp, -, -]", hosts, 8, 3, 5) == "[mb&dp, -, -]"  # of no even parts
+    assert crossing("[mb, -, -]", hosts, 8, 12, 8, grad=False) == "[mb, -, -]"
+    for level in (0, 1):  # links in the stage that are not faster
+        slow = Boundary.of(Mesh((Axis("pp", 2, level), Axis("tp", 4, level))))
+        assert crossing("[mb, -, -]", slow, 8, 12, 8) == "[mb, -, -]"
 
 
 class Tied(nn.Module):

@@ -138,6 +138,18 @@ def test_stages_on_two_hosts_are_as_fast_as_forced_ones(length: int) -> None:
     assert plan.predicted.time_s <= 1.001 * data.predicted.time_s
 
 
+def test_devices_of_a_stage_send_parts_to_another_host_and_gather_there() -> None:
+    ids = torch.zeros(8, 32, dtype=torch.int64)
+    made = captured(Net(), ids, ids)
+    how: dict[str, Any] = {"stages": (2,), "schedules": ("1f1b",), "micro_batches": (4,)}
+    one, two = (
+        planned(made, "pipeline+tensor", cluster=parse_cluster(spec), **how)
+        for spec in ("cpu:8", "2xcpu:4")
+    )
+    assert two.choices == one.choices
+    assert 4 * two.predicted.comm_bytes["send"] == one.predicted.comm_bytes["send"]
+
+
 def test_a_pipeline_of_one_device_per_stage(net: tuple[Capture, Graph]) -> None:
     plan = planned(net, "pipeline", schedules=("1f1b",), micro_batches=(8,))
     assert_expected_inline(
