@@ -600,20 +600,20 @@ def synthetic_input(graph: torch.fx.Graph, name: str, example: torch.Tensor) -> 
     return made
 
 
-def why_not_compiled(error: BaseException) -> str | None:
-    """If Dynamo gave an error because it cannot compile a function whole, the reason in a line."""
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+def compile_failure(error: BaseException) -> tuple[str | None, BaseException]:
+    """Which kind of failure of `torch.compile` an error is, if it is one, and what caused it.
 
-    if isinstance(error, BackendCompilerFailed):
-        return str(error.inner_exception).partition("\n")[0]
-    if isinstance(error, FailOnRecompileLimitHit):
-        return "it was compiled anew too often, for shapes or numbers that change"
-    if isinstance(error, Unsupported):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        hint = next((x for x in lines if x.startswith("Explanation:")), "")
-        where = [x for x in lines if x.startswith('File "')][-1:]
-        return " ".join([lines[0], hint.removeprefix("Explanation: "), *where]).strip()
-    return None
+    "break" (no one graph), "limit" (compiled anew too often), "backend", "dynamo" (anything else).
+    """
+    from torch._dynamo import exc
+
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return "limit", error
+    if isinstance(error, exc.BackendCompilerFailed):
+        return "backend", error.inner_exception
+    if isinstance(error, exc.Unsupported | exc.UserError):
+        return "break", error
+    return ("dynamo" if isinstance(error, exc.TorchDynamoException) else None), error
 
 
 # --- Inductor without a GPU -----------------------------------------------------------------------

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from autopar.compat import dynamo_config, why_not_compiled
+from autopar.compat import dynamo_config
 
 from .compiled_dropout import CompiledDropout
 from .eager_random import PartitionInvariantDropout
+from .not_compiled import NotCompiledWarning, note_backend, why_not_compiled
 from .random import draw_seed
 from .step_clock import StepClock
 
-
-class NotCompiledWarning(UserWarning):
-    """A module that was to be compiled runs op by op."""
+Forward = Callable[..., Any]
 
 
 class SingleProcess:
@@ -31,15 +30,14 @@ class SingleProcess:
     def __init__(self, backend: str | None = None) -> None:
         self.clock = StepClock()
         self.backend = backend
-        self._draws: bool | None = None
-        self._compiled: Callable[..., Any] | None = None
-        self._random: CompiledDropout | None = None
-        self._drawing: Callable[..., Any] | None = None  # compiled, as one graph
+        self._draws: bool | None = None  # whether the module does; None before its first training
+        self._compiled: Forward | None = None  # what draws nothing
+        self._drawing: tuple[Forward, CompiledDropout] | None = None  # as one graph
         self._whole = backend not in (None, "eager")  # whether drawing forwards are compiled
 
     def call(
         self,
-        forward: Callable[..., Any],
+        forward: Forward,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -50,62 +48,72 @@ class SingleProcess:
         without dropout runs with nothing in between.
         """
         self.clock.tick(module)
+
+        def run(function: Forward) -> Any:
+            return function(module, *args, **kwargs)
+
         if not module.training or self._draws is False:
-            return self._run(forward)(module, *args, **kwargs)
+            return self._without_masks(forward, run)
         before = torch.get_rng_state()
         seed = draw_seed()
         drawn = torch.get_rng_state()
-        calls, output = self._draw(seed, forward, module, args, kwargs)
+        calls, output = self._draw(seed, forward, run)
         if calls == 0 and torch.equal(drawn, torch.get_rng_state()):
-            torch.set_rng_state(before)
+            torch.set_rng_state(before)  # as if no seed had been drawn
         self._draws = self._draws or calls > 0 or _has_dropout(module)
         return output
 
-    def _draw(
-        self,
-        seed: int,
-        forward: Callable[..., Any],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> tuple[int, Any]:
-        """How many random calls the forward made, and what it gave."""
-        if self._draws and self._whole:
-            run, random = self._drawing_whole(forward)
-            random.seed, random.calls = seed, 0
-            try:
-                with dynamo_config(specialize_float=True):  # a probability is a constant
-                    output = run(module, *args, **kwargs)
-                return random.calls, output
-            except Exception as error:
-                reason = why_not_compiled(error)
-                if reason is None:
-                    raise
-            self._whole = False
-            warnings.warn(
-                f"{type(module).__name__} draws dropout masks and is not compiled ({self.backend}),"
-                f" it runs op by op: {reason}",
-                NotCompiledWarning,
-                stacklevel=4,
-            )
-        with PartitionInvariantDropout(seed) as mode:
-            output = forward(module, *args, **kwargs)
-        return mode.calls, output
-
-    def _drawing_whole(
-        self, forward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], CompiledDropout]:
-        if self._drawing is None or self._random is None:
-            self._random = CompiledDropout(str(self.backend))
-            self._drawing = torch.compile(forward, backend=self._random, fullgraph=True)
-        return self._drawing, self._random
-
-    def _run(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _without_masks(self, forward: Forward, run: Callable[[Forward], Any]) -> Any:
         if self.backend in (None, "eager"):
-            return forward
+            return run(forward)
         if self._compiled is None:
             self._compiled = torch.compile(forward, backend=str(self.backend))
-        return self._compiled
+        try:
+            return run(self._compiled)
+        except Exception as error:  # parts of it may have run: they cannot run again
+            note_backend(error, forward)
+            raise
+
+    def _draw(self, seed: int, forward: Forward, run: Callable[[Forward], Any]) -> tuple[int, Any]:
+        """How many random calls the forward made, and what it gave."""
+        if not (self._draws and self._whole):
+            return _op_by_op(seed, forward, run)
+        compiled, random = self._as_one_graph(forward)
+        random.begin(seed)
+        before = torch.get_rng_state()
+        try:
+            with dynamo_config(specialize_float=True):  # a probability is a constant
+                output = run(compiled)
+            return random.calls, output
+        except Exception as error:
+            if random.started:
+                raise
+            reason = why_not_compiled(error, forward)
+        # Nothing has run yet. If the forward itself raises on these inputs, it does so now, and
+        # later ones are compiled.
+        torch.set_rng_state(before)
+        calls, output = _op_by_op(seed, forward, run)
+        self._whole = False
+        name = getattr(forward, "__qualname__", "forward")
+        warnings.warn(
+            f"{name} draws dropout masks and runs op by op, not compiled by {self.backend}: "
+            f"{reason}",
+            NotCompiledWarning,
+            stacklevel=4,
+        )
+        return calls, output
+
+    def _as_one_graph(self, forward: Forward) -> tuple[Forward, CompiledDropout]:
+        if self._drawing is None:
+            random = CompiledDropout(str(self.backend))
+            self._drawing = torch.compile(forward, backend=random, fullgraph=True), random
+        return self._drawing
+
+
+def _op_by_op(seed: int, forward: Forward, run: Callable[[Forward], Any]) -> tuple[int, Any]:
+    with PartitionInvariantDropout(seed) as mode:
+        output = run(forward)
+    return mode.calls, output
 
 
 def _has_dropout(module: nn.Module) -> bool:
