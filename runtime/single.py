@@ -30,10 +30,11 @@ class SingleProcess:
     def __init__(self, backend: str | None = None) -> None:
         self.clock = StepClock()
         self.backend = backend
-        self._draws: bool | None = None  # whether the module does; None before its first training
+        self._draws: dict[bool, bool] = {}  # whether a call did so far, in evaluation, in training
+        self._dropouts: tuple[Any, ...] | None = None  # those in the module
         self._compiled: Forward | None = None  # what draws nothing
         self._drawing: tuple[Forward, CompiledDropout] | None = None  # as one graph
-        self._whole = backend not in (None, "eager")  # whether drawing forwards are compiled
+        self._compiles = backend not in (None, "eager")  # forwards that draw
 
     def call(
         self,
@@ -44,23 +45,33 @@ class SingleProcess:
     ) -> Any:
         """Run the forward; where it draws dropout masks, by the global position of each element.
 
-        Whether it draws any is found out in its first call in training: from then on a module
-        without dropout runs with nothing in between.
+        Whether it draws any is found out in its first call: from then on a module without dropout
+        runs with nothing in between. Evaluation with a dropout that is still on is training here.
         """
         self.clock.tick(module)
 
         def run(function: Forward) -> Any:
             return function(module, *args, **kwargs)
 
-        if not module.training or self._draws is False:
+        if self._dropouts is None:
+            self._dropouts = _dropouts_in(module)
+        on = [dropout for dropout in self._dropouts if dropout.training]
+        training = module.training or bool(on)
+        draws = self._draws.get(training)
+        if draws is False and not on:
             return self._without_masks(forward, run)
-        before = torch.get_rng_state()
+        undrawn = torch.get_rng_state()
         seed = draw_seed()
         drawn = torch.get_rng_state()
-        calls, output = self._draw(seed, forward, run)
-        if calls == 0 and torch.equal(drawn, torch.get_rng_state()):
-            torch.set_rng_state(before)  # as if no seed had been drawn
-        self._draws = self._draws or calls > 0 or _has_dropout(module)
+        # One device draws no seed for a forward without masks, nor may its own numbers be others.
+        begun = drawn if draws or any(dropout.p > 0.0 for dropout in on) else undrawn
+        torch.set_rng_state(begun)
+        compiles = self._compiles and draws is not None
+        draw = self._compiled_draw if compiles else _op_by_op
+        calls, output = draw(seed, forward, run)
+        if torch.equal(begun, torch.get_rng_state()):
+            torch.set_rng_state(drawn if calls else undrawn)
+        self._draws[training] = bool(draws) or calls > 0
         return output
 
     def _without_masks(self, forward: Forward, run: Callable[[Forward], Any]) -> Any:
@@ -74,10 +85,10 @@ class SingleProcess:
             note_backend(error, forward)
             raise
 
-    def _draw(self, seed: int, forward: Forward, run: Callable[[Forward], Any]) -> tuple[int, Any]:
-        """How many random calls the forward made, and what it gave."""
-        if not (self._draws and self._whole):
-            return _op_by_op(seed, forward, run)
+    def _compiled_draw(
+        self, seed: int, forward: Forward, run: Callable[[Forward], Any]
+    ) -> tuple[int, Any]:
+        """How many random calls the compiled forward made, and what it gave."""
         compiled, random = self._as_one_graph(forward)
         random.begin(seed)
         before = torch.get_rng_state()
@@ -93,7 +104,7 @@ class SingleProcess:
         # later ones are compiled.
         torch.set_rng_state(before)
         calls, output = _op_by_op(seed, forward, run)
-        self._whole = False
+        self._compiles = False
         name = getattr(forward, "__qualname__", "forward")
         warnings.warn(
             f"{name} draws dropout masks and runs op by op, not compiled by {self.backend}: "
@@ -111,10 +122,11 @@ class SingleProcess:
 
 
 def _op_by_op(seed: int, forward: Forward, run: Callable[[Forward], Any]) -> tuple[int, Any]:
+    """How many random calls the forward made, and what it gave."""
     with PartitionInvariantDropout(seed) as mode:
         output = run(forward)
     return mode.calls, output
 
 
-def _has_dropout(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) for m in module.modules())
+def _dropouts_in(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd))

@@ -42,7 +42,7 @@ def losses(model: Small, single: SingleProcess) -> list[float]:
         loss.backward()
         sgd.step()
         sgd.zero_grad()
-        found.append(float(loss))
+        found.append(loss.item())
     return found
 
 
@@ -178,7 +178,7 @@ def test_an_error_of_the_forward_is_its_own_and_ends_nothing(
 ) -> None:
     good, bad = torch.ones(4, 8), torch.ones(shape)
     single = check_same(lambda: Picky(0.5), [good, good, bad, good, bad, good])
-    assert single._whole and not [w for w in recwarn if w.category is NotCompiledWarning]
+    assert single._compiles and not [w for w in recwarn if w.category is NotCompiledWarning]
     torch._dynamo.reset()
     with pytest.raises((ValueError, RuntimeError)) as compiled:
         single.call(Picky.forward, Picky(0.5), (bad,), {})
@@ -229,7 +229,7 @@ def test_an_error_while_the_graph_runs_is_raised_as_it_is() -> None:
         single.call(Looking.forward, model, (x,), {})
     with pytest.raises(IndexError, match="index out of range"):
         single.call(Looking.forward, model, (good * 99,), {})
-    assert single._whole
+    assert single._compiles
 
 
 def test_batches_of_other_sizes_draw_their_masks() -> None:
@@ -237,7 +237,7 @@ def test_batches_of_other_sizes_draw_their_masks() -> None:
     torch._dynamo.reset()
     counters.clear()
     single = check_same(lambda: Small(0.5), [torch.ones(n, 8) for n in sizes])
-    assert single._whole
+    assert single._compiles
     assert counters["stats"]["unique_graphs"] <= 3  # of 4, of any, of 1
 
 
@@ -285,6 +285,61 @@ def test_no_grad_draws_masks_and_evaluation_draws_none() -> None:
     found = run(SingleProcess("aot_eager"))
     torch.testing.assert_close(found, run(SingleProcess()))
     assert not torch.equal(found[2], found[3]) and torch.equal(found[4], found[5])
+
+
+class Noisy(nn.Module):
+    """Draws numbers of its own."""
+
+    def __init__(self, p: float | None) -> None:
+        super().__init__()
+        self.drop = nn.Identity() if p is None else nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x + torch.rand(x.shape)).sum()
+
+
+@pytest.mark.parametrize("p", [None, 0.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_without_masks_draws_the_numbers_of_one_device(
+    p: float | None, training: bool
+) -> None:
+    model, x = Noisy(p).train(training), torch.ones(5)
+    torch.manual_seed(1)
+    wanted = [model(x) for _ in range(3)]
+    after = torch.get_rng_state()
+    for backend in (None, "aot_eager"):
+        assert outputs(model, SingleProcess(backend), [x] * 3) == wanted
+        assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_masks_and_numbers_of_its_own_are_the_same_compiled() -> None:
+    check_same(lambda: Noisy(0.5), [torch.ones(5)] * 4)
+
+
+class Always(nn.Module):
+    """Drops in evaluation, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_dropout_that_is_on_in_evaluation_draws_masks_of_ours(backend: str | None) -> None:
+    x = torch.ones(3, 4)
+
+    def check(model: nn.Module, single: SingleProcess) -> None:
+        found = outputs(model, single, [x] * 3)
+        torch.manual_seed(1)
+        for each in found:
+            mask = keep_mask(0.5, draw_seed(), 0, whole((3, 4)))
+            torch.testing.assert_close(each, mask * 2.0)
+
+    check(Always().eval(), SingleProcess(backend))
+    some = nn.Sequential(nn.Dropout(0.5)).eval()
+    single = SingleProcess(backend)
+    assert all(torch.equal(each, x) for each in outputs(some, single, [x] * 2))
+    some[0].train()  # Monte Carlo dropout
+    check(some, single)
 
 
 class Elsewhere(nn.Module):
