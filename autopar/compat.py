@@ -563,6 +563,15 @@ def compile_backend(name: str) -> Callable[[torch.fx.GraphModule, list[Any]], Ca
     return found(name)  # type: ignore[no-any-return]
 
 
+def backward_at_once() -> contextlib.AbstractContextManager[Any]:
+    """Let backends compile a backward along with its forward, not when it first runs."""
+    from torch._functorch import config
+
+    patch: Any = config.patch  # untyped
+    context: contextlib.AbstractContextManager[Any] = patch(force_non_lazy_backward_lowering=True)
+    return context
+
+
 def fake_like(tensor: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
     """The tensor as an example beside the inputs that a backend gets: fake if they are."""
     from torch._guards import detect_fake_mode

@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from autopar.capture.explain import source_of
-from autopar.compat import compile_backend, dynamo_graph_copy, fake_like, synthetic_input
+from autopar.compat import (
+    backward_at_once,
+    compile_backend,
+    dynamo_graph_copy,
+    fake_like,
+    synthetic_input,
+)
 from autopar.errors import UserError
 
 from .eager_random import SDPA, PartitionInvariantDropout, multi_head_attention, warn_native
@@ -51,10 +57,10 @@ class CompiledDropout:
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
         draws = random_calls(module)
         if not draws:
-            return self._noting(self.inner(module, list(inputs)))
+            return self._noting(self._compile(module, inputs))
         count, device = len(draws), device_of(draws[0])
         example = fake_like(key_table(0, 0, count, device), inputs)
-        run = self.inner(with_key_table(module, example), [*inputs, example])
+        run = self._compile(with_key_table(module, example), [*inputs, example])
 
         def drawing(*args: Any) -> Any:
             table = key_table(self.seed, self.calls, count, device)
@@ -62,6 +68,10 @@ class CompiledDropout:
             return run(*args, table)
 
         return self._noting(drawing)
+
+    def _compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
+        with backward_at_once():  # if it fails, while the forward can still run op by op
+            return self.inner(module, list(inputs))
 
     def _noting(self, run: Inner) -> Inner:
         def noted(*args: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -200,6 +201,20 @@ def test_a_backend_that_fails_is_done_without(
         check_same(lambda: Small(0.5), [torch.ones(4, 8)] * 3)
     said = f"fails with {kind.__name__}\n  at:  test_single.py:{line}\n  fix: pass backend="
     assert said in str(warned[0].message)
+
+
+def test_a_backend_that_fails_in_the_backward_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise ValueError("no backward")
+
+    made = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=fails)
+    monkeypatch.setattr(compiled_dropout, "compile_backend", lambda name: made)
+    torch._dynamo.reset()
+    model, single = Small(0.5), SingleProcess("inductor")
+    with pytest.warns(NotCompiledWarning, match="no backward"):
+        gradients(model, single)
 
 
 def test_a_backend_that_fails_without_dropout_says_what_to_change(
