@@ -563,6 +563,15 @@ def compile_backend(name: str) -> Callable[[torch.fx.GraphModule, list[Any]], Ca
     return found(name)  # type: ignore[no-any-return]
 
 
+def backward_at_once() -> contextlib.AbstractContextManager[Any]:
+    """Let backends compile a backward along with its forward, not when it first runs."""
+    from torch._functorch import config
+
+    patch: Any = config.patch  # untyped
+    context: contextlib.AbstractContextManager[Any] = patch(force_non_lazy_backward_lowering=True)
+    return context
+
+
 def fake_like(tensor: torch.Tensor, inputs: Sequence[Any]) -> torch.Tensor:
     """The tensor as an example beside the inputs that a backend gets: fake if they are."""
     from torch._guards import detect_fake_mode
@@ -600,20 +609,20 @@ def synthetic_input(graph: torch.fx.Graph, name: str, example: torch.Tensor) -> 
     return made
 
 
-def why_not_compiled(error: BaseException) -> str | None:
-    """If Dynamo gave an error because it cannot compile a function whole, the reason in a line."""
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported
+def compile_failure(error: BaseException) -> tuple[str | None, BaseException]:
+    """Which kind of failure of `torch.compile` an error is, if it is one, and what caused it.
 
-    if isinstance(error, BackendCompilerFailed):
-        return str(error.inner_exception).partition("\n")[0]
-    if isinstance(error, FailOnRecompileLimitHit):
-        return "it was compiled anew too often, for shapes or numbers that change"
-    if isinstance(error, Unsupported):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        hint = next((x for x in lines if x.startswith("Explanation:")), "")
-        where = [x for x in lines if x.startswith('File "')][-1:]
-        return " ".join([lines[0], hint.removeprefix("Explanation: "), *where]).strip()
-    return None
+    "break" (no one graph), "limit" (compiled anew too often), "backend", "dynamo" (anything else).
+    """
+    from torch._dynamo import exc
+
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return "limit", error
+    if isinstance(error, exc.BackendCompilerFailed):
+        return "backend", error.inner_exception
+    if isinstance(error, exc.Unsupported | exc.UserError):
+        return "break", error
+    return ("dynamo" if isinstance(error, exc.TorchDynamoException) else None), error
 
 
 # --- Inductor without a GPU -----------------------------------------------------------------------

@@ -16,8 +16,17 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from autopar.compat import compile_backend, dynamo_graph_copy, fake_like, synthetic_input
+from autopar.capture.explain import source_of
+from autopar.compat import (
+    backward_at_once,
+    compile_backend,
+    dynamo_graph_copy,
+    fake_like,
+    synthetic_input,
+)
+from autopar.errors import UserError
 
 from .eager_random import SDPA, PartitionInvariantDropout, multi_head_attention, warn_native
 from .random_keys import key_table
@@ -26,39 +35,60 @@ Node = torch.fx.Node
 Inner = Callable[..., Any]
 
 
-class UncompiledError(Exception):
-    """A forward whose masks cannot be numbered in a graph; says why as a clause."""
+class UncompiledError(UserError):
+    """A forward whose masks cannot be numbered in a graph."""
 
 
 class CompiledDropout:
-    """The backend, around another one. Set `seed` and `calls` before every run.
+    """The backend, around another one. Call `begin` before every run.
 
-    `calls` counts the random calls that have run. Raises UncompiledError from the compilation.
+    `calls` counts the random calls that have run, and `started` says whether anything has: what is
+    raised before that is of the compilation. Raises UncompiledError from there.
     """
 
     def __init__(self, backend: str) -> None:
         self.inner = compile_backend(backend)
-        self.seed, self.calls = 0, 0
+        self.begin(0)
+
+    def begin(self, seed: int) -> None:
+        """Draw the masks of the next run by a seed."""
+        self.seed, self.calls, self.started = seed, 0, False
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
-        count = count_random_calls(module)
-        if not count:
-            return self.inner(module, list(inputs))
-        device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+        draws = random_calls(module)
+        if not draws:
+            return self._noting(self._compile(module, inputs))
+        count, device = len(draws), device_of(draws[0])
         example = fake_like(key_table(0, 0, count, device), inputs)
-        run = self.inner(with_key_table(module, example), [*inputs, example])
+        run = self._compile(with_key_table(module, example), [*inputs, example])
 
         def drawing(*args: Any) -> Any:
             table = key_table(self.seed, self.calls, count, device)
             self.calls += count
             return run(*args, table)
 
-        return drawing
+        return self._noting(drawing)
+
+    def _compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
+        with backward_at_once():  # if it fails, while the forward can still run op by op
+            return self.inner(module, list(inputs))
+
+    def _noting(self, run: Inner) -> Inner:
+        def noted(*args: Any) -> Any:
+            self.started = True
+            return run(*args)
+
+        return noted
 
 
 def draw_dropout(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Tensor:
     """`F.dropout` with the mask of a row of the table."""
     return PartitionInvariantDropout(table, call).drop(*args, **kwargs)
+
+
+def draw_torch_dropout(table: Tensor, call: int, input: Tensor, p: float, train: bool) -> Tensor:
+    """`torch.dropout` with the mask of a row of the table."""
+    return PartitionInvariantDropout(table, call).drop(input, p, train)
 
 
 def draw_attention(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,10 +102,12 @@ def draw_multi_head(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Any:
     return multi_head_attention(mode, F.multi_head_attention_forward, *args, **kwargs)
 
 
-def _plain_drops(
-    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
-) -> bool:
-    return training and train and p > 0.0
+def _plain_drops(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    return training and p > 0.0
+
+
+def _torch_drops(input: Any, p: float, train: bool) -> bool:
+    return train and p > 0.0
 
 
 def _attention_drops(*args: Any, **kwargs: Any) -> bool:
@@ -91,7 +123,7 @@ def _multi_head_drops(*args: Any, **kwargs: Any) -> bool:
 # What draws, by what is called instead and whether a call drops anything.
 _DRAWS: dict[Any, tuple[Callable[..., Any], Callable[..., bool]]] = {
     F.dropout: (draw_dropout, _plain_drops),
-    torch.dropout: (draw_dropout, _plain_drops),
+    torch.dropout: (draw_torch_dropout, _torch_drops),
     F.scaled_dot_product_attention: (draw_attention, _attention_drops),
     F.multi_head_attention_forward: (draw_multi_head, _multi_head_drops),
 }
@@ -99,34 +131,52 @@ _DRAWS: dict[Any, tuple[Callable[..., Any], Callable[..., bool]]] = {
 
 def _is_random(node: Node) -> bool:
     if node.op == "call_function" and node.target is torch.dropout_:
-        raise UncompiledError("it draws dropout masks in place; call F.dropout(x) in its place")
+        raise _uncompiled(node, "it draws dropout masks in place", "call F.dropout(x) in its place")
     if node.op != "call_function" or node.target not in _DRAWS:
         return False
     draws = _DRAWS[node.target][1]
     try:
         return draws(*node.args, **node.kwargs)
     except TypeError as error:  # of a node among the numbers
-        raise UncompiledError("a dropout's probability is not known when it is compiled") from error
+        raise _uncompiled(
+            node,
+            "a dropout's probability is not known when it is compiled",
+            "make it a Python number that stays the same, such as an attribute of the module",
+        ) from error
 
 
-def count_random_calls(module: torch.fx.GraphModule) -> int:
-    """How many random calls a graph makes, those in its recomputed regions included.
+def _uncompiled(node: Node, what: str, fix: str) -> UncompiledError:
+    return UncompiledError(what, source_of(node.meta.get("stack_trace") or "") or None, fix)
+
+
+def random_calls(module: torch.fx.GraphModule) -> list[Node]:
+    """The random calls of a graph in order, those in its recomputed regions included.
 
     Raises UncompiledError if one is where its number would not be known.
     """
-    count = 0
+    found: list[Node] = []
     for node in module.graph.nodes:
         if node.op == "call_function":
             warn_native(node.target, node.args, node.kwargs)
         if _is_random(node):
-            count += 1
+            found.append(node)
         for body in _bodies(module, node).values():
-            inside = count_random_calls(body)
+            inside = random_calls(body)
             if inside and not _is_checkpoint(node):
                 name = getattr(node.target, "__name__", str(node.target))
-                raise UncompiledError(f"it draws dropout masks inside {name}")
-            count += inside
-    return count
+                raise _uncompiled(
+                    inside[0],
+                    f"it draws dropout masks inside {name}",
+                    f"call dropout before or after {name}",
+                )
+            found += inside
+    return found
+
+
+def device_of(node: Node) -> torch.device:
+    """Where a call of a graph of Dynamo's has its result."""
+    results = tree_leaves(node.meta.get("example_value"))
+    return next((x.device for x in results if isinstance(x, Tensor)), torch.device("cpu"))
 
 
 def with_key_table(module: torch.fx.GraphModule, example: Tensor) -> torch.fx.GraphModule:
@@ -146,7 +196,7 @@ def _numbered(
             node.target = _DRAWS[node.target][0]
             call += 1
         for name, body in _bodies(new, node).items():
-            if count_random_calls(body):
+            if random_calls(body):
                 replaced, call = _numbered(body, example, call)
                 setattr(new, name, replaced)
                 node.args = (*node.args, table)

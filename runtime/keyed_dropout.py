@@ -2,7 +2,8 @@
 
 They read their keys from one more input of the program, a table made of the seed for every run. The
 seed itself stays an input for those that remain calls: by a kernel of autopar's own, in a selective
-region (which runs op by op), or with a region that depends on the micro-batch.
+region (which runs op by op), or with a region that depends on the micro-batch. To those it comes
+unseen by the compiler (`autopar.runtime.unseen`).
 """
 
 from __future__ import annotations

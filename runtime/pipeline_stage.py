@@ -165,9 +165,11 @@ class PieceStage(_StageBase):  # type: ignore[misc]
         return []
 
     def finish_sends(self) -> None:
-        """Wait for all that is still on its way."""
-        for work in (*self.sent.values(), *self.sent_back):
-            _wait(work)
+        """Wait for all that is still on its way, and let go of each message as it has arrived."""
+        while self.sent:
+            _wait(self.sent.pop(min(self.sent)))
+        while self.sent_back:
+            _wait(self.sent_back.popleft())
 
     def _ops(self, what: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
         assert self.group is not None

@@ -32,6 +32,7 @@ from .group import Group
 from .keyed_dropout import KEYED_DROPOUT, keyed_dropout, read_keys, with_keys
 from .recompute import run_region
 from .regather import Regather
+from .unseen import left_alone, with_unseen
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,13 @@ def load_program(
         run = compiled.run
     else:
         # The lowered ops' autograd Functions hand each other what is in flight behind autograd's
-        # back, and a seed that a compiler sees is a constant: it would compile every step again.
-        left_alone = {
-            op: torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-            for op, call in bindings.items()
-        }
-        left_alone[KEYED_DROPOUT] = keyed_dropout
+        # back: no compiler may look into them.
+        bound = {op: left_alone(call) for op, call in bindings.items()}
+        bound[KEYED_DROPOUT] = keyed_dropout
         keyed = read_keys(graph)
-        compiled = compile_graph(
-            keyed, left_alone.__getitem__, groups, run=_running_compiled(backend)
-        )
+        compiled = compile_graph(keyed, bound.__getitem__, groups, run=_running_compiled(backend))
         run = torch.compile(compiled.run, backend=backend, dynamic=False)
+        run = with_unseen(run, [node.meta["role"] for node in keyed.placeholders()])
         if keyed is not graph:
             run = with_keys(run, graph, device)
     if keeper is not None:
@@ -137,8 +134,8 @@ def _running_compiled(backend: str) -> Callable[..., tuple[Any, ...]]:
             compiled[body] = torch.compile(body, backend=backend, dynamic=False)
         return run_region(compiled.get(body, body), selective, *rest)
 
-    left_alone: Callable[..., tuple[Any, ...]] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-    return left_alone
+    apart: Callable[..., tuple[Any, ...]] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return apart
 
 
 def _on_device(graph: Graph, device: torch.device) -> Graph:

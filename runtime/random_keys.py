@@ -53,7 +53,8 @@ def masked(x: Tensor, p: float, table: Tensor, call: int, region: Region | None 
     """
     if p == 0.0:
         return x
-    mask = traced_mask(p, table[call], whole(tuple(x.shape)) if region is None else region)
+    key = table[call].to(x.device)  # of a model on several devices, only some of it is there
+    mask = traced_mask(p, key, whole(tuple(x.shape)) if region is None else region)
     return x.contiguous() * (mask.to(x.dtype) * _rounded_scale(p, x.dtype))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from autopar.inductor_ahead import inductor_kernels
+from autopar.ir.graph import Graph
 from autopar.ir.lowered import DROPOUT
 from autopar.passes.blocks import find_blocks
 from autopar.plan import Recompute
@@ -20,14 +21,14 @@ from autopar.runtime.phase_clock import PhaseClock
 from tests import simulate
 
 
-def decided(strategy: str, full: int = 0) -> simulate.Decisions:
-    """A plan of two ranks for a small GPT with dropout, `full` of whose blocks are recomputed."""
+def decided(strategy: str, full: int = 0, selective: int = 0) -> simulate.Decisions:
+    """A plan of two ranks for a small GPT with dropout, some of whose blocks are recomputed."""
     subject = simulate.zoo_subject("gpt")
     found = simulate.decisions_of(subject, simulate.plan_of(subject, 2, strategy))
-    if not full:
+    if not full and not selective:
         return found
     ((first, _, copies),) = find_blocks(simulate.concrete(subject)).regions
-    return replace(found, recompute=(Recompute(first.name, copies, full, 0),))
+    return replace(found, recompute=(Recompute(first.name, copies, full, selective),))
 
 
 @pytest.mark.parametrize(("strategy", "full"), [("data", 0), ("tensor", 0), ("tensor", 2)])
@@ -47,10 +48,34 @@ def test_two_ranks_draw_the_masks_of_one(
     assert all(KEYED_DROPOUT in targets and DROPOUT not in targets for targets in made)
 
 
-def test_no_seed_compiles_a_program_again() -> None:
-    subject, decisions = simulate.zoo_subject("gpt"), decided("data")
-    graph = simulate.lower_all(subject.graph, subject.capture.symbols, decisions)[0]
-    groups = alone_groups(graph, decisions.mesh, 0, PhaseClock(torch.device("cpu")))
+@pytest.mark.parametrize("kind", ["keyed", "selective", "by micro-batch"])
+def test_no_seed_compiles_a_program_again(kind: str) -> None:
+    subject = simulate.zoo_subject("gpt")
+    found = decided("data", selective=1 if kind == "selective" else 0)
+    graph = simulate.lower_all(subject.graph, subject.capture.symbols, found)[0]
+    if kind == "by micro-batch":
+        for node in graph.calls():
+            if node.target is DROPOUT:
+                node.args = (*node.args[:4], (node.args[4],))  # of a step of one micro-batch
+    groups = alone_groups(graph, found.mesh, 0, PhaseClock(torch.device("cpu")))
+    inputs = inputs_of(graph)
+    one = programs.load_program(graph, groups)
+    compiled = programs.load_program(graph, groups, backend="aot_eager")
+    counters.clear()
+    graphs_made = 0
+    for seed in range(1, 4):
+        given = [seed if x is None else x for x in inputs]
+        with torch.no_grad():
+            wanted, made = one.run(*given), compiled.run(*given)
+        torch.testing.assert_close(made, wanted, rtol=1e-12, atol=1e-12)
+        graphs_made = graphs_made or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs_made > 0
+    divided = any("dropout" in reason for reason in counters["graph_break"])
+    assert divided == (kind == "by micro-batch")
+
+
+def inputs_of(graph: Graph) -> list[Any]:
+    """Arguments of a program, with None for its seed."""
     generator = torch.Generator().manual_seed(0)
     inputs: list[Any] = []
     for node in graph.placeholders():
@@ -63,18 +88,7 @@ def test_no_seed_compiles_a_program_again() -> None:
             x = torch.randn(value.int_shape(), generator=generator, dtype=torch.float64)
             floating = value.dtype.is_floating_point
             inputs.append(x.to(value.dtype) if floating else torch.zeros_like(x, dtype=value.dtype))
-    one = programs.load_program(graph, groups)
-    compiled = programs.load_program(graph, groups, backend="aot_eager")
-    counters.clear()
-    graphs_made = 0
-    for seed in (1, 2, 3):
-        given = [seed if x is None else x for x in inputs]
-        with torch.no_grad():
-            wanted, found = one.run(*given), compiled.run(*given)
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-        graphs_made = graphs_made or counters["stats"]["unique_graphs"]
-        assert counters["stats"]["unique_graphs"] == graphs_made > 0
-    assert not any("dropout" in reason for reason in counters["graph_break"])
+    return inputs
 
 
 @pytest.mark.slow

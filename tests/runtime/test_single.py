@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
+from autopar.runtime import compiled_dropout
 from autopar.runtime.random import draw_seed, keep_mask, whole
 from autopar.runtime.single import NotCompiledWarning, SingleProcess
 
@@ -35,7 +43,7 @@ def losses(model: Small, single: SingleProcess) -> list[float]:
         loss.backward()
         sgd.step()
         sgd.zero_grad()
-        found.append(float(loss))
+        found.append(loss.item())
     return found
 
 
@@ -111,25 +119,262 @@ def test_all_random_calls_have_their_numbers_when_compiled() -> None:
         wanted = gradients(blocks(torch.float64), SingleProcess())
     finally:
         torch.set_default_dtype(default)
-    assert single._random is not None and single._random.calls == 5
+    assert single._drawing is not None and single._drawing[1].calls == 5
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-class Printing(Small):
+def outputs(model: nn.Module, single: SingleProcess, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Of calls in training, one after another; an error counts as NaN."""
+    torch.manual_seed(1)
+    found = []
+    for x in inputs:
+        try:
+            found.append(single.call(type(model).forward, model, (x,), {}).detach())
+        except (RuntimeError, ValueError):
+            found.append(torch.tensor(math.nan))
+    return found
+
+
+def check_same(made: Callable[[], nn.Module], inputs: Sequence[Tensor]) -> SingleProcess:
+    """Compiled or not, calls give the same; returns what compiled them."""
+    single = SingleProcess("aot_eager")
+    torch.manual_seed(0)
+    found = outputs(made(), single, inputs)
+    torch.manual_seed(0)
+    wanted = outputs(made(), SingleProcess(), inputs)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    return single
+
+
+class Breaking(Small):
     def forward(self, x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
+        return super().forward(x) + torch.rand(())
+
+
+def test_what_is_no_graph_runs_op_by_op_and_says_why_where_and_what_to_do() -> None:
+    with pytest.warns(NotCompiledWarning) as warned:
+        check_same(lambda: Breaking(0.5), [torch.ones(4, 8)] * 3)
+    line = Breaking.forward.__code__.co_firstlineno + 1
+    assert str(warned[0].message) == (
+        "Breaking.forward draws dropout masks and runs op by op, not compiled by aot_eager: "
+        "forward calls a function that is excluded from capture\n"
+        f"  at:  test_single.py:{line}\n"
+        "  fix: remove the torch.compiler.disable or graph_break, or move the call out of forward"
+    )
+
+
+class Picky(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 3:
+            raise ValueError("not three")
         return super().forward(x)
 
 
-def test_what_is_no_graph_runs_op_by_op_and_says_why() -> None:
+@pytest.mark.parametrize("shape", [(3, 8), (4, 7)])  # its own error, and one of a shape
+def test_an_error_of_the_forward_is_its_own_and_ends_nothing(
+    shape: tuple[int, int], recwarn: pytest.WarningsRecorder
+) -> None:
+    good, bad = torch.ones(4, 8), torch.ones(shape)
+    single = check_same(lambda: Picky(0.5), [good, good, bad, good, bad, good])
+    assert single._compiles and not [w for w in recwarn if w.category is NotCompiledWarning]
+    torch._dynamo.reset()
+    with pytest.raises((ValueError, RuntimeError)) as compiled:
+        single.call(Picky.forward, Picky(0.5), (bad,), {})
+    with pytest.raises(compiled.type, match=re.escape(str(compiled.value))):
+        Picky.forward(Picky(0.5), bad)
+
+
+@pytest.mark.parametrize("kind", [IndexError, ValueError])
+def test_a_backend_that_fails_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def fails(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        torch.rand(3)
+        raise kind
+
+    monkeypatch.setattr(compiled_dropout, "compile_backend", lambda name: fails)
+    line = Small.forward.__code__.co_firstlineno
+    with pytest.warns(NotCompiledWarning) as warned:
+        check_same(lambda: Small(0.5), [torch.ones(4, 8)] * 3)
+    said = f"fails with {kind.__name__}\n  at:  test_single.py:{line}\n  fix: pass backend="
+    assert said in str(warned[0].message)
+
+
+def test_a_backend_that_fails_in_the_backward_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise ValueError("no backward")
+
+    made = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=fails)
+    monkeypatch.setattr(compiled_dropout, "compile_backend", lambda name: made)
+    torch._dynamo.reset()
+    model, single = Small(0.5), SingleProcess("inductor")
+    with pytest.warns(NotCompiledWarning, match="no backward"):
+        gradients(model, single)
+
+
+def test_a_backend_that_fails_without_dropout_says_what_to_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise ValueError("no")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, backend: compile_with(f, backend=fails))
+    model, single = Small(), SingleProcess("inductor")
+    single.call(Small.forward, model, (torch.ones(4, 8),), {})
+    with pytest.raises(BackendCompilerFailed) as raised:
+        single.call(Small.forward, model, (torch.ones(4, 8),), {})
+    assert 'backend="eager"' in raised.value.__notes__[0]
+
+
+def test_an_error_while_the_graph_runs_is_raised_as_it_is() -> None:
+    class Looking(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            ids = x[:, 0].long()
+            return nn.functional.dropout(nn.functional.embedding(ids, self.up.weight), 0.5).mean()
+
+    model, single = Looking(), SingleProcess("aot_eager")
+    good = torch.ones(4, 8)
+    for x in (good, good):
+        single.call(Looking.forward, model, (x,), {})
+    with pytest.raises(IndexError, match="index out of range"):
+        single.call(Looking.forward, model, (good * 99,), {})
+    assert single._compiles
+
+
+def test_batches_of_other_sizes_draw_their_masks() -> None:
+    sizes = [4, 4, 6, 5, 1, 9, 4]
+    torch._dynamo.reset()
+    counters.clear()
+    single = check_same(lambda: Small(0.5), [torch.ones(n, 8) for n in sizes])
+    assert single._compiles
+    assert counters["stats"]["unique_graphs"] <= 3  # of 4, of any, of 1
+
+
+def test_shapes_that_change_too_often_end_compilation_with_a_warning() -> None:
+    torch._dynamo.reset()
+    never_dynamic = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=2)
+    with never_dynamic, pytest.warns(NotCompiledWarning, match="anew too often") as warned:
+        check_same(lambda: Small(0.5), [torch.ones(n, 8) for n in range(1, 7)])
+    assert "torch._dynamo.config.recompile_limit" in str(warned[0].message)
+    assert sum(w.category is NotCompiledWarning for w in warned) == 1
+
+
+def test_two_calls_before_a_backward_keep_their_masks() -> None:
+    def run(single: SingleProcess) -> list[Tensor]:
+        model = made(0.5)
+        torch.manual_seed(1)
+        for _ in range(2):
+            losses = [single.call(Small.forward, model, (torch.ones(4, 8),), {}) for _ in "ab"]
+            assert not torch.equal(*losses)
+            sum(losses).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    torch.testing.assert_close(run(SingleProcess("aot_eager")), run(SingleProcess()))
+
+
+def test_no_grad_draws_masks_and_evaluation_draws_none() -> None:
+    def run(single: SingleProcess) -> list[Tensor]:
+        model, x = made(0.5), torch.ones(4, 8)
+        torch.manual_seed(1)
+
+        def call() -> Tensor:
+            out: Tensor = single.call(Small.forward, model, (x,), {})
+            return out
+
+        found = [call(), call()]
+        with torch.no_grad():
+            found += [call(), call()]
+            before = torch.get_rng_state()
+            model.eval()
+            found += [call(), call()]
+            assert torch.equal(before, torch.get_rng_state())
+        model.train()
+        return [*found, call()]
+
+    found = run(SingleProcess("aot_eager"))
+    torch.testing.assert_close(found, run(SingleProcess()))
+    assert not torch.equal(found[2], found[3]) and torch.equal(found[4], found[5])
+
+
+class Noisy(nn.Module):
+    """Draws numbers of its own."""
+
+    def __init__(self, p: float | None) -> None:
+        super().__init__()
+        self.drop = nn.Identity() if p is None else nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x + torch.rand(x.shape)).sum()
+
+
+@pytest.mark.parametrize("p", [None, 0.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_without_masks_draws_the_numbers_of_one_device(
+    p: float | None, training: bool
+) -> None:
+    model, x = Noisy(p).train(training), torch.ones(5)
+    torch.manual_seed(1)
+    wanted = [model(x) for _ in range(3)]
+    after = torch.get_rng_state()
+    for backend in (None, "aot_eager"):
+        assert outputs(model, SingleProcess(backend), [x] * 3) == wanted
+        assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_masks_and_numbers_of_its_own_are_the_same_compiled() -> None:
+    check_same(lambda: Noisy(0.5), [torch.ones(5)] * 4)
+
+
+class Always(nn.Module):
+    """Drops in evaluation, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_dropout_that_is_on_in_evaluation_draws_masks_of_ours(backend: str | None) -> None:
+    x = torch.ones(3, 4)
+
+    def check(model: nn.Module, single: SingleProcess) -> None:
+        found = outputs(model, single, [x] * 3)
+        torch.manual_seed(1)
+        for each in found:
+            mask = keep_mask(0.5, draw_seed(), 0, whole((3, 4)))
+            torch.testing.assert_close(each, mask * 2.0)
+
+    check(Always().eval(), SingleProcess(backend))
+    some = nn.Sequential(nn.Dropout(0.5)).eval()
+    single = SingleProcess(backend)
+    assert all(torch.equal(each, x) for each in outputs(some, single, [x] * 2))
+    some[0].train()  # Monte Carlo dropout
+    check(some, single)
+
+
+class Elsewhere(nn.Module):
+    """Computes on another device than that of its inputs, one without values."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        here = torch.dropout(x, p=0.5, train=True)
+        return nn.functional.dropout(x.to("meta"), 0.5).sum(1), here
+
+
+@pytest.mark.filterwarnings("error::autopar.runtime.single.NotCompiledWarning")
+def test_masks_are_made_where_they_are_used() -> None:
+    model, single = Elsewhere(), SingleProcess("aot_eager")
     torch.manual_seed(0)
-    model, single = Printing(0.5), SingleProcess("aot_eager")
-    with pytest.warns(NotCompiledWarning, match=r"Printing .*graph_break"):
-        found = gradients(model, single)
+    found = [single.call(Elsewhere.forward, model, (torch.ones(3, 4),), {}) for _ in range(3)]
     torch.manual_seed(0)
-    wanted = gradients(Printing(0.5), SingleProcess())
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for meta, here in found:
+        assert meta.device.type == "meta" and meta.shape == (3,)
+        mask = keep_mask(0.5, draw_seed(), 0, whole((3, 4)))
+        torch.testing.assert_close(here, mask * 2.0)
 
 
 @pytest.mark.slow
