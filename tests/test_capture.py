@@ -447,6 +447,22 @@ def test_recurrent_and_attention_modules() -> None:
     assert_equals_eager(captured, module, (rand(3, 5, 8),))
 
 
+def test_masks_of_a_transformer() -> None:
+    """Torch compares a mask's values with those of the causal one, to which a graph has no answer."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(4).to(x.dtype)
+            return self.both(x, y, tgt_mask=mask)  # type: ignore[no-any-return]
+
+    module, args = Net().double(), (rand(3, 5, 8), rand(3, 4, 8))
+    assert_equals_eager(capture(module, args, {}), module, args)
+
+
 # Meta tensors and fingerprints
 
 

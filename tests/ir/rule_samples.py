@@ -880,6 +880,28 @@ def _(d: Draw) -> Any:
 
 SAMPLES += SAMPLES[-4:] * 2
 
+# -- recurrent layers ----------------------------------------------------------------------------
+
+
+def _recurrent(d: Draw, gates: int, states: int) -> Any:
+    b, t, i, h = d(4)
+    first = bool(d.ids(2).item())
+    params = [
+        p
+        for _ in range(2)  # directions
+        for p in (d.x(gates * h, i), d.x(gates * h, h), d.x(gates * h), d.x(gates * h))
+    ]
+    hx = [d.x(2, b, h) for _ in range(states)]
+    x = d.x(b, t, i) if first else d.x(t, b, i)
+    return call(x, hx if states > 1 else hx[0], params, True, 1, 0.0, True, True, first)
+
+
+SAMPLES += [
+    (f"aten.{name}.input", lambda d, g=gates, s=states: _recurrent(d, g, s))
+    for name, gates, states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn_tanh", 1, 1))
+    for _ in range(2)
+]
+
 # -- losses --------------------------------------------------------------------------------------
 
 for _name in losses.ELEMENTWISE:
