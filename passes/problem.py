@@ -100,9 +100,9 @@ def options_of(
     by_reader: dict[Node, list[set[Sharding]]] = defaultdict(list)
     for edge in problem.blocks.edges:
         if edge.producer.meta.get("role") == "param":
-            wants = [option.wants[edge.slot] for option in options[stands_for[edge.consumer]]]
-            wanted[stands_for[edge.producer]].update(dict.fromkeys(wants))
-            by_reader[stands_for[edge.producer]].append(set(wants))
+            asked = [option.wants[edge.slot] for option in options[stands_for[edge.consumer]]]
+            wanted[stands_for[edge.producer]].update(dict.fromkeys(asked))
+            by_reader[stands_for[edge.producer]].append(set(asked))
     for node in problem.graph.placeholders():
         if stands_for[node] is not node or not values_of(node):
             continue

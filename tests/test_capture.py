@@ -511,6 +511,17 @@ def _nonzero(self: Any, h: Tensor) -> Tensor:
     return h[h > 0].sum()
 
 
+def _ctc(self: Any, h: Tensor) -> Tensor:
+    lengths = torch.full((6,), 2)
+    return F.ctc_loss(
+        h.log_softmax(-1)[:, None].expand(6, 6, 8), lengths[:, None], lengths, lengths
+    )
+
+
+def _checked(self: Any, h: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(h, h, h.exp())
+
+
 def _print(self: Any, h: Tensor) -> Tensor:
     print("hidden", h)
     return h
@@ -554,6 +565,8 @@ def _numpy(self: Any, h: Tensor) -> Tensor:
         (_item, "Python number", "keep it a tensor", 0),
         (_branch, "branches on a tensor's value", "torch.where", 0),
         (_nonzero, "shape depends", "mask", 0),
+        (_ctc, "CTC loss", "outside", 0),
+        (_checked, "function of torch that looks at", "outside", 0),
         (_print, "prints", "move the print out", 0),
         (_break, "excluded from capture|one graph", "forward", 0),
         (_raise, "no such mode: 7", "without autopar", 0),
