@@ -193,6 +193,26 @@ def rank_map(make: Callable[[int], torch.Tensor]) -> torch.Tensor:
 # Capture ------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """Let `nn.Transformer` and its encoder use a mask without looking whether it is causal.
+
+    They compare its values with those of the causal one, to use a faster kernel of attention for
+    what the mask says anyhow. A graph cannot know values.
+    """
+    from unittest.mock import patch
+
+    from torch.nn.modules import transformer
+
+    def is_causal_by_hint(mask: Any, is_causal: bool | None = None, size: Any = None) -> bool:
+        del mask, size
+        return is_causal is True
+
+    name = "_detect_is_causal_mask"
+    with patch.object(transformer, name, is_causal_by_hint, create=True):
+        yield
+
+
 def dynamo_config(**settings: Any) -> contextlib.AbstractContextManager[Any]:
     """Set dynamo's options for the duration of a `with` block; unknown names are left out."""
     import torch._dynamo.config as config

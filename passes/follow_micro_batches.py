@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from autopar.errors import UserError
-from autopar.ir.graph import Graph, Value, tensor_inputs, values_of
+from autopar.ir.graph import Graph, Value, tensor_inputs, value_of, values_of
 from autopar.ir.mesh import MICRO_BATCH, Axis, Mesh
 from autopar.ir.rule import REPLICATE, Choice, Placed, ShardingRule, choices
 from autopar.ir.rules.common import arguments
@@ -139,7 +139,7 @@ class _Follower:
             scored: list[tuple[float, int, Choice, Placed]] = []
             for i, choice in enumerate(candidates):
                 found = self._placed(node, {**chosen, axis: choice})
-                if found is not None:
+                if found is not None and (axis != MICRO_BATCH or self._is_even(node, found)):
                     scored.append((self._charge(node, axis, found, choice), i, choice, found))
             if scored:
                 _, _, choice, placed = min(scored, key=lambda s: s[:2])
@@ -161,6 +161,19 @@ class _Follower:
     def _placed(self, node: Node, chosen: Mapping[str, Choice]) -> Placed | None:
         active = {axis: choice for axis, choice in chosen.items() if choice != REPLICATE}
         return place_call(node, self.rules[node.name], self.mesh, active, uneven=True)
+
+    def _is_even(self, node: Node, placed: Placed) -> bool:
+        """Whether every micro-batch has as much of what an op reads and makes."""
+        values = [value_of(s) for s in tensor_inputs(node)] + list(values_of(node))
+        for value, sharding in zip(values, (*placed.inputs, *placed.outputs), strict=True):
+            dim = sharding.dim_of(MICRO_BATCH)
+            if dim is None:
+                continue
+            split = sharding.splits[dim]
+            units = value.int_shape()[dim] // (split.outer * split.block)
+            if units % self.mesh[MICRO_BATCH].size:
+                return False
+        return True
 
     def _candidates(self, node: Node, axis: str) -> list[Choice]:
         """What may be done on an axis without communication: the batch, partial sums, nothing."""

@@ -97,18 +97,31 @@ def options_of(
             rule = problem.rules[node.name]
             found = call_options(node, rule, mesh, pricer, family.allows)
             options[node] = keep_hinted(node, family.keeps(node, found))
+    by_reader: dict[Node, list[set[Sharding]]] = defaultdict(list)
     for edge in problem.blocks.edges:
         if edge.producer.meta.get("role") == "param":
-            consumer = stands_for[edge.consumer]
-            for option in options[consumer]:
-                wanted[stands_for[edge.producer]].setdefault(option.wants[edge.slot])
+            asked = [option.wants[edge.slot] for option in options[stands_for[edge.consumer]]]
+            wanted[stands_for[edge.producer]].update(dict.fromkeys(asked))
+            by_reader[stands_for[edge.producer]].append(set(asked))
     for node in problem.graph.placeholders():
         if stands_for[node] is not node or not values_of(node):
             continue
         if node.meta["role"] == "param":
             found = keep_hinted(node, param_options(node, wanted[node], mesh, pricer))
-            options[node] = family.keeps_stored(node, mesh, found)
+            readable = [o for o in found if _is_read(o, by_reader[node], family.never_gather)]
+            options[node] = family.keeps_stored(node, mesh, readable or found)
         else:
             whole = Sharding.replicated(values_of(node)[0].rank)
             options[node] = [Option((), (), (whole,), 0.0, 0.0)]
     return options
+
+
+def _is_read(stored: Option, by_reader: list[set[Sharding]], axes: frozenset[str]) -> bool:
+    """Whether all readers can take a parameter as it is stored on axes where none is gathered."""
+    sharding = stored.gives[0]
+    split = [(axis, dim) for axis in axes if (dim := sharding.dim_of(axis)) is not None]
+    return all(
+        any(want.dim_of(axis) == dim for want in wants)
+        for axis, dim in split
+        for wants in by_reader
+    )

@@ -61,6 +61,7 @@ class _Splitter:
     part: dict[Node, str] = field(default_factory=dict)
     same: dict[Node, Node] = field(default_factory=dict)  # collectives on mb that do nothing
     reason: dict[Node, Node] = field(default_factory=dict)  # why a node is in the tail
+    once: set[Node] = field(default_factory=set)  # parameters gathered once, though dropped
     carried: set[Node] = field(default_factory=set)  # buffers that micro-batches hand on
     index: Node | None = None
 
@@ -69,6 +70,7 @@ class _Splitter:
     def classify(self, sends: bool) -> None:
         """Give every node its part; raises UserError where a body would read a tail."""
         self._parts()
+        self._gather_once()
         # What reads a buffer that micro-batches write is of every one of them, too.
         while written := self._written() - self.carried:
             self.carried |= written
@@ -78,10 +80,31 @@ class _Splitter:
         if not sends:  # what is sent is sent for every micro-batch
             self._sink()
 
+    def _gather_once(self) -> None:
+        """Gather once what alone decides a buffer's new value, which a step has only one of.
+
+        The vectors of spectral normalisation follow from the weight: every micro-batch that
+        gathered it again would take them a step further.
+        """
+        whole: set[Node] = set()
+        for new in self._new_values().values():
+            behind = _with_inputs(new) if self.part[new] == BODY else set()
+            if not any(_on_mb(v) in "SP" for node in behind for v in values_of(node)):
+                whole |= {n for n in behind if n.op == "placeholder" and n.meta.get("regather")}
+        if whole:
+            self.once |= whole
+            for known in (self.part, self.same, self.reason):
+                known.clear()
+            self._parts()
+
+    def _new_values(self) -> dict[str, Node]:
+        """What buffers become, by their names."""
+        entries: Any = self.graph.output_node.args[0]
+        return dict(zip(self.graph.mutated, entries[self.graph.outputs :], strict=True))
+
     def _written(self) -> set[Node]:
         """The buffers whose new values a body makes."""
-        entries: Any = self.graph.output_node.args[0]
-        new = dict(zip(self.graph.mutated, entries[self.graph.outputs :], strict=True))
+        new = self._new_values()
         return {
             node
             for node in self.graph.placeholders("buffer")
@@ -100,7 +123,8 @@ class _Splitter:
 
     def _placeholder(self, node: Node) -> str:
         role = node.meta["role"]
-        if role == "received" or (role == "param" and node.meta.get("regather")):
+        again = role == "param" and node.meta.get("regather") and node not in self.once
+        if role == "received" or again:
             return BODY
         return PROLOGUE if role == "param" else GIVEN
 
@@ -378,6 +402,17 @@ def _before(node: Node) -> set[Node]:
         more = [n for n in stack.pop().all_input_nodes if n not in found]
         found.update(more)
         stack += more
+    return found
+
+
+def _with_inputs(node: Node) -> set[Node]:
+    """A node and all that it is made of."""
+    found: set[Node] = set()
+    stack = [node]
+    while stack:
+        if (one := stack.pop()) not in found:
+            found.add(one)
+            stack += one.all_input_nodes
     return found
 
 

@@ -174,18 +174,27 @@ def _is_reshape(node: Node) -> bool:
 
 
 def _merged(node: Node) -> Lead | None:
-    """The leading dims that a reshape makes one, if that is all it does."""
+    """The leading dims that a reshape makes one, whatever it does with the dims behind them."""
     if not _is_reshape(node):
         return None
     before, after = value_of(node.all_input_nodes[0]).shape, value_of(node).shape
-    count = len(before) - len(after) + 1
-    if not after or count < 2:
+    if not after:
         return None
-    merged: Size = 1
-    for size in before[:count]:
-        merged = merged * size
-    rest = all(map(same, before[count:], after[1:]))
-    return before[:count] if rest and same(merged, after[0]) else None
+    whole = len(before) - len(after) + 1  # where the dims behind stay as they are
+    counts = range(2, len(before)) if len(after) > 1 else ()
+    for count in dict.fromkeys((whole, *counts)):
+        if count < 2 or not same(_product_of(before[:count]), after[0]):
+            continue
+        if count != whole or all(map(same, before[count:], after[1:])):
+            return before[:count]
+    return None
+
+
+def _product_of(sizes: Lead) -> Size:
+    found: Size = 1
+    for size in sizes:
+        found = found * size
+    return found
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,7 @@ class _Writer:
     chains: _Chains
     wanted: set[Node]
     unchanged: dict[Node, Node] = field(default_factory=dict)
+    apart: dict[Node, Node] = field(default_factory=dict)
     flattened: dict[Node, Node] = field(default_factory=dict)
 
     def rewrite(self, node: Node) -> None:
@@ -253,24 +263,32 @@ class _Writer:
 
     def _apart(self, node: Node) -> Node:
         """A flat value with its tokens apart."""
-        if node in self.chains.merges:
-            return node.all_input_nodes[0]
-        return node
+        if node not in self.chains.merges:
+            return node
+        if node not in self.apart:
+            source = node.all_input_nodes[0]
+            shape = (*self.chains.merges[node], *value_of(node).shape[1:])
+            before = value_of(source).shape
+            if len(before) != len(shape) or not all(map(same, before, shape)):
+                source = self._reshaped(source, shape, node)
+            self.apart[node] = source
+        return self.apart[node]
 
     def _flat(self, node: Node) -> Node:
         """A value with its tokens apart, flattened for a reader outside the chains."""
         if node not in self.flattened:
             count = len(self.chains.rows[node])
             shape = value_of(node).shape
-            tokens: Size = 1
-            for size in shape[:count]:
-                tokens = tokens * size
-            flat = (tokens, *shape[count:])
-            with self.graph.fx.inserting_after(node):
-                made = self.graph.fx.call_function(aten.reshape.default, (node, list(flat)))
-            made.meta = {**node.meta, "value": replace(value_of(node), shape=flat)}
-            self.flattened[node] = made
+            flat = (_product_of(shape[:count]), *shape[count:])
+            self.flattened[node] = self._reshaped(node, flat, node)
         return self.flattened[node]
+
+    def _reshaped(self, source: Node, shape: tuple[Size, ...], like: Node) -> Node:
+        """A reshape of a value, behind `like`, whose place in the source it has."""
+        with self.graph.fx.inserting_after(like):
+            made = self.graph.fx.call_function(aten.reshape.default, (source, list(shape)))
+        made.meta = {**like.meta, "value": replace(value_of(like), shape=shape)}
+        return made
 
 
 _FOR_TOKENS: Mapping[Any, Any] = {

@@ -21,6 +21,7 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 
 from .deferred import DeferredTensor, real_value
+from .flat_weights import refresh_flat_weights
 from .on_stage import placed_like
 from .placements import shard
 from .scalars import read_whole_scalars
@@ -49,6 +50,7 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
             take_hooks(new, parameter)
             made[id(parameter)] = (parameter, new)
         owner._parameters[name] = made[id(parameter)][1]
+    refresh_flat_weights(module)
     news = {key: new for key, (_, new) in made.items()}
     replaced = [weakref.ref(old) for old, _ in made.values()]
     del parameter, made  # the last references that are ours
@@ -107,6 +109,7 @@ def shard_parameters(
     it, of which the first owns it; one that no stage uses is on all. Raises UserError if a
     parameter is tied up in an unfinished backward.
     """
+    refresh_flat_weights(module)  # the module may have been moved since
     rank = dist.get_rank()
     done: set[int] = set()
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -447,6 +447,22 @@ def test_recurrent_and_attention_modules() -> None:
     assert_equals_eager(captured, module, (rand(3, 5, 8),))
 
 
+def test_masks_of_a_transformer() -> None:
+    """Torch compares a mask's values with those of the causal one, to which a graph has no answer."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(4).to(x.dtype)
+            return self.both(x, y, tgt_mask=mask)  # type: ignore[no-any-return]
+
+    module, args = Net().double(), (rand(3, 5, 8), rand(3, 4, 8))
+    assert_equals_eager(capture(module, args, {}), module, args)
+
+
 # Meta tensors and fingerprints
 
 
@@ -495,6 +511,17 @@ def _nonzero(self: Any, h: Tensor) -> Tensor:
     return h[h > 0].sum()
 
 
+def _ctc(self: Any, h: Tensor) -> Tensor:
+    lengths = torch.full((6,), 2)
+    return F.ctc_loss(
+        h.log_softmax(-1)[:, None].expand(6, 6, 8), lengths[:, None], lengths, lengths
+    )
+
+
+def _checked(self: Any, h: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(h, h, h.exp())
+
+
 def _print(self: Any, h: Tensor) -> Tensor:
     print("hidden", h)
     return h
@@ -538,6 +565,8 @@ def _numpy(self: Any, h: Tensor) -> Tensor:
         (_item, "Python number", "keep it a tensor", 0),
         (_branch, "branches on a tensor's value", "torch.where", 0),
         (_nonzero, "shape depends", "mask", 0),
+        (_ctc, "CTC loss", "outside", 0),
+        (_checked, "function of torch that looks at", "outside", 0),
         (_print, "prints", "move the print out", 0),
         (_break, "excluded from capture|one graph", "forward", 0),
         (_raise, "no such mode: 7", "without autopar", 0),

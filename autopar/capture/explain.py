@@ -29,6 +29,16 @@ SHAPE_FROM_TENSOR = (
 # (what to look for in torch's message, what failed, what to write instead); the first match wins.
 _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
+        r"aten\._ctc_loss",
+        "forward computes a CTC loss, which reads the lengths of the targets",
+        "return the log-probabilities from forward and compute the loss of them outside",
+    ),
+    (
+        r"\(nn/functional\.py:\d+ in \w+\)",
+        "forward calls a function of torch that looks at a tensor's values, to check them",
+        "write out what it computes, or return its input from forward and call it outside",
+    ),
+    (
         r"Tensor\.item|Tensor\.tolist|\.item\(\)|_local_scalar_dense|tolist\(\)|"
         r"to a Python (?:int|float|bool)|Unsupported Tensor\.(?:item|tolist)",
         *NUMBER_FROM_TENSOR,

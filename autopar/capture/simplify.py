@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from autopar import complex_ops
 from autopar.ir.graph import Value, value_of
 
 aten = torch.ops.aten
@@ -91,7 +92,14 @@ def _fill(call: Call) -> Call:
 def _slice_scatter(call: Call) -> Node | Call:
     _, args, _, value = call
     source: Node = args[1]
-    return source if value_of(source).shape == value.shape else call
+    return source if value_of(source).shape == value.shape else _put(call)
+
+
+def _put(call: Call) -> Call:
+    """A write into a part of a tensor, with a derivative for complex ones."""
+    target, args, kwargs, value = call
+    complex_op = _FOR_COMPLEX[target] if value.dtype.is_complex else target
+    return complex_op, args, kwargs, value
 
 
 def _broadcast_tensors(call: Call) -> list[Node | Call]:
@@ -125,6 +133,11 @@ def _same(source: Node, value: Value) -> bool:
 # Nothing to the values. A rank has one device, which its executor knows.
 _PLACEMENT = ("device", "pin_memory", "layout", "memory_format", "non_blocking")
 
+_FOR_COMPLEX: dict[Any, Any] = {
+    aten.slice_scatter.default: complex_ops.slice_scatter.default,
+    aten.select_scatter.default: complex_ops.select_scatter.default,
+}
+
 _RULES: dict[Any, Callable[[Call], Any]] = {
     aten.add.Tensor: _neutral(0),
     aten.sub.Tensor: _neutral(0),
@@ -146,5 +159,6 @@ _RULES: dict[Any, Callable[[Call], Any]] = {
     aten.copy.default: _copy,
     aten.fill.Tensor: _fill,
     aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _put,
     aten.broadcast_tensors.default: _broadcast_tensors,
 }

@@ -77,6 +77,8 @@ def device_of(module: nn.Module, tensors: Sequence[Tensor]) -> torch.device:
 def replaced(module: nn.Module, stand_ins: SupportsOf) -> Iterator[None]:
     """Put stand-ins in the place of all of a module's tensors, for the duration."""
     before: list[tuple[Any, str, Tensor]] = []
+    recurrent = [m for m in module.modules() if isinstance(m, nn.RNNBase)]
+    lists = [(m, m._flat_weights, m._flat_weight_refs) for m in recurrent]
     for child in module.modules():
         plain = {k: v for k, v in vars(child).items() if isinstance(v, Tensor) and v.is_meta}
         tensors: Any
@@ -90,7 +92,12 @@ def replaced(module: nn.Module, stand_ins: SupportsOf) -> Iterator[None]:
     try:
         for owner, name, tensor in before:
             owner[name] = stand_ins.of(tensor)
+        for child, weights, refs in lists:  # what they read is this list
+            child._flat_weights = [None if w is None else stand_ins.of(w) for w in weights]
+            child._flat_weight_refs = [None] * len(refs)
         yield
     finally:
+        for child, weights, refs in lists:
+            child._flat_weights, child._flat_weight_refs = weights, refs
         for owner, name, tensor in before:
             owner[name] = tensor

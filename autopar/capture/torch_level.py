@@ -106,6 +106,7 @@ def _is_tensor(node: object) -> bool:
 def _dynamo_settings() -> Iterator[None]:
     with (
         compat.any_arguments(),
+        compat.masks_as_given(),
         compat.dynamo_ignores(_logging_functions()),
         compat.dynamo_config(
             assume_static_by_default=True,

@@ -106,15 +106,17 @@ def _row_stats(op: LocalOp, per_row: int) -> Any:
 
 
 def _saved_matmul(op: LocalOp) -> Saved:
-    first = 1 if canonical_name(op.name) in ("addmm", "baddbmm", "addmv") else 0
-    return _each_for_the_other(op, first, first + 1)
+    name = canonical_name(op.name)
+    first = 1 if name in ("addmm", "baddbmm", "addmv") else 0
+    count = len(op.inputs) if name == "einsum" else 2
+    return _each_for_the_others(op, *range(first, first + count))
 
 
-def _each_for_the_other(op: LocalOp, a: int, b: int) -> Saved:
-    """A product keeps each operand only if the other one wants a gradient."""
+def _each_for_the_others(op: LocalOp, *factors: int) -> Saved:
+    """A product keeps each operand only if another one wants a gradient."""
     wanted = differentiable(op)
-    kept = [i for i, other in ((a, b), (b, a)) if i < len(wanted) and wanted[other]]
-    return Saved(tuple(sorted(kept)))
+    there = [i for i in factors if i < len(wanted)]
+    return Saved(tuple(i for i in there if any(wanted[j] for j in there if j != i)))
 
 
 def _saved_attention(op: LocalOp) -> Saved:
@@ -168,7 +170,7 @@ def _saved_pointwise(op: LocalOp) -> Saved:
     if name == "pow" and len(op.inputs) > 1:
         return Saved((0, 1), (0,))
     if name == "mul" and len(op.inputs) > 1:
-        return _each_for_the_other(op, 0, 1)
+        return _each_for_the_others(op, 0, 1)
     if name in ("mul", "div"):  # by a number
         return NOTHING
     return Saved(tuple(range(len(op.inputs))))
@@ -178,7 +180,7 @@ _BY_FAMILY: Mapping[str, Callable[[LocalOp], Saved]] = {
     "view": lambda op: NOTHING,
     "create": lambda op: NOTHING,
     "matmul": _saved_matmul,
-    "conv": lambda op: _each_for_the_other(op, 0, 1),
+    "conv": lambda op: _each_for_the_others(op, 0, 1),
     "attention": _saved_attention,
     "norm": _saved_norm,
     "batch_norm": _saved_norm,

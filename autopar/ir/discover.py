@@ -56,8 +56,9 @@ def discover(node: torch.fx.Node, run: Callable[..., Any] | None = None) -> Shar
 
     `run` calls the op on tensors in place of `node.target`. Deterministic: inputs come from fixed
     seeds, and effort is bounded by numbers of elements and hypotheses, not by time, so that every
-    rank finds the same rule. Random ops, ops that fail on CPU tensors and calls with arguments
-    that only the graph knows are left whole. Equal calls are looked up.
+    rank finds the same rule. Random ops, ops that fail on CPU tensors or give the same for all
+    inputs, and calls with arguments that only the graph knows are left whole. Equal calls are
+    looked up.
     """
     target = run if run is not None else node.target
     if not callable(target) or not _is_closed(node):
@@ -74,7 +75,7 @@ def _discover(signature: Signature) -> ShardingRule:
     node = signature.node
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _one_thread():
         trials = _trials(node)
-        if trials is None or _is_random(node, trials[0].tensors):
+        if trials is None or _is_random(node, trials[0].tensors) or _says_nothing(trials):
             return whole_rule(node)
         found: list[Hypothesis] = []
         for slots in _hypotheses([tuple(x.shape) for x in trials[0].tensors]):
@@ -197,6 +198,17 @@ def _is_random(node: torch.fx.Node, tensors: Sequence[Tensor]) -> bool:
         torch.manual_seed(seed)
         seen.append(Oracle.of(node, tensors, localise=unchanged, leaves=()).outputs)
     return not all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def _says_nothing(trials: Sequence[Oracle]) -> bool:
+    """Whether an output is the same for all inputs that were drawn.
+
+    A loss of labels that are 1 or -1, say, is zero for any others, and zeros recombine anyhow.
+    """
+    first, second = trials[0].outputs, trials[1].outputs
+    return any(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _hypotheses(shapes: Sequence[tuple[int, ...]]) -> Iterator[frozenset[Slot]]:

@@ -116,10 +116,16 @@ def nothing(
     for shape, dtype in zip(shapes, dtypes, strict=True):
         zeros = present[0].new_zeros(tuple(shape), dtype=dtype)
         for tensor in present:
-            if dtype.is_floating_point and tensor.is_floating_point():
-                zeros = zeros + tensor.flatten()[:0].sum(dtype=dtype)
+            if _is_differentiable(dtype) and _is_differentiable(tensor.dtype):
+                part = tensor.flatten()[:0]
+                real = part.real if part.is_complex() and not dtype.is_complex else part
+                zeros = zeros + real.sum().to(dtype)
         made.append(zeros)
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _is_differentiable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def nothing_detached(
@@ -127,6 +133,20 @@ def nothing_detached(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """`nothing` of an op that autograd does not flow through: no device runs a backward of it."""
     return nothing(shapes, dtypes, *(t if t is None else t.detach() for t in tensors))
+
+
+def nothing_of_some(
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[torch.dtype],
+    ignored: Sequence[int],
+    *tensors: torch.Tensor | None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`nothing` of an op with inputs that autograd does not flow to: the `other` of `type_as`.
+
+    `ignored` are their places among `tensors`.
+    """
+    kept = (t if t is None or i not in ignored else t.detach() for i, t in enumerate(tensors))
+    return nothing(shapes, dtypes, *kept)
 
 
 def _target(node: torch.fx.Node) -> Callable[..., Any]:
@@ -145,11 +165,38 @@ def _with(node: torch.fx.Node, **changed: Any) -> Call:
 
 def _nothing(node: torch.fx.Node, local: Local) -> Call:
     dtypes = [value.dtype for value in values_of(node)]
+    shapes = [list(s) for s in local.outputs]
+    tensors = tensor_inputs(node)
     if not any(value.requires_grad for value in values_of(node)):  # `detach`, say
-        target = nothing_detached
-    else:
-        target = nothing
-    return target, ([list(s) for s in local.outputs], dtypes, *tensor_inputs(node)), {}
+        return nothing_detached, (shapes, dtypes, *tensors), {}
+    ignored = [i for i, t in enumerate(tensors) if _is_ignored(node, t)]
+    if ignored:
+        return nothing_of_some, (shapes, dtypes, ignored, *tensors), {}
+    return nothing, (shapes, dtypes, *tensors), {}
+
+
+def _is_ignored(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """Whether an input has a gradient that autograd does not ask the op for."""
+    value = values_of(source)[0]
+    if not value.requires_grad:
+        return False
+    made: dict[torch.fx.Node, torch.Tensor] = {}
+
+    def on_meta(arg: torch.fx.Node) -> torch.Tensor:
+        if arg not in made:
+            value = values_of(arg)[0]
+            shape, wanted = value.int_shape(), arg is source
+            made[arg] = torch.empty(shape, dtype=value.dtype, device="meta", requires_grad=wanted)
+        return made[arg]
+
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), on_meta)
+    try:
+        with torch.enable_grad():
+            result = _target(node)(*args, **kwargs)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return False  # an op that wants values, or a device
+    outputs = result if isinstance(result, tuple | list) else (result,)
+    return not any(isinstance(t, torch.Tensor) and t.requires_grad for t in outputs)
 
 
 def _reshape(node: torch.fx.Node, local: Local) -> Call:
@@ -260,6 +307,13 @@ def _loss(node: torch.fx.Node, local: Local) -> Call:
     return _mean_loss(node, math.prod(map(int, losses.loss_shape(local.inputs))), total)
 
 
+def _loss_of_rows(node: torch.fx.Node, local: Local) -> Call:
+    if arguments(node)["reduction"] != losses.MEAN:
+        return _target(node), node.args, dict(node.kwargs)
+    rows = named_inputs(node)[0].value.int_shape()[:-1]
+    return _mean_loss(node, math.prod(local.inputs[0][:-1]), math.prod(rows))
+
+
 def _mean_loss(node: torch.fx.Node, count: int, total: int) -> Call:
     if count:
         return _weighted(node, count, total)
@@ -344,6 +398,7 @@ LOCALISE: Mapping[str, Localiser] = MappingProxyType(
         "aten.bilinear": _bilinear,
         "aten.mean": _mean,
         **{f"aten.{name}": _loss for name in losses.ELEMENTWISE},
+        **{f"aten.{name}": _loss_of_rows for name in losses.OF_ROWS},
         "aten.cross_entropy_loss": _cross_entropy,
         "autopar.cross_entropy": _cross_entropy,
         "aten.embedding": _embedding,

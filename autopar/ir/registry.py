@@ -21,6 +21,7 @@ from .rules import (
     losses,
     normalisation,
     pointwise,
+    recurrent,
     reductions,
     views,
 )
@@ -35,6 +36,7 @@ RULES: Mapping[str, Handler] = MappingProxyType(
         **reductions.RULES,
         **attention.RULES,
         **losses.RULES,
+        **recurrent.RULES,
         **embeddings.RULES,
         **normalisation.RULES,
         **convolution.RULES,

@@ -90,6 +90,7 @@ CASES: list[tuple[str, Any, tuple[torch.Tensor, ...], dict[str, Any]]] = [
     ("cat", lambda a, b: torch.cat([a, b]), (x(64, 128), x(64, 128)), {}),
     ("maximum", torch.maximum, (x(64, 128), x(64, 128)), {}),
     ("pow", lambda a: a.pow(3), (x(64, 128),), {}),
+    ("einsum", lambda a: torch.einsum("abb->ab", a), (x(64, 8, 8),), {"equation": "abb->ab"}),
     ("amax", lambda a: a.amax(-1), (x(64, 128),), {}),
 ]
 

@@ -334,6 +334,34 @@ def decorated_class(strategy: str) -> Values:
     return {"losses": losses, "derived": derived(*batch(9)).item(), **state(model)}
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.LSTM(6, 8, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.mse_loss(self.head(self.layers(x)[0]), x)
+
+
+def recurrent(strategy: str) -> Values:
+    """Recurrent layers read a list of their parameters, to which they have weak references."""
+    seed(0)
+    model: Any = autopar.parallelize(Recurrent(), strategy=strategy).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = torch.randn(8, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(3):
+        loss = model(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append(model.eval()(x).item())
+    return {"losses": losses, **state(model)}
+
+
 def copied(strategy: str) -> Values:
     """Deep copies (an average of the weights, say) are parallel modules of their own."""
     model = gpt(strategy)
@@ -434,6 +462,7 @@ LOOPS |= {
     for loop in (
         optimizer_made_first,
         clipped,
+        recurrent,
         scheduled,
         accumulated,
         shared_gradients,

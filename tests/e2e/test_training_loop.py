@@ -39,6 +39,7 @@ TOLERANCE = {"autocast": 2e-2, "scaled": 1e-2}
 # Each loop under one strategy is enough for most; those about storage see all of them.
 STRATEGIES = {
     "clipped": ("tensor", "zero"),
+    "recurrent": ("data", "zero"),
     "checkpointed": ("tensor", "zero"),
     "adamw_fused": ("tensor", "zero"),
     "batch_sizes": ("data", "zero", "tensor"),

@@ -625,6 +625,22 @@ def _(d: Draw) -> Any:
     return call(d.x(a, b), d.x(b), 0, 0)
 
 
+def _complex_slice(d: Draw) -> Any:
+    a, b = d(2)
+    x, new = (torch.complex(d.x(a, n), d.x(a, n)).detach() for n in (b + 2, b))
+    return call(x, new, 1, 1, b + 1)
+
+
+def _complex_select(d: Draw) -> Any:
+    a, b = d(2)
+    x = torch.complex(d.x(a, b), d.x(a, b)).detach()
+    return call(x, x[0].clone(), -2, 0)
+
+
+SAMPLES += [("autopar.slice_scatter.default", _complex_slice)] * 2
+SAMPLES += [("autopar.select_scatter.default", _complex_select)] * 2
+
+
 @sample("tril.default triu.default")
 def _(d: Draw) -> Any:
     return call(d.x(*d(d.random.choice([2, 3]))), 1)
@@ -864,6 +880,28 @@ def _(d: Draw) -> Any:
 
 SAMPLES += SAMPLES[-4:] * 2
 
+# -- recurrent layers ----------------------------------------------------------------------------
+
+
+def _recurrent(d: Draw, gates: int, states: int) -> Any:
+    b, t, i, h = d(4)
+    first = bool(d.ids(2).item())
+    params = [
+        p
+        for _ in range(2)  # directions
+        for p in (d.x(gates * h, i), d.x(gates * h, h), d.x(gates * h), d.x(gates * h))
+    ]
+    hx = [d.x(2, b, h) for _ in range(states)]
+    x = d.x(b, t, i) if first else d.x(t, b, i)
+    return call(x, hx if states > 1 else hx[0], params, True, 1, 0.0, True, True, first)
+
+
+SAMPLES += [
+    (f"aten.{name}.input", lambda d, g=gates, s=states: _recurrent(d, g, s))
+    for name, gates, states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn_tanh", 1, 1))
+    for _ in range(2)
+]
+
 # -- losses --------------------------------------------------------------------------------------
 
 for _name in losses.ELEMENTWISE:
@@ -871,13 +909,31 @@ for _name in losses.ELEMENTWISE:
     def _loss(d: Draw, name: str = _name) -> Any:
         a, b = d(2)
         target = d.unit(a, b)
-        if name in ("soft_margin_loss", "hinge_embedding_loss"):
+        if name in ("soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss"):
             target = d.ids(2, a, b).double() * 2 - 1
+        if name == "margin_ranking_loss":
+            return call(d.x(a, b), d.x(a, b), target, 0.3, d.ids(3).item())
         if name == "poisson_nll_loss":
             return call(d.unit(a, b), target, True, False, 1e-8, d.ids(3).item())
         return call(d.unit(a, b), target, reduction=d.ids(3).item())  # a keyword
 
     SAMPLES += [(f"aten.{_name}.default", _loss)] * 3
+
+
+@sample("cosine_embedding_loss.default")
+def _(d: Draw) -> Any:
+    n, k = d(2)
+    labels = d.ids(2, n).double() * 2 - 1
+    return call(d.x(n, k), d.x(n, k), labels, 0.1, d.ids(3).item())
+
+
+@sample("triplet_margin_loss.default")
+def _(d: Draw) -> Any:
+    n, k = d(2)
+    return call(d.x(n, k), d.x(n, k), d.x(n, k), reduction=d.ids(3).item())
+
+
+SAMPLES += SAMPLES[-2:]
 
 
 @sample("cross_entropy_loss.default")

@@ -161,3 +161,11 @@ def test_calls_are_looked_up() -> None:
     before = len(calls)
     assert discovered(counted, R(5, 9)) == first
     assert len(calls) == before + 1  # to make the second node
+
+
+def test_an_op_that_answers_all_that_is_drawn_alike_is_whole() -> None:
+    # Labels are 1 or -1; any others give a loss of zero, whose parts add up to zero.
+    op = torch.ops.aten.cosine_embedding_loss.default
+    args = (R(b, d), R(b, d), R(b))
+    node, _ = node_of(op, args, {}, op(*args))
+    assert str(discover(node)) == "[a][b],[c][d],[e]->."

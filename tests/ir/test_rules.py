@@ -78,6 +78,7 @@ def resolve(op: str) -> Any:
     if op.startswith("autopar.") and importlib.util.find_spec("autopar.ops"):
         importlib.import_module("autopar.ops")
         importlib.import_module("autopar.token_ops")
+        importlib.import_module("autopar.complex_ops")
     if op.startswith("transformers."):
         pytest.importorskip("transformers.integrations.moe")
     space, name, overload = op.split(".")

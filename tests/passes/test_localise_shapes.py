@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import expecttest
 import pytest
+import torch
 
+from autopar.ir.localise import nothing
 from autopar.passes.localise_shapes import localise_shapes
 
 from .helpers import dedent, lowered, program, show
@@ -102,6 +104,23 @@ return %collective_3""",
 %collective_2: f32[] @ [] = exchange(psum, [None], <dp>, %s)
 return %collective_2""",
         )
+
+    def test_nothing_is_no_function_of_what_has_no_derivative(self) -> None:
+        """Else the rank without rows would run a collective more than the others in the backward."""
+        mesh, graph = lowered(
+            """
+            mesh dp=4
+            %x: input f32[3, 8] grad "x"
+            %z: input f64[3, 8] grad "z"
+            %y: f64[3, 8] = aten.type_as(%x, %z)
+            %s: f64[] = aten.sum(%y)
+            return %s
+            """,
+            {"y": {"dp": "a"}, "s": {"dp": "a"}},
+        )
+        text = show(localise_shapes(graph, mesh, 3))
+        (line,) = (line for line in text.splitlines() if line.startswith("%y"))
+        assert "localise.nothing_of_some([[0, 8]], [f64], [1], " in line, text
 
     def test_vocabulary_parallel(self) -> None:
         """Seven rows of the table over two: the embedding and the loss know where they start."""
@@ -261,3 +280,13 @@ def test_ranks_differ_only_in_sizes() -> None:
         assert [n.target for n in made.fx.nodes if n.op == "call_function"] == [
             n.target for n in programs[0].fx.nodes if n.op == "call_function"
         ]
+
+
+@pytest.mark.parametrize(("source", "result"), [("c128", "f64"), ("f64", "c128"), ("c64", "c128")])
+def test_nothing_stays_a_function_of_complex_numbers(source: str, result: str) -> None:
+    dtypes = {"f64": torch.float64, "c64": torch.complex64, "c128": torch.complex128}
+    x = torch.zeros(0, 3, dtype=dtypes[source], requires_grad=True)
+    y = nothing([[2, 0]], [dtypes[result]], x)
+    assert isinstance(y, torch.Tensor) and (y.shape, y.dtype) == ((2, 0), dtypes[result])
+    y.abs().sum().backward()
+    assert x.grad is not None and x.grad.dtype == x.dtype

@@ -95,6 +95,28 @@ return %loss, %logits""",
 return %p, %heads, %best""",
         )
 
+    def test_heads_are_merged_with_tokens(self) -> None:
+        """As `nn.MultiheadAttention` does: one reshape for both becomes one for the heads."""
+        graph = graph_of(
+            """
+            %x: input f32[17, b, 4, 8] grad "x"
+            %w: param f32[32, 32] grad "w"
+            %flat: f32[17*b, 32] = aten.reshape(%x, [17*b, 32])   # a.py:1
+            %y: f32[17*b, 32] = aten.linear(%flat, %w)   # a.py:2
+            %back: f32[17, b, 32] = aten.reshape(%y, [17, b, 32])   # a.py:3
+            return %back
+            """
+        )
+        self.assertExpectedInline(
+            show(unflatten_tokens(graph)),
+            """\
+%x: input f32[17, b, 4, 8] grad "x"
+%w: param f32[32, 32] grad "w"
+%reshape_default: f32[17, b, 32] = aten.reshape(%x, [17, b, 32])   # a.py:1
+%y: f32[17, b, 32] = aten.linear(%reshape_default, %w)   # a.py:2
+return %y""",
+        )
+
     def test_what_leads_nowhere_is_not_touched(self) -> None:
         text = """
             %x: input f32[4, 16, 8] grad "x"

@@ -40,6 +40,21 @@ def elementwise(node: torch.fx.Node) -> ShardingRule:
     return rule(node, inputs, names if arguments(node)["reduction"] == NONE else [])
 
 
+def of_rows(node: torch.fx.Node) -> ShardingRule | None:
+    """`n[d],n[d],n->.`: a loss of rows whose features it takes together, as cosines or distances.
+
+    Labels, where there are any, are one a row. None where inputs broadcast.
+    """
+    rows = [item for item in named_inputs(node) if item.name != "target"]
+    if len({item.value.shape for item in rows}) != 1:
+        return None
+    names = letters()
+    lead, last = take(names, rows[0].value.rank - 1), f"[{next(names)}]"
+    inputs: dict[str, Spec] = {item.name: [*lead, last] for item in rows}
+    inputs["target"] = lead
+    return rule(node, inputs, lead if arguments(node)["reduction"] == NONE else [])
+
+
 def cross_entropy(node: torch.fx.Node) -> ShardingRule:
     """`nv,n->.; comm(v)`: tokens are a sum, the vocabulary is reduced by the op itself.
 
@@ -104,12 +119,14 @@ def nll(node: torch.fx.Node) -> ShardingRule:
 ELEMENTWISE = words(
     """
 mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits
-soft_margin_loss kl_div poisson_nll_loss hinge_embedding_loss
+soft_margin_loss kl_div poisson_nll_loss hinge_embedding_loss margin_ranking_loss
 """
 )
+OF_ROWS = words("cosine_embedding_loss triplet_margin_loss")
 
 RULES: dict[str, Handler] = {
     **{f"aten.{name}": elementwise for name in ELEMENTWISE},
+    **{f"aten.{name}": of_rows for name in OF_ROWS},
     "aten.cross_entropy_loss": cross_entropy,
     "autopar.cross_entropy": token_cross_entropy,
     "aten.nll_loss_nd": nll,

@@ -423,6 +423,8 @@ RULES: dict[str, Handler] = {
     "aten.stack": stack,
     "aten.slice_scatter": put_slice,
     "aten.select_scatter": put_slice,
+    "autopar.slice_scatter": put_slice,
+    "autopar.select_scatter": put_slice,
     "aten.tril": last_dims(2),
     "aten.triu": last_dims(2),
     "aten.flip": along("dims"),
