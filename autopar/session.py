@@ -7,11 +7,13 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
 from .capture import Capture, CaptureMismatchError, capture
@@ -19,6 +21,7 @@ from .compression import with_compression, with_note
 from .errors import ShardingWarning, UserError
 from .first_plan import fitted, searched, with_kernels
 from .hints import hints_of
+from .index_checks import Indices, check_indices, indices_of
 from .ir.graph import Graph
 from .ir.rule import Choice
 from .ir.text import parse_sharding
@@ -35,11 +38,12 @@ from .passes.search import choose_for
 from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
+from .python_state import python_state
 from .runtime import agree, world
 from .runtime.deferred import DeferredTensor
 from .runtime.file_values import check_values
 from .runtime.group import Group
-from .runtime.locals import local_tensors
+from .runtime.locals import local_tensors, take_whole_gradients
 from .runtime.materialise import agree_on_values, realise_others, shard_deferred
 from .runtime.memory_watch import MemoryWatch
 from .runtime.optimizer import local_steps
@@ -54,6 +58,7 @@ from .runtime.state import (
 )
 from .runtime.step_clock import StepClock
 
+_MODES = 16  # whose captures are kept
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -64,6 +69,11 @@ class _Captured:
     capture: Capture
     choices: Mapping[str, Mapping[str, Choice]]
     programs: dict[tuple[int, ...], Runnable] = field(default_factory=dict)
+
+    @cached_property
+    def indices(self) -> tuple[Indices, ...]:
+        """Inputs that are indices, with what they may be."""
+        return indices_of(self.capture.graph)
 
 
 class Session:
@@ -133,11 +143,13 @@ class Session:
         seed = draw_seed()
         seed = self._check.run(self._shapes(tensors), agree.batch_digest(tensors), seed)
         captured, inputs, sizes = self._find(args, kwargs)
+        check_indices(captured.indices, inputs)
         program = self._program(captured, sizes)
         if not program.is_random:  # one device would not have drawn a seed
             torch.set_rng_state(generator)
         given = self._given(captured.capture, inputs, seed)
         outputs, updates = program.run(self._parameters(program), given)
+        take_whole_gradients(outputs)
         self._write_buffers(updates)
         captured.capture.assign(self.module, outputs)
         return captured.capture.unflatten(outputs)
@@ -186,19 +198,66 @@ class Session:
     # -- captures and programs --------------------------------------------------------------------
 
     def _mode(self) -> tuple[Any, ...]:
-        """Captures are valid for one mode: train or eval per submodule, gradients, autocast."""
+        """Captures are valid for one mode: train or eval per submodule, gradients, autocast, and
+        what forward reads that is no tensor.
+        """
         autocast = (
             torch.is_autocast_enabled(self.device_type),
             str(torch.get_autocast_dtype(self.device_type)),
         )
         training = tuple(m.training for m in self.module.modules())
-        requires = tuple(p.requires_grad for p in self.module.parameters())
-        return training, requires, torch.is_grad_enabled(), autocast
+        requires = tuple((p.requires_grad, p.dtype) for p in self.module.parameters())
+        buffers = tuple((b.dtype, b.shape) for b in self.module.buffers())
+        state = requires, buffers, python_state(self.module)
+        return training, state, torch.is_grad_enabled(), autocast
+
+    def _captures(self) -> list[_Captured]:
+        """The captures of this mode; of those that were used longest ago some are forgotten."""
+        mode = self._mode()
+        known = self._captured.pop(mode, None)
+        if known is None:
+            if self._groups_ready:
+                self._check_parameters()
+            known = []
+            while len(self._captured) >= _MODES:
+                self._captured.pop(next(iter(self._captured)))
+                self._tell_recaptured()
+        self._captured[mode] = known
+        return known
+
+    def _tell_recaptured(self) -> None:
+        if not self._told:
+            warnings.warn(
+                "forward has been captured anew many times, because attributes, flags or hooks of "
+                "the model, or globals that forward reads, change from call to call; keep what "
+                "changes in a buffer (self.register_buffer) or pass it to forward as a tensor",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._told = True
+
+    def _check_parameters(self) -> None:
+        """Raise UserError for parameters that came into the module after the plan was made."""
+        assert self.plan is not None
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+            if not isinstance(parameter, DTensor):
+                names[id(parameter)] = []
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if not any(known in self.plan.params for known in names[id(parameter)]):
+                raise UserError(
+                    f"the parameter {name} came into the model after its plan was made",
+                    fix="change the model before its first call, or copy its state_dict() into a "
+                    "new model and parallelize that",
+                )
+
+    _told = False
 
     def _find(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[_Captured, list[Tensor], dict[Any, int]]:
-        known = self._captured.setdefault(self._mode(), [])
+        known = self._captures()
         for captured in known:
             try:
                 inputs = captured.capture.flatten(args, kwargs)
@@ -276,6 +335,7 @@ class Session:
             for note in self.plan.notes:
                 warnings.warn(note, ShardingWarning, stacklevel=2)
         storage = {name: parse_sharding(s.sharding) for name, s in self.plan.params.items()}
+        self._replaced += replicate_parameters(self.module, self._live)  # put in since then
         check_replaced(self._replaced)
         take_rank_zeros(self.module)  # initialised again since the session began, perhaps
         self._live = world.device_mesh(self.plan.mesh, self.device_type)

@@ -35,6 +35,7 @@ from .on_stage_arguments import (
     written_by,
 )
 from .on_stage_run import may_run_on_stage, run_on_stage
+from .plan_tensor import as_plan_tensor
 from .shared_memory import make_group
 from .stage_gather import gathered
 from .stage_placement import axis_of, is_here, stage_of
@@ -191,7 +192,8 @@ def _apart(func: Any, parts: dict[Any, list[int]], args: Any, kwargs: Any) -> An
 
 def _on_all_ranks(func: Any, op: Op, args: Any, kwargs: Any) -> Any:
     staged = staged_in(args, kwargs)
-    whole = {id(t): w for t, w in zip(staged, gathered(staged), strict=True)}
+    found = map(as_plan_tensor, gathered(staged))
+    whole = {id(t): w for t, w in zip(staged, found, strict=True)}
     if op.read_by_python:
         for key, tensor in whole.items():  # DTensor would give Python its own part of a sum
             whole[key] = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)

@@ -24,6 +24,7 @@ from .deferred import DeferredTensor, real_value
 from .on_stage import placed_like
 from .placements import shard
 from .scalars import read_whole_scalars
+from .whole_tensor import whole_tensor
 
 
 def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.ref[nn.Parameter]]:
@@ -35,17 +36,16 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
     """
     read_whole_scalars()
     take_rank_zeros(module)
-    placements = [Replicate()] * live.ndim
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     parameter = None
     for owner, name, parameter in _slots(module):
         if isinstance(parameter, (DTensor, DeferredTensor)):
             continue
         if id(parameter) not in made:
-            whole = DTensor.from_local(parameter.detach(), live, placements, run_check=False)
+            whole = whole_tensor(parameter.detach(), live)
             new = nn.Parameter(whole, requires_grad=parameter.requires_grad)
             if parameter.grad is not None:
-                new.grad = DTensor.from_local(parameter.grad, live, placements, run_check=False)
+                new.grad = whole_tensor(parameter.grad, live)
             take_hooks(new, parameter)
             made[id(parameter)] = (parameter, new)
         owner._parameters[name] = made[id(parameter)][1]

@@ -393,8 +393,9 @@ def misused() -> list[str]:
     """The messages of what cannot be done with a parameter of a stage."""
     module = net("stages and tensor")
     said = []
+    rank = torch.distributed.get_rank()
     for misuse in (
-        lambda: module.qkv.detach() + torch.ones(12, 6),
+        lambda: module.qkv.detach() + torch.ones(module.qkv.shape).mul_(rank),
         lambda: module.out.detach().t_(),
     ):
         try:
