@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from autopar.compat import dtensor_like, dtensor_of, local_of, spec_of
+from autopar.compat import become_tensor, dtensor_like, dtensor_of, local_of, spec_of
 from autopar.errors import UserError
 
 from .on_stage_arguments import (
@@ -40,6 +40,14 @@ from .shared_memory import make_group
 from .stage_gather import gathered
 from .stage_placement import axis_of, is_here, stage_of
 
+_RETURNS_NEW = {
+    aten.t_.default: aten.t.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+}
+
 
 def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`func` on arguments of which some are on stages; `kind` is the class of such tensors."""
@@ -48,6 +56,9 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
         return _unscale(*args)
     op = op_of(func)
+    if op.changes_shape and func in _RETURNS_NEW:
+        become_tensor(args[0], run(kind, _RETURNS_NEW[func], args, kwargs))
+        return args[0]
     if op.changes_shape:
         raise UserError(
             f"{func} changes the shape of a tensor that is on one pipeline stage",

@@ -53,11 +53,11 @@ class PythonValues:
         with torch.no_grad():
             made = self.detach().clone()
         if isinstance(self, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=self.requires_grad)
+            made = nn.Parameter(made, requires_grad=self.requires_grad)  # as torch's: no gradient
         else:
             made.requires_grad_(self.requires_grad)
+            if self.grad is not None:
+                made.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = made
-        if self.grad is not None:
-            made.grad = copy.deepcopy(self.grad, memo)
         vars(made).update(copy.deepcopy(vars(self), memo))
         return made

@@ -396,7 +396,7 @@ def misused() -> list[str]:
     rank = torch.distributed.get_rank()
     for misuse in (
         lambda: module.qkv.detach() + torch.ones(module.qkv.shape).mul_(rank),
-        lambda: module.out.detach().t_(),
+        lambda: module.out.detach().resize_(3),
     ):
         try:
             misuse()

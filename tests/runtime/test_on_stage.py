@@ -85,7 +85,7 @@ def test_pieces_of_several_runs(mesh: str, four_ranks: RankPool) -> None:
 def test_misuse_is_named(four_ranks: RankPool) -> None:
     for said in four_ranks.run(misused):
         assert "an ordinary tensor that meets a parameter is not the same on all ranks" in said[0]
-        assert "t_.default changes the shape" in said[1]
+        assert "resize_.default changes the shape" in said[1]
 
 
 @pytest.mark.multiprocess
