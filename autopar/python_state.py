@@ -7,7 +7,8 @@ Where any of it has changed since, the forward is captured anew.
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable, Iterator
+import warnings
+from collections.abc import Collection, Hashable, Iterator
 from functools import cache
 from typing import Any
 
@@ -20,25 +21,40 @@ _OF_TORCH = frozenset(vars(nn.Module())) | {"autopar"}
 _ENTRIES, _DEPTH = 256, 3  # of containers, more are not looked at
 
 
-def python_state(module: nn.Module) -> tuple[Hashable, ...]:
+def python_state(
+    module: nn.Module, assigned: Collection[tuple[str, str]] = ()
+) -> tuple[Hashable, ...]:
     """A key that differs where a capture of the module's forward may differ.
 
-    It holds no tensors: those in attributes are inputs of nothing, and are not looked at.
+    It holds no tensors: those in attributes are inputs of nothing, and are not looked at; nor are
+    those that forward itself assigns, as (path of the submodule, name).
     """
     found: list[Hashable] = []
     seen: set[int] = set()
     kinds: dict[type, None] = {}
-    for child in module.modules():
+    for path, child in module.named_modules():
         found.append(id(child))
         kinds[type(child)] = None
         for name, value in vars(child).items():
-            if name not in _OF_TORCH:
+            if name not in _OF_TORCH and (path, name) not in assigned:
                 found.append((name, _key(value, seen)))
         if child is not module:
             found += [id(hook) for kind in _HOOKS for hook in vars(child)[kind].values()]
     for kind in kinds:
         found += [_key(value, seen) for value in _read_by(kind)]
     return tuple(found)
+
+
+def warn_recaptured() -> bool:
+    """Say that captures follow one another; true, so that it is said once."""
+    warnings.warn(
+        "forward has been captured anew many times, because attributes, flags or hooks of the "
+        "model, or globals that forward reads, change from call to call; keep what changes in a "
+        "buffer (self.register_buffer) or pass it to forward as a tensor",
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def _key(value: Any, seen: set[int], depth: int = 0) -> Hashable:

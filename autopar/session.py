@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .capture import Capture, CaptureMismatchError, capture
 from .compression import with_compression, with_note
@@ -38,7 +37,7 @@ from .passes.search import choose_for
 from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
-from .python_state import python_state
+from .python_state import python_state, warn_recaptured
 from .runtime import agree, world
 from .runtime.deferred import DeferredTensor
 from .runtime.file_values import check_values
@@ -50,6 +49,7 @@ from .runtime.optimizer import local_steps
 from .runtime.random import draw_seed
 from .runtime.shared_memory import make_group
 from .runtime.state import (
+    check_planned,
     check_replaced,
     place_optimizer_states,
     replicate_parameters,
@@ -92,6 +92,7 @@ class Session:
         self.clock = StepClock()
         self.watch = MemoryWatch()
         self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
+        self._assigned: set[tuple[str, str]] = set()  # attributes that forward assigns
         self._groups: dict[tuple[str, ...], Group] = {}
         self._planned: Capture | None = None  # the first that has the plan's fingerprint
         device = next((p.device.type for p in module.parameters()), "cpu")
@@ -208,7 +209,7 @@ class Session:
         training = tuple(m.training for m in self.module.modules())
         requires = tuple((p.requires_grad, p.dtype) for p in self.module.parameters())
         buffers = tuple((b.dtype, b.shape) for b in self.module.buffers())
-        state = requires, buffers, python_state(self.module)
+        state = requires, buffers, python_state(self.module, self._assigned)
         return training, state, torch.is_grad_enabled(), autocast
 
     def _captures(self) -> list[_Captured]:
@@ -217,40 +218,14 @@ class Session:
         known = self._captured.pop(mode, None)
         if known is None:
             if self._groups_ready:
-                self._check_parameters()
+                assert self.plan is not None
+                check_planned(self.module, self.plan.params)
             known = []
             while len(self._captured) >= _MODES:
                 self._captured.pop(next(iter(self._captured)))
-                self._tell_recaptured()
+                self._told = self._told or warn_recaptured()
         self._captured[mode] = known
         return known
-
-    def _tell_recaptured(self) -> None:
-        if not self._told:
-            warnings.warn(
-                "forward has been captured anew many times, because attributes, flags or hooks of "
-                "the model, or globals that forward reads, change from call to call; keep what "
-                "changes in a buffer (self.register_buffer) or pass it to forward as a tensor",
-                UserWarning,
-                stacklevel=2,
-            )
-        self._told = True
-
-    def _check_parameters(self) -> None:
-        """Raise UserError for parameters that came into the module after the plan was made."""
-        assert self.plan is not None
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-            if not isinstance(parameter, DTensor):
-                names[id(parameter)] = []
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if not any(known in self.plan.params for known in names[id(parameter)]):
-                raise UserError(
-                    f"the parameter {name} came into the model after its plan was made",
-                    fix="change the model before its first call, or copy its state_dict() into a "
-                    "new model and parallelize that",
-                )
 
     _told = False
 
@@ -273,6 +248,9 @@ class Session:
             self._make_plan(fresh, args, kwargs)
         assert self.plan is not None
         known.append(_Captured(fresh, self._choices_for(fresh)))
+        if fresh.attributes:
+            self._assigned |= {(attribute.path, attribute.name) for attribute in fresh.attributes}
+            self._captured[self._mode()] = known
         inputs = fresh.flatten(args, kwargs)
         sizes = fresh.bind(inputs)
         assert sizes is not None
@@ -297,6 +275,10 @@ class Session:
             device = torch.device("meta") if on_gpu else parameter.device
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for child in self.module.modules():  # what forward left there, with its graph
+            for value in tree_leaves(dict(vars(child))):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()
         kept = self.module.__class__
         self.module.__class__ = self.original
         try:

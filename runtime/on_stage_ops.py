@@ -56,6 +56,12 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
         return _unscale(*args)
     op = op_of(func)
+    if any(_COPY in vars(t) for t in tensors_in(written_by(op, args, kwargs), {})):
+        raise UserError(
+            "a part of a tensor that the devices of a pipeline stage split between them is written "
+            "to, and is a copy",
+            fix="write to the whole tensor: torch.where, or copy_ of a new one",
+        )
     if op.changes_shape and func in _RETURNS_NEW:
         become_tensor(args[0], run(kind, _RETURNS_NEW[func], args, kwargs))
         return args[0]
@@ -74,8 +80,26 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if len(stages) == 1 and may_run_on_stage(func, op, args, kwargs):
         ((axis, _),) = stages
         assert axis is not None
-        return run_on_stage(kind, func, op, args, kwargs, axis)
+        made = run_on_stage(kind, func, op, args, kwargs, axis)
+        if op.views:
+            _mark_copies(made, args)
+        return made
     return _on_all_ranks(func, op, args, kwargs)
+
+
+_COPY = "_autopar_copy"
+
+
+def _mark_copies(made: Any, args: Any) -> None:
+    """Remember which views are copies: those of dims that were brought together for them."""
+    base = args[0]
+    if not isinstance(base, DTensor):
+        return
+    for view in tensors_in((made,), {}):
+        if isinstance(view, DTensor) and view is not base:
+            pairs = zip(base.placements, view.placements, strict=False)
+            if _COPY in vars(base) or any(b.is_shard() and not v.is_shard() for b, v in pairs):
+                vars(view)[_COPY] = True
 
 
 # -- elementwise ops on what each rank has --------------------------------------------------------

@@ -26,6 +26,7 @@ from .on_stage_arguments import (
     tensors_in,
     written_by,
 )
+from .plan_tensor import as_plan_tensor
 from .stage_placement import (
     OnStage,
     axis_of,
@@ -168,6 +169,8 @@ def _run_here(kind: Any, func: Any, args: Any, kwargs: Any, like: DTensor) -> An
         if not isinstance(value, DTensor):
             return value
         inner = _inside(value, axis)
+        if isinstance(inner, DTensor):
+            inner = as_plan_tensor(inner)
         outer[id(inner)] = value
         kept.append(inner)
         return inner

@@ -30,6 +30,13 @@ _NOT_BY_DTENSOR = (
     "no sharding strategy",
 )
 
+# DTensor's own, of dims that several mesh axes split, are wrong where sizes do not divide.
+_FLATTENING = (
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+)
+
 
 class PlanTensor(PythonValues, DTensor):
     """A DTensor on a plan's mesh."""
@@ -95,6 +102,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(not isinstance(t, DTensor) or t.device_mesh != mesh for t in written):
         return _on_whole(func, op, args, kwargs, mesh)
     if op.random or op.changes_shape or any(_is_lost_view(t) for t in written):
+        return _on_whole(func, op, args, kwargs, mesh)
+    if func in _FLATTENING and sum(not p.is_replicate() for p in args[0].placements) > 1:
         return _on_whole(func, op, args, kwargs, mesh)
     outer: dict[int, Any] = {}
     kept: list[Any] = []  # so that no other tensor gets the id of one of them

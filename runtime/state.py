@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,21 @@ def check_replaced(replaced: Sequence[weakref.ref[nn.Parameter]]) -> None:
             "and something still holds the old ones, which do not train",
             fix="call autopar.parallelize before model.parameters() is kept anywhere",
         )
+
+
+def check_planned(module: nn.Module, planned: Container[str]) -> None:
+    """Raise UserError for parameters that came into the module after its plan was made."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in module.named_parameters():
+        known = any(other in planned for other in names[id(parameter)])
+        if not known or not isinstance(parameter, DTensor):
+            raise UserError(
+                f"the parameter {name} came into the model after its plan was made",
+                fix="change the model before its first call, or copy its state_dict() into a new "
+                "model and parallelize that",
+            )
 
 
 def shard_parameters(

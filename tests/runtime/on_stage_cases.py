@@ -397,6 +397,12 @@ def misused() -> list[str]:
     for misuse in (
         lambda: module.qkv.detach() + torch.ones(module.qkv.shape).mul_(rank),
         lambda: module.out.detach().resize_(3),
+        lambda: [
+            part.zero_()
+            for p in module.parameters()
+            if p.dim() > 1
+            for part in (p.detach()[0], p.detach()[:, 0])
+        ],
     ):
         try:
             misuse()

@@ -86,6 +86,7 @@ def test_misuse_is_named(four_ranks: RankPool) -> None:
     for said in four_ranks.run(misused):
         assert "an ordinary tensor that meets a parameter is not the same on all ranks" in said[0]
         assert "resize_.default changes the shape" in said[1]
+        assert "is written to, and is a copy" in said[2]
 
 
 @pytest.mark.multiprocess
