@@ -57,6 +57,20 @@ def warn_recaptured() -> bool:
     return True
 
 
+def warn_of_hooks(module: nn.Module) -> None:
+    """Say that forward hooks of submodules are part of what is captured, if there are any."""
+    for path, child in module.named_modules():
+        if child is not module and (child._forward_hooks or child._forward_pre_hooks):
+            warnings.warn(
+                f"forward hooks of {path} are captured with forward: what they return counts in "
+                "every call, and what else they do (append to a list, count) happens once, without "
+                "values; return what you want to see from forward",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+
+
 def _key(value: Any, seen: set[int], depth: int = 0) -> Hashable:
     """What tells this value from another one; None for what is not looked into."""
     if isinstance(value, _PLAIN):

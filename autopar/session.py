@@ -37,7 +37,7 @@ from .passes.search import choose_for
 from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
-from .python_state import python_state, warn_recaptured
+from .python_state import python_state, warn_of_hooks, warn_recaptured
 from .runtime import agree, world
 from .runtime.deferred import DeferredTensor
 from .runtime.file_values import check_values
@@ -241,6 +241,7 @@ class Session:
             sizes = captured.capture.bind(inputs)
             if sizes is not None:
                 return captured, inputs, sizes
+        warn_of_hooks(self.module)
         if not self._groups_ready:
             check_values(self.module)
         fresh = self._capture(args, kwargs, self.module.training, torch.is_grad_enabled())

@@ -204,6 +204,8 @@ def _plain(value: Tensor, mesh: DeviceMesh) -> DTensor:
 
 def _shares(found: Tensor, tensor: DTensor) -> bool:
     here = local_of(tensor)
+    if type(found) is not Tensor or type(here) is not Tensor:  # of a collective under way, say
+        return found is here
     return found.untyped_storage().data_ptr() == here.untyped_storage().data_ptr()
 
 
