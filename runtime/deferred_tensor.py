@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from autopar.compat import (
     DTENSOR_SLOTS,
@@ -56,7 +56,12 @@ class DeferredTensor(Tensor):
 
         leaves = tree_leaves((args, kwargs or {}))
         if any(isinstance(x, DTensor) and not isinstance(x, DeferredTensor) for x in leaves):
-            return _beside_distributed(func, args, kwargs or {})
+            raise UserError(
+                f"{func} got a parameter under the plan and a tensor that was made of parameters "
+                "before the model's first call, which has no memory",
+                fix="make it after the first call, or after model.autopar.prepare(batch); or "
+                "parallelize the model instead of its class",
+            )
         return call_deferred(func, args, kwargs or {}, None)
 
     # Seen by `is_traceable_wrapper_subclass`, so that `module.to()` and its like swap tensors.
@@ -130,23 +135,6 @@ class DeferredTensor(Tensor):
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return held(self, "dlpack").__dlpack__(*args, **kwargs)
-
-
-def _beside_distributed(func: Any, args: Any, kwargs: Any) -> Any:
-    """An op on what a loop made of parameters before the plan, and parameters under it."""
-    outer: dict[int, DeferredTensor] = {}
-
-    def enter(value: Any) -> Any:
-        if not isinstance(value, DeferredTensor):
-            return value
-        found = held(value, "an op with parameters of a plan")
-        outer[id(found)] = value
-        kept.append(found)
-        return found
-
-    kept: list[Tensor] = []  # so that no other tensor gets the id of one of them
-    result = func(*tree_map(enter, args), **tree_map(enter, kwargs))
-    return tree_map(lambda value: outer.get(id(value), value), result)
 
 
 def deferred_parameters(module: nn.Module) -> dict[str, DeferredTensor]:

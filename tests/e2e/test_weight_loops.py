@@ -10,7 +10,7 @@ import torch
 
 from tests.e2e.loops import differences
 from tests.e2e.pool import RankPool
-from tests.e2e.weight_loops import LOOPS, refused, run_weight_loop
+from tests.e2e.weight_loops import LOOPS, refused, refused_without_memory, run_weight_loop
 
 pytestmark = pytest.mark.multiprocess
 PLANS: dict[str, dict[str, Any]] = {
@@ -55,3 +55,9 @@ def test_what_a_plan_cannot_follow_is_refused(two_ranks: RankPool) -> None:
         assert "is given data of shape (4, 8), which the plan does not know" in shape
         assert "the new data of a parameter is not the same on all ranks" in values
         assert "the parameter up.weight came into the model after its plan was made" in layer
+
+
+def test_what_has_no_memory_is_refused(two_ranks: RankPool) -> None:
+    for said in two_ranks.run(refused_without_memory):
+        assert "made of parameters before the model's first call, which has no memory" in said
+        assert "model.autopar.prepare(batch)" in said

@@ -235,6 +235,24 @@ def run_weight_loop(name: str, options: dict[str, Any] | None) -> Values:
     return LOOPS[name](lambda module: autopar.parallelize(module, **options))
 
 
+@autopar.parallelize(strategy="zero")
+class Decorated(Small):
+    pass
+
+
+def refused_without_memory() -> str:
+    """What was made of parameters that had no memory meets them when they have."""
+    seed(0)
+    model: Any = Decorated()
+    average = [p.detach().clone() for p in model.parameters()]
+    steps(model, adamw(model), 0, 1)
+    try:
+        average[1].lerp_(model.up.weight.detach(), 0.1)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
 def refused() -> list[str]:
     """The errors of what a plan cannot follow."""
     model = small(autopar.parallelize)
