@@ -446,6 +446,12 @@ def become(tensor: DTensor, local: torch.Tensor, placements: Sequence[Placement]
     tensor._local_tensor = local
 
 
+def become_tensor(tensor: DTensor, new: DTensor) -> None:
+    """Give a DTensor all that another one is but its class: memory, shape, dtype and placements."""
+    torch._C.TensorBase.data.__set__(tensor, new)  # type: ignore[attr-defined]
+    tensor._local_tensor, tensor._spec = new._local_tensor, new._spec
+
+
 def local_shape_of(
     shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
 ) -> tuple[int, ...]:

@@ -7,18 +7,20 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .capture import Capture, CaptureMismatchError, capture
 from .compression import with_compression, with_note
 from .errors import ShardingWarning, UserError
 from .first_plan import fitted, searched, with_kernels
 from .hints import hints_of
+from .index_checks import Indices, check_indices, indices_of
 from .ir.graph import Graph
 from .ir.rule import Choice
 from .ir.text import parse_sharding
@@ -35,17 +37,19 @@ from .passes.search import choose_for
 from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
+from .python_state import python_state, warn_of_hooks, warn_recaptured
 from .runtime import agree, world
 from .runtime.deferred import DeferredTensor
 from .runtime.file_values import check_values
 from .runtime.group import Group
-from .runtime.locals import local_tensors
+from .runtime.locals import local_tensors, take_whole_gradients
 from .runtime.materialise import agree_on_values, realise_others, shard_deferred
 from .runtime.memory_watch import MemoryWatch
 from .runtime.optimizer import local_steps
 from .runtime.random import draw_seed
 from .runtime.shared_memory import make_group
 from .runtime.state import (
+    check_planned,
     check_replaced,
     place_optimizer_states,
     replicate_parameters,
@@ -54,6 +58,7 @@ from .runtime.state import (
 )
 from .runtime.step_clock import StepClock
 
+_MODES = 16  # whose captures are kept
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -64,6 +69,11 @@ class _Captured:
     capture: Capture
     choices: Mapping[str, Mapping[str, Choice]]
     programs: dict[tuple[int, ...], Runnable] = field(default_factory=dict)
+
+    @cached_property
+    def indices(self) -> tuple[Indices, ...]:
+        """Inputs that are indices, with what they may be."""
+        return indices_of(self.capture.graph)
 
 
 class Session:
@@ -82,6 +92,7 @@ class Session:
         self.clock = StepClock()
         self.watch = MemoryWatch()
         self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
+        self._assigned: set[tuple[str, str]] = set()  # attributes that forward assigns
         self._groups: dict[tuple[str, ...], Group] = {}
         self._planned: Capture | None = None  # the first that has the plan's fingerprint
         device = next((p.device.type for p in module.parameters()), "cpu")
@@ -133,11 +144,13 @@ class Session:
         seed = draw_seed()
         seed = self._check.run(self._shapes(tensors), agree.batch_digest(tensors), seed)
         captured, inputs, sizes = self._find(args, kwargs)
+        check_indices(captured.indices, inputs)
         program = self._program(captured, sizes)
         if not program.is_random:  # one device would not have drawn a seed
             torch.set_rng_state(generator)
         given = self._given(captured.capture, inputs, seed)
         outputs, updates = program.run(self._parameters(program), given)
+        take_whole_gradients(outputs)
         self._write_buffers(updates)
         captured.capture.assign(self.module, outputs)
         return captured.capture.unflatten(outputs)
@@ -186,19 +199,40 @@ class Session:
     # -- captures and programs --------------------------------------------------------------------
 
     def _mode(self) -> tuple[Any, ...]:
-        """Captures are valid for one mode: train or eval per submodule, gradients, autocast."""
+        """Captures are valid for one mode: train or eval per submodule, gradients, autocast, and
+        what forward reads that is no tensor.
+        """
         autocast = (
             torch.is_autocast_enabled(self.device_type),
             str(torch.get_autocast_dtype(self.device_type)),
         )
         training = tuple(m.training for m in self.module.modules())
-        requires = tuple(p.requires_grad for p in self.module.parameters())
-        return training, requires, torch.is_grad_enabled(), autocast
+        requires = tuple((p.requires_grad, p.dtype) for p in self.module.parameters())
+        buffers = tuple((b.dtype, b.shape) for b in self.module.buffers())
+        state = requires, buffers, python_state(self.module, self._assigned)
+        return training, state, torch.is_grad_enabled(), autocast
+
+    def _captures(self) -> list[_Captured]:
+        """The captures of this mode; of those that were used longest ago some are forgotten."""
+        mode = self._mode()
+        known = self._captured.pop(mode, None)
+        if known is None:
+            if self._groups_ready:
+                assert self.plan is not None
+                check_planned(self.module, self.plan.params)
+            known = []
+            while len(self._captured) >= _MODES:
+                self._captured.pop(next(iter(self._captured)))
+                self._told = self._told or warn_recaptured()
+        self._captured[mode] = known
+        return known
+
+    _told = False
 
     def _find(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[_Captured, list[Tensor], dict[Any, int]]:
-        known = self._captured.setdefault(self._mode(), [])
+        known = self._captures()
         for captured in known:
             try:
                 inputs = captured.capture.flatten(args, kwargs)
@@ -207,6 +241,7 @@ class Session:
             sizes = captured.capture.bind(inputs)
             if sizes is not None:
                 return captured, inputs, sizes
+        warn_of_hooks(self.module)
         if not self._groups_ready:
             check_values(self.module)
         fresh = self._capture(args, kwargs, self.module.training, torch.is_grad_enabled())
@@ -214,6 +249,9 @@ class Session:
             self._make_plan(fresh, args, kwargs)
         assert self.plan is not None
         known.append(_Captured(fresh, self._choices_for(fresh)))
+        if fresh.attributes:
+            self._assigned |= {(attribute.path, attribute.name) for attribute in fresh.attributes}
+            self._captured[self._mode()] = known
         inputs = fresh.flatten(args, kwargs)
         sizes = fresh.bind(inputs)
         assert sizes is not None
@@ -238,6 +276,10 @@ class Session:
             device = torch.device("meta") if on_gpu else parameter.device
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for child in self.module.modules():  # what forward left there, with its graph
+            for value in tree_leaves(dict(vars(child))):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()
         kept = self.module.__class__
         self.module.__class__ = self.original
         try:
@@ -276,6 +318,7 @@ class Session:
             for note in self.plan.notes:
                 warnings.warn(note, ShardingWarning, stacklevel=2)
         storage = {name: parse_sharding(s.sharding) for name, s in self.plan.params.items()}
+        self._replaced += replicate_parameters(self.module, self._live)  # put in since then
         check_replaced(self._replaced)
         take_rank_zeros(self.module)  # initialised again since the session began, perhaps
         self._live = world.device_mesh(self.plan.mesh, self.device_type)

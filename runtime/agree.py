@@ -14,6 +14,7 @@ from torch import Tensor
 from autopar.errors import UserError
 
 from .group import Group
+from .shared_memory import make_group
 
 _SAMPLES = 1024
 
@@ -69,6 +70,20 @@ def batch_digest(tensors: Sequence[Tensor]) -> int:
             part = 0 if value != value else struct.unpack("<q", struct.pack("<d", value))[0]
         total = (total * 1_000_003 + part + i) % (1 << 61)
     return total
+
+
+def check_tensor(what: str, tensor: Tensor, fix: str) -> None:
+    """Raise UserError on every rank unless all ranks have the same tensor; one small message.
+
+    Tensors are the same where shape, dtype and a sample of elements are.
+    """
+    kind = number(f"{tuple(tensor.shape)} {tensor.dtype}")
+    mine = torch.tensor([kind, batch_digest([tensor])], dtype=torch.int64)
+    low_and_high = torch.cat([-mine, mine])
+    make_group().all_reduce(low_and_high, "max", in_place=True).wait()
+    low, high = low_and_high.chunk(2)
+    if not torch.equal(-low, high):
+        raise UserError(f"{what} is not the same on all ranks", fix=fix)
 
 
 class StepCheck:

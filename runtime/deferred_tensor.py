@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from autopar.compat import (
     DTENSOR_SLOTS,
@@ -53,6 +54,14 @@ class DeferredTensor(Tensor):
     ) -> Any:
         from .recording import call_deferred  # which makes such tensors
 
+        leaves = tree_leaves((args, kwargs or {}))
+        if any(isinstance(x, DTensor) and not isinstance(x, DeferredTensor) for x in leaves):
+            raise UserError(
+                f"{func} got a parameter under the plan and a tensor that was made of parameters "
+                "before the model's first call, which has no memory",
+                fix="make it after the first call, or after model.autopar.prepare(batch); or "
+                "parallelize the model instead of its class",
+            )
         return call_deferred(func, args, kwargs or {}, None)
 
     # Seen by `is_traceable_wrapper_subclass`, so that `module.to()` and its like swap tensors.

@@ -25,6 +25,21 @@ def local_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
     return list(found)
 
 
+def take_whole_gradients(outputs: Sequence[Any]) -> None:
+    """Let the gradients that come back for a program's results be whole, ordinary tensors.
+
+    Where a loop adds something of the parameters to a loss (their squares, say), they are DTensors,
+    which must not meet the pieces that the program computed with.
+    """
+    nodes = {x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None}
+    for node in nodes:
+        node.register_prehook(_whole_gradients)
+
+
+def _whole_gradients(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)
+
+
 class _Locals(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:

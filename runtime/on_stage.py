@@ -24,6 +24,8 @@ from autopar.compat import dtensor_like, dtensor_of, let_dispatch, local_of
 
 from .checkpoint_pieces import ExactPieces
 from .on_stage_ops import run
+from .plan_tensor import PlanTensor, as_plan_tensor
+from .python_values import PythonValues
 from .stage_gather import gathered
 from .stage_placement import (
     OnStage,
@@ -34,7 +36,7 @@ from .stage_placement import (
     kept_on_stage,
     stage_of,
 )
-from .strided_tensor import StridedTensor, as_strided_tensor, redistributed
+from .strided_tensor import redistributed
 
 __all__ = [
     "OnStage",
@@ -49,7 +51,7 @@ __all__ = [
 ]
 
 
-class StagedTensor(ExactPieces, DTensor):
+class StagedTensor(ExactPieces, PythonValues, DTensor):
     """A DTensor with an `OnStage` placement on one mesh axis."""
 
     __slots__ = ()
@@ -157,7 +159,7 @@ def placed_like(tensor: DTensor, parameter: DTensor) -> DTensor:
     axis, stage = axis_of(parameter), stage_of(parameter)
     if axis is None or isinstance(tensor, StagedTensor):
         placed = redistributed(tensor, parameter.placements)
-        return as_strided_tensor(placed) if isinstance(parameter, StridedTensor) else placed
+        return as_plan_tensor(placed) if isinstance(parameter, PlanTensor) else placed
     assert stage is not None
     placements = everywhere(parameter.placements, axis)
     return on_stage(redistributed(tensor, placements), axis, stage)

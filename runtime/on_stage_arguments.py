@@ -44,6 +44,7 @@ class Op:
     written: tuple[tuple[int, str], ...]  # the arguments that it writes to
     returns: int
     changes_shape: bool
+    views: bool  # returns other tensors of the memory of its arguments
 
 
 @functools.cache
@@ -68,6 +69,7 @@ def op_of(func: Any) -> Op:
         ),
         returns=len(schema.returns),
         changes_shape=torch.Tag.inplace_view in func.tags,
+        views=any(r.alias_info and not r.alias_info.is_write for r in schema.returns),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from autopar.compat import dtensor_like, dtensor_of, local_of, spec_of
+from autopar.compat import become_tensor, dtensor_like, dtensor_of, local_of, spec_of
 from autopar.errors import UserError
 
 from .on_stage_arguments import (
@@ -35,9 +35,18 @@ from .on_stage_arguments import (
     written_by,
 )
 from .on_stage_run import may_run_on_stage, run_on_stage
+from .plan_tensor import as_plan_tensor
 from .shared_memory import make_group
 from .stage_gather import gathered
 from .stage_placement import axis_of, is_here, stage_of
+
+_RETURNS_NEW = {
+    aten.t_.default: aten.t.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+}
 
 
 def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,6 +56,15 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
         return _unscale(*args)
     op = op_of(func)
+    if any(_COPY in vars(t) for t in tensors_in(written_by(op, args, kwargs), {})):
+        raise UserError(
+            "a part of a tensor that the devices of a pipeline stage split between them is written "
+            "to, and is a copy",
+            fix="write to the whole tensor: torch.where, or copy_ of a new one",
+        )
+    if op.changes_shape and func in _RETURNS_NEW:
+        become_tensor(args[0], run(kind, _RETURNS_NEW[func], args, kwargs))
+        return args[0]
     if op.changes_shape:
         raise UserError(
             f"{func} changes the shape of a tensor that is on one pipeline stage",
@@ -62,8 +80,26 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if len(stages) == 1 and may_run_on_stage(func, op, args, kwargs):
         ((axis, _),) = stages
         assert axis is not None
-        return run_on_stage(kind, func, op, args, kwargs, axis)
+        made = run_on_stage(kind, func, op, args, kwargs, axis)
+        if op.views:
+            _mark_copies(made, args)
+        return made
     return _on_all_ranks(func, op, args, kwargs)
+
+
+_COPY = "_autopar_copy"
+
+
+def _mark_copies(made: Any, args: Any) -> None:
+    """Remember which views are copies: those of dims that were brought together for them."""
+    base = args[0]
+    if not isinstance(base, DTensor):
+        return
+    for view in tensors_in((made,), {}):
+        if isinstance(view, DTensor) and view is not base:
+            pairs = zip(base.placements, view.placements, strict=False)
+            if _COPY in vars(base) or any(b.is_shard() and not v.is_shard() for b, v in pairs):
+                vars(view)[_COPY] = True
 
 
 # -- elementwise ops on what each rank has --------------------------------------------------------
@@ -191,7 +227,8 @@ def _apart(func: Any, parts: dict[Any, list[int]], args: Any, kwargs: Any) -> An
 
 def _on_all_ranks(func: Any, op: Op, args: Any, kwargs: Any) -> Any:
     staged = staged_in(args, kwargs)
-    whole = {id(t): w for t, w in zip(staged, gathered(staged), strict=True)}
+    found = map(as_plan_tensor, gathered(staged))
+    whole = {id(t): w for t, w in zip(staged, found, strict=True)}
     if op.read_by_python:
         for key, tensor in whole.items():  # DTensor would give Python its own part of a sum
             whole[key] = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from autopar.compat import become, dtensor_with, local_of, local_shape_of, make_spec, spec_of
-from autopar.errors import UserError
 
 from .on_stage_arguments import (
     Op,
@@ -27,6 +26,7 @@ from .on_stage_arguments import (
     tensors_in,
     written_by,
 )
+from .plan_tensor import as_plan_tensor
 from .stage_placement import (
     OnStage,
     axis_of,
@@ -39,10 +39,7 @@ from .stage_placement import (
 
 
 def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
-    """Whether the op needs nothing of other stages' ranks.
-
-    Raises UserError for ordinary tensors among the arguments, which ranks might not have alike.
-    """
+    """Whether the op needs nothing of other stages' ranks."""
     if op.random or op.read_by_python:
         return False
     mesh = staged_in(args, kwargs)[0].device_mesh
@@ -50,11 +47,8 @@ def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh:
                 return False
-        elif tensor.dim():
-            raise UserError(
-                f"{func} got an ordinary tensor beside one that is on a pipeline stage",
-                fix="use the tensor's full_tensor(), or make the other one a DTensor, too",
-            )
+        elif tensor.dim():  # which ranks might not have alike
+            return False
     written = tensors_in(written_by(op, args, kwargs), {})
     return all(isinstance(t, DTensor) and is_staged(t) for t in written)
 
@@ -175,6 +169,8 @@ def _run_here(kind: Any, func: Any, args: Any, kwargs: Any, like: DTensor) -> An
         if not isinstance(value, DTensor):
             return value
         inner = _inside(value, axis)
+        if isinstance(inner, DTensor):
+            inner = as_plan_tensor(inner)
         outer[id(inner)] = value
         kept.append(inner)
         return inner

@@ -90,12 +90,23 @@ class LocalSteps:
             return None
         if not any(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"]):
             return None
+        self._come_first(optimizer)
         kind = type(optimizer)
         local: Any = object.__new__(WITH_KERNEL[kind] if self._is_for_kernel(optimizer) else kind)
         vars(local).update(vars(optimizer))
         local.state = defaultdict(dict)
         local.param_groups = self._local[optimizer] = _LocalGroups(optimizer, local.state)
         return (local, *args[1:]), kwargs
+
+    def _come_first(self, optimizer: Any) -> None:
+        """Let hooks that the user gave the optimizer for after its step see what the step made.
+
+        An optimizer's own hooks run before those of all optimizers.
+        """
+        hooks = optimizer._optimizer_step_post_hooks
+        if hooks and self.after not in hooks.values():
+            handle = optimizer.register_step_post_hook(self.after)
+            hooks.move_to_end(handle.id, last=False)
 
     def after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Give the optimizer what the step made of its state."""

@@ -15,7 +15,7 @@ from autopar.ir.sharding import Sharding
 from autopar.plan import PIPELINE_AXIS
 
 from .on_stage import OnStage, StagedTensor, empty_piece
-from .strided_tensor import as_strided_tensor
+from .plan_tensor import as_plan_tensor
 
 
 def placements_of(
@@ -110,4 +110,4 @@ def wrap(
         shape=shape,
         stride=stride,
     )
-    return as_strided_tensor(plain)
+    return as_plan_tensor(plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .flat_weights import refresh_flat_weights
 from .on_stage import placed_like
 from .placements import shard
 from .scalars import read_whole_scalars
+from .whole_tensor import whole_tensor
 
 
 def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.ref[nn.Parameter]]:
@@ -36,17 +37,16 @@ def replicate_parameters(module: nn.Module, live: DeviceMesh) -> list[weakref.re
     """
     read_whole_scalars()
     take_rank_zeros(module)
-    placements = [Replicate()] * live.ndim
     made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     parameter = None
     for owner, name, parameter in _slots(module):
         if isinstance(parameter, (DTensor, DeferredTensor)):
             continue
         if id(parameter) not in made:
-            whole = DTensor.from_local(parameter.detach(), live, placements, run_check=False)
+            whole = whole_tensor(parameter.detach(), live)
             new = nn.Parameter(whole, requires_grad=parameter.requires_grad)
             if parameter.grad is not None:
-                new.grad = DTensor.from_local(parameter.grad, live, placements, run_check=False)
+                new.grad = whole_tensor(parameter.grad, live)
             take_hooks(new, parameter)
             made[id(parameter)] = (parameter, new)
         owner._parameters[name] = made[id(parameter)][1]
@@ -94,6 +94,21 @@ def check_replaced(replaced: Sequence[weakref.ref[nn.Parameter]]) -> None:
             "and something still holds the old ones, which do not train",
             fix="call autopar.parallelize before model.parameters() is kept anywhere",
         )
+
+
+def check_planned(module: nn.Module, planned: Container[str]) -> None:
+    """Raise UserError for parameters that came into the module after its plan was made."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, parameter in module.named_parameters():
+        known = any(other in planned for other in names[id(parameter)])
+        if not known or not isinstance(parameter, DTensor):
+            raise UserError(
+                f"the parameter {name} came into the model after its plan was made",
+                fix="change the model before its first call, or copy its state_dict() into a new "
+                "model and parallelize that",
+            )
 
 
 def shard_parameters(

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
-from torch.utils._pytree import tree_map
 
 from autopar.compat import TORCH_VERSION, StridedShard, dtensor_of, let_dispatch, local_of
 
 from .checkpoint_pieces import ExactPieces, held_runs
+from .plan_tensor import PlanTensor
 from .shared_memory import make_group
 
 
-class StridedTensor(ExactPieces, DTensor):
+class StridedTensor(ExactPieces, PlanTensor):
     """A DTensor with a strided placement; what ops return is one, too, if it is placed so."""
 
     __slots__ = ()
@@ -35,52 +35,14 @@ class StridedTensor(ExactPieces, DTensor):
             return super().redistribute(device_mesh, placements, **options)
         return redistributed(self, placements)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        outer: dict[int, Any] = {}
-        kept: list[Any] = []  # so that no other tensor gets the id of one of them
-
-        def enter(value: Any) -> Any:
-            if not isinstance(value, StridedTensor):
-                return value
-            inner = _as(DTensor, value)
-            outer[id(inner)] = value
-            kept.append(inner)
-            return inner
-
-        def leave(value: Any) -> Any:
-            return outer[id(value)] if id(value) in outer else _if_strided(value)
-
-        result = func(*tree_map(enter, args), **tree_map(enter, kwargs or {}))
-        return tree_map(leave, result)
-
 
 let_dispatch(StridedTensor)
 torch.serialization.add_safe_globals([StridedTensor])
 
 
-def as_strided_tensor(tensor: DTensor) -> DTensor:
-    """The same tensor as a `StridedTensor` if a placement is strided; outside of autograd."""
-    found: DTensor = _if_strided(tensor)
-    return found
-
-
-def _if_strided(value: Any) -> Any:
-    if type(value) is not DTensor or not _is_strided(value):
-        return value
-    return _as(StridedTensor, value)
-
-
-def _is_strided(tensor: DTensor) -> bool:
+def is_strided(tensor: DTensor) -> bool:
+    """Whether a piece of the tensor is several runs of a dim."""
     return any(isinstance(placement, StridedShard) for placement in tensor.placements)
-
-
-def _as(kind: Any, tensor: DTensor) -> Any:
-    mesh, placements = tensor.device_mesh, tensor.placements
-    return dtensor_of(local_of(tensor), mesh, placements, tensor.shape, tensor.stride(), kind)
 
 
 # -- redistribution, which torch before 2.13 refuses for these layouts -----------------------------
@@ -89,12 +51,12 @@ def _as(kind: Any, tensor: DTensor) -> Any:
 def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
     """The same tensor placed otherwise, whatever of it is strided; collective, differentiable."""
     wanted = tuple(placements)
-    if TORCH_VERSION >= (2, 13) or not (_is_strided(tensor) or any(map(_strides, wanted))):
+    if TORCH_VERSION >= (2, 13) or not (is_strided(tensor) or any(map(_strides, wanted))):
         return tensor.redistribute(tensor.device_mesh, wanted)
     if wanted == tensor.placements:
         return tensor
     plain: DTensor = tensor
-    if _is_strided(tensor):
+    if is_strided(tensor):
         plain = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
     plain = plain.redistribute(plain.device_mesh, _without_strides(wanted))
     if any(map(_strides, wanted)):

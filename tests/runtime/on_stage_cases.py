@@ -393,9 +393,16 @@ def misused() -> list[str]:
     """The messages of what cannot be done with a parameter of a stage."""
     module = net("stages and tensor")
     said = []
+    rank = torch.distributed.get_rank()
     for misuse in (
-        lambda: module.qkv.detach() + torch.ones(12, 6),
-        lambda: module.out.detach().t_(),
+        lambda: module.qkv.detach() + torch.ones(module.qkv.shape).mul_(rank),
+        lambda: module.out.detach().resize_(3),
+        lambda: [
+            part.zero_()
+            for p in module.parameters()
+            if p.dim() > 1
+            for part in (p.detach()[0], p.detach()[:, 0])
+        ],
     ):
         try:
             misuse()

@@ -84,8 +84,9 @@ def test_pieces_of_several_runs(mesh: str, four_ranks: RankPool) -> None:
 @pytest.mark.multiprocess
 def test_misuse_is_named(four_ranks: RankPool) -> None:
     for said in four_ranks.run(misused):
-        assert "ordinary tensor beside one that is on a pipeline stage" in said[0]
-        assert "t_.default changes the shape" in said[1]
+        assert "an ordinary tensor that meets a parameter is not the same on all ranks" in said[0]
+        assert "resize_.default changes the shape" in said[1]
+        assert "is written to, and is a copy" in said[2]
 
 
 @pytest.mark.multiprocess

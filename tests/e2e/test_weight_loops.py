@@ -1,0 +1,63 @@
+"""What loops do with weights beside training them gives one device's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.loops import differences
+from tests.e2e.pool import RankPool
+from tests.e2e.weight_loops import LOOPS, refused, refused_without_memory, run_weight_loop
+
+pytestmark = pytest.mark.multiprocess
+PLANS: dict[str, dict[str, Any]] = {
+    "zero": {"strategy": "zero"},
+    "tensor": {"strategy": "tensor"},
+    "pipeline": {"strategy": "pipeline", "stages": 2, "schedule": "1f1b", "micro_batches": 2},
+}
+FAST = {
+    "kept_from_before": "tensor",
+    "data_is_set": "tensor",
+    "drawn_again": "zero",
+    "ordinary_tensors": "tensor",
+    "values_change": "pipeline",
+    "layers_before_the_first_call": "zero",
+    "copied_with_gradients": "zero",
+    "wrong_indices": "zero",
+}
+CASES = [
+    pytest.param(name, plan, marks=[] if FAST[name] == plan else [pytest.mark.slow])
+    for name in LOOPS
+    for plan in PLANS
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("name", "plan"), CASES)
+def test_loop_is_unchanged(name: str, plan: str, two_ranks: RankPool) -> None:
+    torch.set_num_threads(1)
+    reference = run_weight_loop(name, None)
+    first, second = two_ranks.run(run_weight_loop, name, PLANS[plan], timeout_s=120)
+    assert not list(differences(first, reference, 1e-9))
+    assert not list(differences(second, first, 0.0))
+
+
+def test_what_a_plan_cannot_follow_is_refused(two_ranks: RankPool) -> None:
+    for shape, values, layer in two_ranks.run(refused):
+        assert "is given data of shape (4, 8), which the plan does not know" in shape
+        assert "the new data of a parameter is not the same on all ranks" in values
+        assert "the parameter up.weight came into the model after its plan was made" in layer
+
+
+def test_what_has_no_memory_is_refused(two_ranks: RankPool) -> None:
+    for said in two_ranks.run(refused_without_memory):
+        assert "made of parameters before the model's first call, which has no memory" in said
+        assert "model.autopar.prepare(batch)" in said

@@ -1,0 +1,274 @@
+"""Loops that do with weights, gradients and attributes what tensors and modules allow.
+
+Each returns what one device and many ranks must agree on; `make` makes a module parallel, or leaves
+it as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import autopar
+from autopar.errors import UserError
+from tests.e2e.loops import Values, seed, state, whole
+
+Make = Callable[[nn.Module], Any]
+SCALE = {"now": 1.0}  # forward reads it
+
+
+class Small(nn.Module):
+    """A loss, with a weight whose first dim no two ranks divide, and plain values that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm = nn.LayerNorm(8)
+        self.penalty = 0.0
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.table(ids)
+        hidden = hidden + self.down(self.up(hidden).relu())
+        scores = self.norm(hidden) @ self.table.weight.t()
+        loss = nn.functional.cross_entropy(scores, targets) * SCALE["now"]
+        return loss + self.penalty * scores.square().mean()
+
+
+def small(make: Make, number: int = 0) -> Any:
+    seed(number)
+    return make(Small().double())
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(step))
+    return ids[0], ids[1]
+
+
+def steps(model: Any, optimizer: Any, first: int = 0, last: int = 2) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        loss = model(*batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def kept_from_before(make: Make) -> Values:
+    """Momentum by hand, averages and a copy that are older than the plan."""
+    model = small(make)
+    momentum = [torch.zeros_like(p) for p in model.parameters()]
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    averaged = AveragedModel(model)
+    losses = []
+    for step in range(2):
+        loss = model(*batch(step))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        losses.append(loss.item())
+        with torch.no_grad():
+            for p, g, m in zip(model.parameters(), gradients, momentum, strict=True):
+                m.mul_(0.9).add_(g)
+                p -= 0.1 * m
+        for name, p in model.named_parameters():
+            average[name].lerp_(p.detach(), 0.1)
+        averaged.update_parameters(model)
+    for name, p in model.named_parameters():
+        p.data = average[name]
+    with torch.no_grad():
+        losses += [model(*batch(5)).item(), averaged(*batch(5)).item()]
+    return {"losses": losses, **state(model)}
+
+
+def data_is_set(make: Make) -> Values:
+    """`parameter.data = ...`, vectors of all parameters, single elements and rows."""
+    model = small(make)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer, 0, 1)
+    for p in model.parameters():
+        p.data = p.data * 0.9
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 0.9, model.parameters())
+    with torch.no_grad():
+        model.up.weight[0].zero_()
+        model.up.weight[1:3] *= 2
+        model.down.weight[:, 0] = 0.25
+        model.table.weight[4, 2] = 1.5
+        model.up.weight.t()[3].add_(0.5)
+        model.norm.bias[::2] = 0.125
+    losses += steps(model, optimizer, 1, 3)
+    read = torch.tensor(model.up.weight.tolist(), dtype=torch.float64)
+    assert (model.up.weight.detach().numpy() == read.numpy()).all()
+    return {"losses": losses, "read": read, **state(model)}
+
+
+def drawn_again(make: Make) -> Values:
+    """Weights that are initialised again, noise on gradients and weights."""
+    model = small(make)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = steps(model, optimizer, 0, 1)
+    seed(3)
+    model.up.reset_parameters()
+    nn.init.orthogonal_(model.down.weight)
+    nn.init.trunc_normal_(model.table.weight, std=0.02)
+    model(*batch(1)).backward()
+    for p in model.parameters():
+        p.grad.add_(torch.randn_like(p.grad), alpha=0.01)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"losses": [*losses, *steps(model, optimizer, 2, 3)], **state(model)}
+
+
+def ordinary_tensors(make: Make) -> Values:
+    """Masks and targets of weights that every rank has, penalties on weights beside the loss."""
+    model = small(make)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    losses = []
+    mask = torch.arange(128).view(16, 8).double() % 3
+    for step in range(2):
+        loss = model(*batch(step)) + 1e-2 * sum(p.square().sum() for p in model.parameters())
+        loss = loss + 1e-3 * (model.up.weight - mask).abs().sum() + 1e-3 * model.down.weight.norm()
+        loss.backward()
+        model.up.weight.grad.mul_(mask)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses, **state(model)}
+
+
+def values_change(make: Make) -> Values:
+    """Attributes, globals and hooks that forward reads, and dtypes, change between steps."""
+    model = small(make)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = steps(model, optimizer, 0, 1)
+    model.penalty = 0.5
+    losses += steps(model, optimizer, 1, 2)
+    SCALE["now"] = 2.0
+    losses += steps(model, optimizer, 2, 3)
+    SCALE["now"] = 1.0
+    hook = model.up.register_forward_hook(lambda module, inputs, output: output * 2)
+    losses += steps(model, optimizer, 3, 4)
+    hook.remove()
+    losses += steps(model, optimizer, 4, 5)
+    exact = state(model)
+    model.float()
+    rounded = steps(model, optimizer, 5, 6)
+    model.double()
+    assert abs(rounded[0] - model(*batch(5)).item()) < 0.5
+    return {"losses": losses, **exact}
+
+
+def layers_before_the_first_call(make: Make) -> Values:
+    """Layers that are replaced after the model was made parallel, and before it has a plan."""
+    model = small(make)
+    torch.manual_seed(7)
+    model.up = nn.Linear(8, 16).double()
+    optimizer = adamw(model)
+    return {"losses": steps(model, optimizer), **state(model)}
+
+
+def copied_with_gradients(make: Make) -> Values:
+    """A copy while there are gradients; hooks of the optimizer see the state of its step."""
+    model = small(make)
+    optimizer = adamw(model)
+    norms: list[float] = []
+    optimizer.register_step_post_hook(
+        lambda own, *_: norms.append(own.state[model.up.weight]["exp_avg"].norm().item())
+    )
+    losses = steps(model, optimizer, 0, 1)
+    model(*batch(1)).backward()
+    other = copy.deepcopy(model)
+    assert all(p.grad is None for p in other.parameters())
+    kept = copy.deepcopy({n: p.grad for n, p in model.named_parameters()})
+    optimizer.step()
+    losses += steps(other, adamw(other), 2, 3)
+    gradients = {f"{n} gradient": whole(g) for n, g in kept.items()}
+    return {"losses": losses, "norms": norms, **gradients, **state(model)}
+
+
+def wrong_indices(make: Make) -> Values:
+    """A batch with an index that is in no table is the same error everywhere, and is survived."""
+    model = small(make)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer, 0, 1)
+    said = []
+    for place in (0, 1):
+        given = [t.clone() for t in batch(1)]
+        given[place][0] = 11
+        try:
+            model(*given).backward()
+        except (IndexError, RuntimeError) as error:
+            said.append(type(error).__name__)
+    optimizer.zero_grad()
+    return {"said": " ".join(said), "losses": [*losses, *steps(model, optimizer, 1)]}
+
+
+LOOPS: dict[str, Callable[[Make], Values]] = {
+    loop.__name__: loop
+    for loop in (
+        kept_from_before,
+        data_is_set,
+        drawn_again,
+        ordinary_tensors,
+        values_change,
+        layers_before_the_first_call,
+        copied_with_gradients,
+        wrong_indices,
+    )
+}
+
+
+def run_weight_loop(name: str, options: dict[str, Any] | None) -> Values:
+    """Pickled by name: what the ranks are asked to run; on one device without options."""
+    if options is None:
+        return LOOPS[name](lambda module: module)
+    return LOOPS[name](lambda module: autopar.parallelize(module, **options))
+
+
+@autopar.parallelize(strategy="zero")
+class Decorated(Small):
+    pass
+
+
+def refused_without_memory() -> str:
+    """What was made of parameters that had no memory meets them when they have."""
+    seed(0)
+    model: Any = Decorated()
+    average = [p.detach().clone() for p in model.parameters()]
+    steps(model, adamw(model), 0, 1)
+    try:
+        average[1].lerp_(model.up.weight.detach(), 0.1)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def refused() -> list[str]:
+    """The errors of what a plan cannot follow."""
+    model = small(autopar.parallelize)
+    steps(model, adamw(model), 0, 1)
+    said = []
+    try:
+        model.up.weight.data = torch.zeros(4, 8).double()
+    except UserError as error:
+        said.append(str(error))
+    try:
+        model.up.weight.data = torch.full((16, 8), float(torch.distributed.get_rank())).double()
+    except UserError as error:
+        said.append(str(error))
+    model.up = nn.Linear(8, 16).double()
+    try:
+        model(*batch(0))
+    except UserError as error:
+        said.append(str(error))
+    return said
