@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,31 +15,28 @@ import torch.fx
 from autopar.collector import collector_paused
 from autopar.cost.cluster import Cluster, Device, group_span
 from autopar.cost.kernels import (
-    Forms,
     adamw_forms,
-    cross_entropy_forms,
-    dropout_forms,
     form_times,
     int8_change,
     int8_sent,
     int8_times,
-    pack_forms,
-    permute_forms,
     step_change,
 )
 from autopar.cost.one_shot import all_reduce_norm_times
 from autopar.ir.graph import Graph, Value, value_of
-from autopar.ir.lowered import CLOSE, GATHER_VARY, PVARY, ROUTED_GATHER, ROUTED_SCATTER
+from autopar.ir.lowered import (
+    GATHER_VARY,
+)
 from autopar.kernel_use import NOWHERE, ON_AXES, OPTIMIZER, KernelUse, Places, everywhere
 from autopar.plan import Plan
 
-from .fuse_all_reduce_norm import NormSite, norm_sites
+from .fuse_all_reduce_norm import NormSite
+from .kernel_sites import Key, kernel_sites
 from .rank_program import rank_program
+from .short_program import ShortProgram, short_program
 from .step_formula import BATCH
-from .use_kernels import Site, sites
 
 Node = torch.fx.Node
-Key = tuple[str, str, str, Forms]
 
 ADAMS = ("adam", "adamw")  # optimizers that have a kernel
 # Devices, by parts of their names, on which every kernel falls back to torch, as `runtime.kernels`
@@ -79,22 +76,19 @@ def choose_kernels(
     k, device = plan.micro_batches, cluster.device_for(plan.world_size)
     sizes = {symbol: n // k if symbol == BATCH else n for symbol, n in symbols.items()}
     one = replace(plan, mesh=plan.stage_mesh, pipeline=None)
-    program = rank_program(graph, sizes, one, 0, check=False)
-    norms = list(norm_sites(program)) if "all_reduce_norm" in places.of else []
-    fused_norms = [_norm(cluster, plan, site) for site in norms]
-    groups: dict[Key, list[Site]] = defaultdict(list)
-    summed: dict[str, list[Node]] = defaultdict(list)
-    for site in sites(program, one.mesh, places):
-        if site.kernel == "int8":
-            summed[site.place].append(site.node)
-            continue
-        groups[site.kernel, site.fusion, site.note, _forms(site)].append(site)
+    found = kernel_sites(short_program(graph, sizes, one, 0), one.mesh, places)
+    if not found.is_periodic:
+        whole = ShortProgram(rank_program(graph, sizes, one, 0, check=False))
+        found = kernel_sites(whole, one.mesh, places)
     stages = _stages(graph, plan)
-    uses = [_use(key, found, k, device, stages) for key, found in groups.items()]
+    uses = [_use(key, places_of, k, device, stages) for key, places_of in found.placed().items()]
+    fused_norms = [
+        replace(_norm(cluster, plan, site), where=(name,)) for site, name in found.placed_norms()
+    ]
     uses += [use for use in fused_norms if math.isfinite(use.time_s)]
-    uses += [_int8(cluster, plan, axis, nodes) for axis, nodes in summed.items()]
+    uses += [_int8(cluster, plan, axis, nodes) for axis, nodes in found.sums().items()]
     if places.has("adamw", OPTIMIZER):
-        uses += _adamw(program, plan, device, optimizer)
+        uses += _adamw(graph, found.short, plan, device, optimizer)
     if mode == "auto":
         # What is at nodes is chosen size by size, what is on an axis for all of its buckets.
         uses = [use for use in uses if use.kernel in ON_AXES or use.time_s < use.unfused_s]
@@ -136,7 +130,7 @@ def _counted_share(places: Sequence[str], stages: Mapping[str, int]) -> float:
 
 def _use(
     key: Key,
-    found: list[Site],
+    found: list[str],
     micro_batches: int,
     device: Device,
     stages: Mapping[str, int],
@@ -145,12 +139,12 @@ def _use(
     with_it, without = form_times(device, kernel, forms)
     change = step_change(device, kernel, forms)
     if change < 0:
-        change *= _counted_share([site.place for site in found], stages)
+        change *= _counted_share(found, stages)
     # Parameters are packed once per step, all else once per micro-batch.
     count = len(found) * (1 if kernel == "pack" else micro_batches)
     return KernelUse(
         kernel,
-        tuple(dict.fromkeys(site.place for site in found)),
+        tuple(dict.fromkeys(found)),
         fusion,
         count,
         with_it * count,
@@ -180,65 +174,6 @@ def _together(uses: list[KernelUse]) -> list[KernelUse]:
             step_s=first.step_s + use.step_s,
         )
     return list(found.values())
-
-
-def _forms(site: Site) -> Forms:
-    made: Forms = _FORMS[site.kernel](site.node)
-    return made
-
-
-def _dropout(node: Node) -> Forms:
-    value = value_of(node)
-    fusion: Any = node.kwargs["kernel"]  # a Fusion
-    return dropout_forms(
-        int(value.numel()),
-        value.dtype.itemsize,
-        value.rank,
-        fusion.prologue.extras if fusion.prologue else None,
-        fusion.epilogue.extras if fusion.epilogue else None,
-        fusion.saves_inputs,
-    )
-
-
-def _cross_entropy(node: Node) -> Forms:
-    args: Any = node.args
-    logits, prologue = value_of(args[0]), node.kwargs["kernel"]
-    tokens = int(value_of(args[1]).numel())
-    return cross_entropy_forms(
-        tokens,
-        int(logits.numel()) // max(tokens, 1),
-        logits.dtype.itemsize,
-        args[8] is not None,
-        bool(node.kwargs.get("in_place")),
-        bool(prologue),
-        value_of(node).dtype.itemsize,
-    )
-
-
-def _permute(node: Node) -> Forms:
-    value = value_of(node)
-    width = int(value.shape[-1]) if value.rank > 1 else 1
-    ways: Any = node.kwargs.get("ways", 1) if node.target is ROUTED_GATHER else 1
-    rows = int(value.numel()) // max(width, 1) * ways
-    return permute_forms(rows, width, value.dtype.itemsize, node.target is ROUTED_SCATTER)
-
-
-def _pack(node: Node) -> Forms:
-    """Packed before the message of either direction; unpacked after those that gather."""
-    args: Any = node.args
-    tensors = args[4:] if node.target is CLOSE else args[3:]
-    values = [value_of(t) for t in tensors]
-    sizes = [float(v.numel()) for v in values]
-    joins = node.target is CLOSE and args[0] is not PVARY
-    return pack_forms(sizes, values[0].dtype.itemsize, joins)
-
-
-_FORMS: Mapping[str, Any] = {
-    "dropout": _dropout,
-    "cross_entropy": _cross_entropy,
-    "permute": _permute,
-    "pack": _pack,
-}
 
 
 def _waited(plan: Plan, axes: Sequence[str]) -> float:
@@ -297,16 +232,20 @@ def _int8(cluster: Cluster, plan: Plan, axis: str, nodes: list[Node]) -> KernelU
     return replace(use, step_s=change, sent_bytes=changed)
 
 
-def _adamw(program: Graph, plan: Plan, device: Device, optimizer: str) -> list[KernelUse]:
+def _adamw(
+    graph: Graph, short: ShortProgram, plan: Plan, device: Device, optimizer: str
+) -> list[KernelUse]:
     if optimizer not in ADAMS:
         return []
+    fqns = {node.name: node.meta["fqns"] for node in graph.placeholders("param")}
+    there = [(node, node.name) for node in short.program.placeholders("param")]
     sizes: list[float] = []
     itemsize = 4
-    for node in program.placeholders("param"):
+    for node, name in short.all_of(there, lambda one: one[1], lambda one, n: (one[0], n)):
         value = node.meta["value"]
         if not isinstance(value, Value) or not value.requires_grad:
             continue
-        stored = next((plan.params[n] for n in node.meta["fqns"] if n in plan.params), None)
+        stored = next((plan.params[n] for n in fqns[name] if n in plan.params), None)
         if stored is not None and stored.stages and stored.stages[0] != 0:
             continue  # of another stage than the first
         sizes.append(float(math.prod(map(int, value.shape))))

@@ -165,6 +165,8 @@ def expert_factors(
     for node in graph.placeholders("param"):
         if value_of(node).rank == 3 and value_of(node).requires_grad:
             starts[node, 0] = {0}
+    if not starts:
+        return {}
     found = follow(graph, rules, starts)
     # What carries experts forward is split where it is made, too: one step back from each reader.
     for node in reversed(list(graph.calls())):

@@ -12,12 +12,14 @@ import torch.fx
 from numpy.typing import NDArray
 
 from autopar.cost.cluster import Cluster, make_mesh
+from autopar.ir.graph import values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.sharding import Sharding
 
 from .accounts import FULL, NONE, SELECTIVE, Regions, is_heavy, overlap_of
 from .columns import Columns, Edge, Flow, build_columns, copies_of, reading_patterns, times_read
 from .grid import Grid, GridPricer, Layouts, OptionPrices
+from .kept import own_outputs
 from .moves import MovePrices, Moves, Ways, moves_of, price_moves
 from .options import Option
 from .price import Pricer
@@ -130,6 +132,29 @@ class Frame:
     def starts(self) -> Ints:
         return np.array([numbers[0] for numbers in self.number.values()], dtype=np.int64)
 
+    @cached_property
+    def twins(self) -> Mapping[Node, Node]:
+        """The first op that has the same prices, of every op: it does the same, of equal types."""
+        first: dict[object, Node] = {}
+        found: dict[Node, Node] = {}
+        for node, options in self.options.items():
+            if node.op == "call_function":
+                static = torch.fx.map_arg((node.args, node.kwargs), self._typed)
+                readers = sum(1 for user in node.users if user.op == "call_function")
+                listed = tuple((o.choices, o.wants, o.gives) for o in options)
+                rule = self.problem.rules[node.name]
+                does = (node.target, str(static), self._typed(node), str(rule))
+                key = (*does, own_outputs(node), readers, listed)
+                found[node] = first.setdefault(key, node)
+        return found
+
+    def _typed(self, node: Node) -> str:
+        """What a value is to an op that reads or makes it, at any size."""
+        types = [(v.dtype, v.requires_grad) for v in values_of(node)]
+        shapes = [v.shape for v in values_of(node)]
+        role = node.meta.get("role", "") if node.op == "placeholder" else ""
+        return f"{node.op} {role} {types} {shapes} {self.symbolic.get(node.name)}"
+
     def priced(
         self,
         meshes: Sequence[Mesh],
@@ -140,13 +165,17 @@ class Frame:
         problem = self.problem
         grid = Grid(cluster, tuple(meshes), symbols)
         pricer = GridPricer(grid, self.symbolic, problem.symbols, problem.optimizer, self.layouts)
-        options = {
-            node: pricer.stored(node, listed)
-            if node.op == "placeholder"
-            else pricer.call(node, problem.rules[node.name], listed)
-            for node, listed in self.options.items()
-            if node.op != "output"
-        }
+        options: dict[Node, OptionPrices] = {}
+        for node, listed in self.options.items():
+            if node.op == "placeholder":
+                options[node] = pricer.stored(node, listed)
+            elif node.op != "output":
+                first = self.twins[node]
+                options[node] = (
+                    pricer.call(node, problem.rules[node.name], listed)
+                    if first is node
+                    else options[first]
+                )
         nothing = np.zeros((1, len(grid)))
         free = OptionPrices(
             nothing, nothing, nothing, nothing, np.ones((1, len(grid)), dtype=np.bool_)

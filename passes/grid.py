@@ -134,6 +134,7 @@ class GridPricer:
         self._symbolic = symbolic
         self._reference = reference
         self._fractions: dict[tuple[int, tuple[str, ...]], tuple[Array, Array]] = {}
+        self._split_dims: dict[object, tuple[Array, NDArray[np.bool_]]] = {}
         self._sizes: dict[object, int] = {}
         self._known_layouts = layouts
 
@@ -193,12 +194,23 @@ class GridPricer:
                 dims.append(np.full((shardings.count, 1), float(size)))
                 continue
             dim = factors[d] if factors else ()
-            shares = [self._share(_units(size, s, dim, *sizes), s.axes) for s in splits]
-            dims.append(np.stack([size * part for part, _ in shares])[which])
-            has = np.stack([units >= 1 for _, units in shares])
-            has[[not split for split in splits]] = True
+            units = tuple(_units(size, s, dim, *sizes) for s in splits)
+            parts, has = self._parts(size, splits, units)
+            dims.append(parts[which])
             legal &= has[which]
         return dims, legal
+
+    def _parts(
+        self, size: int, splits: tuple[Split, ...], units: tuple[int, ...]
+    ) -> tuple[Array, NDArray[np.bool_]]:
+        """Of a dim, [splits, meshes]: the largest shards, and whether every device has a unit."""
+        key = (size, tuple(s.axes for s in splits), units)
+        if key not in self._split_dims:
+            shares = [self._share(n, s.axes) for n, s in zip(units, splits, strict=True)]
+            has = np.stack([per_device >= 1 for _, per_device in shares])
+            has[[not split for split in splits]] = True
+            self._split_dims[key] = (np.stack([size * part for part, _ in shares]), has)
+        return self._split_dims[key]
 
     def bytes_of(self, node: Node, port: int, shardings: Layout) -> Array:
         dims, _ = self.local(node, port, shardings)

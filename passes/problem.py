@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import sympy
@@ -61,7 +61,8 @@ def problem_of(
     graph: Graph, symbols: Mapping[sympy.Symbol, int], cluster: Cluster, optimizer: str
 ) -> Problem:
     """The problem of a prepared graph for one size of every symbol."""
-    concrete = wear_casts(specialise(graph, symbols))
+    made = replace(specialise(graph, symbols), spent=True)  # casts are marked in the same copy
+    concrete = replace(wear_casts(made), spent=False)
     blocks = find_blocks(concrete)
     rules = rules_of(concrete, blocks.representative)
     return Problem(

@@ -37,7 +37,7 @@ from .programme import edges_of, solve
 from .propose import Frames, Proposal, Request
 from .rules_of import unsharded_ops
 from .same_model import parts_of
-from .settle import Settled
+from .settle import Settled, recorded
 from .settle_best import settle_best
 from .staged import Staged
 from .staged_plan import (
@@ -142,7 +142,10 @@ def _finish(
     settled = [s for s in tried if isinstance(s, Settled)]
     # A named strategy is a plan like any other where nothing is asked for.
     mine = [s for s in settled if strategy in ("auto", s.name)]
-    best = min(mine, key=lambda s: (s.timeline.peak_bytes > limit, s.timeline.step_s))
+    best = fastest = min(mine, key=lambda s: (s.timeline.peak_bytes > limit, s.timeline.step_s))
+    if not isinstance(fastest, Staged):
+        best = replace(fastest, timeline=recorded(fastest))
+        tried = [best if one is fastest else one for one in tried]
     option, pricer = best.option, best.pricer
     rename = axis_names(best, best.problem.batch)
     mesh = Mesh(tuple(replace(a, name=rename[a.name]) for a in best.mesh.axes))

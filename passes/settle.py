@@ -10,6 +10,7 @@ import torch.fx
 
 from autopar.cost.recompute import with_recompute
 from autopar.cost.simulate import simulate
+from autopar.cost.simulator import How
 from autopar.cost.step import Step
 from autopar.cost.timeline import Timeline
 from autopar.ir.mesh import Mesh
@@ -164,12 +165,17 @@ def settled(
     assignment: Assignment,
     recompute: tuple[Recompute, ...] = (),
 ) -> Settled:
-    """An assignment with its simulated step."""
+    """An assignment with its simulated step; what runs when is not recorded (`recorded`)."""
     step = step_of(problem.graph, problem.blocks, assignment.option, pricer, variant.micro_batches)
     modes = {r.block: (r.full, r.selective) for r in recompute}
     step = with_recompute(step, modes) if modes else step
-    timeline = simulate(step, problem.cluster)
+    timeline = simulate(step, problem.cluster, how=How(record=False))
     return Settled(name, problem, mesh, pricer, variant, assignment, recompute, step, timeline)
+
+
+def recorded(made: Settled) -> Timeline:
+    """The whole timeline of a settled candidate: all spans, and memory at every moment."""
+    return simulate(made.step, made.problem.cluster)
 
 
 def _close(near: Proposal) -> tuple[Keeps, Stores]:

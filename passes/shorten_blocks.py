@@ -10,7 +10,7 @@ import torch.fx
 from autopar.ir.graph import Graph, values_of
 
 from .blocks import find_blocks
-from .chunks import Chunk, chunks_of, thinned
+from .chunks import Chunk, Thinned, chunks_of, thinned
 
 Node = torch.fx.Node
 
@@ -26,8 +26,13 @@ def shorten_blocks(graph: Graph) -> Graph:
     """
     chunks = chunks_of(graph, find_blocks(graph))
     thin = thinned(chunks, FIRST, LAST)
-    if not thin.alias or not _are_wired_alike(chunks):
+    if not thin.alias or not are_wired_alike(chunks):
         return graph
+    return without_copies(graph, thin)
+
+
+def without_copies(graph: Graph, thin: Thinned) -> Graph:
+    """The ops of a graph that stay, with what they read; names stay."""
     kept = {node for chunk in thin.chunks for node in chunk.nodes}
     new = torch.fx.Graph()
     env: dict[Node, Node] = {}
@@ -42,7 +47,7 @@ def shorten_blocks(graph: Graph) -> Graph:
     return replace(graph, fx=new)
 
 
-def _are_wired_alike(chunks: Sequence[Chunk]) -> bool:
+def are_wired_alike(chunks: Sequence[Chunk]) -> bool:
     """Whether every copy of a block but the first reads what the one before it reads, one later."""
     at = {
         node: (i, place)

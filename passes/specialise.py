@@ -36,10 +36,22 @@ def specialise(graph: Graph, symbols: Mapping[sympy.Symbol, int]) -> Graph:
         return value
 
     for node in new.fx.nodes:
-        node.args = _map(node.args, number)
-        node.kwargs = _map(node.kwargs, number)
+        if _is_symbolic(node.args) or _is_symbolic(node.kwargs):
+            node.args = _map(node.args, number)
+            node.kwargs = _map(node.kwargs, number)
         node.meta["value"] = typed(node.meta.get("value"))
     return new
+
+
+def _is_symbolic(item: Any) -> bool:
+    """Whether there is an expression anywhere: to set arguments is to register their readers."""
+    if isinstance(item, (list, tuple)):
+        return any(map(_is_symbolic, item))
+    if isinstance(item, dict):
+        return any(map(_is_symbolic, item.values()))
+    if isinstance(item, slice):
+        return any(map(_is_symbolic, (item.start, item.stop, item.step)))
+    return isinstance(item, sympy.Basic)
 
 
 def _map(item: Any, function: Any) -> Any:

@@ -239,8 +239,8 @@ class _Builder:
         Nothing where ranks have a part of the classes each: that is made of other ops.
         """
         whole = float(moment_bytes(local_op(node)))
-        rule = rule_for(node)
-        if not whole or rule is None:
+        rule = rule_for(node) if whole else None
+        if rule is None:
             return 0.0
         option = self.option[node]
         if any(rule.communicates_over(choice.factor) for _, choice in option.choices):

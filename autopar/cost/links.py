@@ -56,8 +56,13 @@ class Links:
 
     def active(self) -> list[Flow]:
         """The collectives that are moving data now."""
-        heads = [queue[0] for queue in self.queues.values() if queue]
-        return [f for f in heads if all(other.done for other in f.waits_for)]
+        found = []
+        for queue in self.queues.values():
+            if queue:
+                head = queue[0]
+                if not head.waits_for or all(other.done for other in head.waits_for):
+                    found.append(head)
+        return found
 
     def advance(self, to: float) -> None:
         """Follow the links until `to`, in seconds."""

@@ -10,7 +10,7 @@ reductions), the last one of a few stands for the rest, and the timeline says `e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cluster import Cluster
+from .filling import Filling, fill, filling_of, repeats_that_fit
 from .links import Flow
 from .prepared import Prepared, prepare
 from .schedules import Schedule
@@ -27,9 +28,11 @@ from .timeline import Points, Span, Timeline
 
 MOST_RECORDED = 60_000  # spans or memory events that repeated micro-batches may add
 MOST_MICRO_BATCHES = 12  # simulated one by one before the last stands for the rest
+FEW = 3  # repeats whose memory is followed one by one where nothing is recorded
 MOST_IN_FLIGHT = 256  # beyond it a state is not compared: its backlog grows
 
 Signature = tuple[Any, ...]
+Event = tuple[float, float, float]  # when, late, bytes
 
 
 def how_for(cluster: Cluster | None, how: How | None = None) -> How:
@@ -243,6 +246,7 @@ class _Run:
         at = 0
         for unit, copies in units:
             before: Signature | None = None
+            filled: Filling = {}
             copy = 0
             while copy < copies:
                 mark = self._mark()
@@ -256,15 +260,23 @@ class _Run:
                 at, copy = at + 1, copy + 1
                 if copies < 4 or self.flat:
                     continue
-                now = self._signature(gathered)
+                now, filling = self._signature(gathered), filling_of(machine.filling)
                 left = copies - copy - ahead
                 if now == before and left > 0:
-                    self._repeat(mark, left, -1 if backward else 1)
-                    at, copy, asked = at + left, copy + left, asked + left
-                before = now
+                    fit = repeats_that_fit(filled, filling, self.how.bucket_bytes)
+                    left = int(min(left, fit))
+                    if left > 0:
+                        fill(filled, filling, left)
+                        self._repeat(mark, left, -1 if backward else 1)
+                        at, copy, asked = at + left, copy + left, asked + left
+                        filling = filling_of(machine.filling)
+                before, filled = now, filling
 
     def _signature(self, gathered: Sequence[Gathered] | deque[Gathered]) -> Signature:
-        """The state of the machine without names and times: equal states go on equally."""
+        """The state of the machine without names and times: equal states go on equally.
+
+        Until a bucket of gradients is full: what is in them is `filling_of`.
+        """
         machine = self.machine
         if sum(map(len, machine.links.queues.values())) > MOST_IN_FLIGHT:
             return (object(),)  # like no other
@@ -273,17 +285,12 @@ class _Run:
             for axis, queue in machine.links.queues.items()
             for i, flow in enumerate(queue)
         }
-        filling = tuple(
-            (key, round(flow.work_s, 13), flow.size_bytes, flow.held_bytes, flow.gradient_bytes)
-            for key, flow in sorted(machine.filling.items())
-        )
 
         def where(flow: Flow) -> tuple[str, int] | None:
             return place.get(id(flow))
 
         return (
             machine.links.signature(),
-            filling,
             tuple(map(where, machine.carried)),
             tuple(tuple((i, where(f)) for i, f in g.items()) for g in gathered),
         )
@@ -318,14 +325,25 @@ class _Run:
         if len(spans) * times <= MOST_RECORDED:
             for k in range(1, times + 1):
                 m.spans += [later(span, k * period, k * copies) for span in spans]
-        if len(events) * times <= MOST_RECORDED:
-            for k in range(1, times + 1):
-                late = k * period
-                m.memory += [(at + late, order, nbytes) for at, order, nbytes in events]
+        if not self.how.record and times > FEW:
+            # Only the peak is asked for: it is at either end of what goes up or down steadily.
+            self._shifted(events, period, (1,))
+            net = sum(nbytes for _, _, nbytes in events)
+            m.memory.append((m.time + (times - 2) * period, -1.0, net * (times - FEW)))
+            self._shifted(events, period, (times - 1, times))
+        elif len(events) * times <= MOST_RECORDED:
+            self._shifted(events, period, range(1, times + 1))
         elif net := sum(nbytes for _, _, nbytes in events):
             m.memory.append((m.time, 0.0, net * times))
         m.time += times * period
         m.links.shift(times * period)
+
+    def _shifted(self, events: Sequence[Event], period: float, times: Iterable[int]) -> None:
+        """Book events again, so many periods later each."""
+        memory = self.machine.memory
+        for k in times:
+            late = k * period
+            memory += [(at + late, order, nbytes) for at, order, nbytes in events]
 
 
 def later(span: Span, seconds: float, copies: int) -> Span:
@@ -341,7 +359,7 @@ def base_bytes(step: Step) -> float:
     return sum(step.state_bytes.values()) - made
 
 
-def staircase(events: Sequence[tuple[float, float, float]], base: float, end: float) -> Points:
+def staircase(events: Sequence[Event], base: float, end: float) -> Points:
     """Bytes in use from every moment on, of (when, late, bytes that are taken or given back).
 
     Of events at one moment (up to rounding) those with `late` set come last: what a collective

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .filling import BucketKey
 from .links import Flow, Links
 from .prepared import Prepared
 from .recompute import FULL, NONE
@@ -46,7 +47,6 @@ class How:
 
 
 Gathered = dict[int, Flow]
-BucketKey = tuple[str, str, bool, bool]  # collective, axis, a second step, of what is regathered
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from autopar.cost.cluster import parse_cluster
 from autopar.cost.recompute import kept_bytes, recompute_s, recomputed_parts, with_recompute
 from autopar.cost.simulate import how_for, simulate
-from autopar.cost.simulator import How
+from autopar.cost.simulator import How, Machine
 from autopar.cost.step import COMPUTE, Part, Segment, Step
 from autopar.cost.timeline import Timeline, TimelineSummary, summarise
 
@@ -310,13 +310,14 @@ def segments(draw: Callable[[Any], Any]) -> Segment:
         else:
             level = draw(st.integers(0, 1))
             made = gradient if what == "gradient" else gathered
-            parts.append(made(draw(seconds), param=f"w{len(parts)}", level=level))
+            nbytes = draw(st.sampled_from([0.0, MIB, 4 * MIB, 10 * MIB, 30 * MIB]))
+            parts.append(made(draw(seconds), nbytes, param=f"w{len(parts)}", level=level))
             deps = (len(parts) - 1,)
             parts.append(op(f"op{len(parts)}", draw(seconds), draw(seconds), deps=deps))
     parts.append(op("end", draw(seconds), deps=(len(parts) - 1,) if not parts[-1].param else ()))
     parts[-1] = replace(parts[-1], leaves=True)
     recompute = draw(st.sampled_from(["none", "full", "selective"]))
-    return block(*parts, copies=draw(st.integers(1, 9)), recompute=recompute, input_bytes=4.0)
+    return block(*parts, copies=draw(st.integers(1, 40)), recompute=recompute, input_bytes=4.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -330,6 +331,10 @@ def test_reuse_of_copies_is_exact(made: list[Segment], micro_batches: int, overl
     assert fast.peak_bytes == pytest.approx(flat.peak_bytes, rel=1e-9)
     assert dict(fast.exposed_s) == pytest.approx(dict(flat.exposed_s), rel=1e-6, abs=1e-9)
     assert len(fast.spans) == len(flat.spans)
+    light = simulate(whole, how=replace(how, record=False))
+    assert not light.spans
+    assert light.step_s == fast.step_s
+    assert light.peak_bytes == pytest.approx(flat.peak_bytes, rel=1e-9)
     assert flat.memory[-1, 1] == pytest.approx(340.0, rel=1e-9)
     parts = (flat.compute_s, flat.exposed_total_s, flat.optimizer_s)
     assert sum(parts) == pytest.approx(flat.step_s, rel=1e-9)
@@ -357,6 +362,26 @@ def test_a_deep_model_is_cheap_to_simulate() -> None:
     one = simulate(step(layer, micro_batches=1), flat=True)
     assert made.compute_s == pytest.approx(512 * one.compute_s)
     assert len(made.spans) < 200_000
+
+
+@pytest.mark.parametrize("copies", [64, 1024])
+def test_copies_that_only_fill_a_bucket_are_simulated_once(
+    copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of 16 KiB: a bucket holds those of 1600 copies."""
+    ran: list[str] = []
+    backward = Machine.backward
+
+    def counted(self: Machine, *arguments: Any) -> None:
+        ran.append(self.phase)
+        backward(self, *arguments)
+
+    monkeypatch.setattr(Machine, "backward", counted)
+    layer = block(gradient(0.001, MIB / 64), op("a", deps=(0,)), copies=copies)
+    made = simulate(step(layer))
+    assert len(ran) <= 6
+    assert made.busy_s == {"all_reduce dp": pytest.approx(0.001 * copies)}
+    assert made.step_s == pytest.approx(3.0 * copies + 0.001 * copies)
 
 
 def test_copies_are_numbered() -> None:
