@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from .cost.schedules import Schedule
 from .errors import UserError
+from .ir.parse import parse_sharding
 from .ir.sharding import Sharding
-from .ir.text import parse_sharding
 from .kernel_use import KERNELS, ON_AXES
 from .plan_types import MICRO_BATCH_AXIS, PIPELINE_AXIS, Plan
 from .records import MalformedError, joined, shown

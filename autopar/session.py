@@ -22,8 +22,8 @@ from .first_plan import fitted, searched, with_kernels
 from .hints import hints_of
 from .index_checks import Indices, check_indices, indices_of
 from .ir.graph import Graph
+from .ir.parse import parse_sharding
 from .ir.rule import Choice
-from .ir.text import parse_sharding
 from .kernel_use import OPTIMIZER, Places, places_of
 from .memory_report import report_at_exit
 from .options import Options

@@ -8,9 +8,9 @@ import torch.fx
 
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, tensor_inputs, value_of, values_of
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule, choices
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.plan import Plan
 
 from .blocks import Blocks, find_blocks

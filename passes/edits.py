@@ -14,9 +14,9 @@ from autopar.cost.step import Step
 from autopar.cost.timeline import Timeline, summarise
 from autopar.errors import UserError
 from autopar.ir.graph import Graph, value_of
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule, choices
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.kernel_gains import without_kernels
 from autopar.kernel_use import ON_AXES, OPTIMIZER
 from autopar.plan import Plan

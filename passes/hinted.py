@@ -12,7 +12,7 @@ from autopar.cost.cluster import Cluster
 from autopar.errors import UserError
 from autopar.ir.graph import Graph
 from autopar.ir.hint import Hint, hint_from_json
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.plan import HintPrice, Plan
 from autopar.units import bytes_text, seconds_text
 

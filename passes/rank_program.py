@@ -8,10 +8,10 @@ import sympy
 
 from autopar.cost.families import op_family, op_name
 from autopar.ir.graph import Graph, tensor_inputs, value_of
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice
 from autopar.ir.rules.common import arguments
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.kernel_use import NOWHERE, Places
 from autopar.plan import Plan
 

@@ -18,7 +18,7 @@ from autopar.cost.timeline import Timeline, summarise
 from autopar.errors import PassError, UserError
 from autopar.ir.graph import Graph, value_of
 from autopar.ir.mesh import Mesh
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.plan import Alternative, Plan, Prediction, Storage
 
 from .accounts import MODES, NONE

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from autopar.compat import local_of
 from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
+from autopar.ir.parse import parse_sharding
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 
 from .deferred import DeferredTensor, real_value
 from .file_values import FileValues, deferred_from_meta, piece_runs

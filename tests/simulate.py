@@ -23,9 +23,9 @@ from autopar.cost.cluster import Cluster, parse_cluster
 from autopar.ir.graph import Graph
 from autopar.ir.lowered import GroupRef
 from autopar.ir.mesh import Mesh
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice, ShardingRule
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.kernel_use import NOWHERE, Places
 from autopar.passes.pipeline import lowering, run_passes
 from autopar.passes.prepare import prepare

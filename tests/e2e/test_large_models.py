@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.errors import ShardingWarning
 from autopar.ir.mesh import Axis, Mesh
+from autopar.ir.parse import parse_sharding
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.runtime import world
 from autopar.runtime.materialise import shard_deferred
 from autopar.runtime.placements import local_shard

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autopar.errors import UserError
 from autopar.ir.hint import hint_from_json, make_hint, may_reshard
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 
 dims = (
     st.integers(0, 3)

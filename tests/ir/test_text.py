@@ -19,17 +19,16 @@ from autopar.ir import lowered
 from autopar.ir.graph import Graph, Value
 from autopar.ir.lowered import GroupRef, Region, ShardSpec, SwapSpec
 from autopar.ir.mesh import Axis, Mesh
-from autopar.ir.sharding import WHOLE, Sharding, Split
-from autopar.ir.text import (
+from autopar.ir.parse import (
     ROLES,
     parse_argument,
     parse_graph,
     parse_mesh,
     parse_program,
     parse_sharding,
-    print_argument,
-    print_graph,
 )
+from autopar.ir.sharding import WHOLE, Sharding, Split
+from autopar.ir.text import print_argument, print_graph
 
 aten = torch.ops.aten
 B = sympy.Symbol("b", positive=True, integer=True)

@@ -8,9 +8,9 @@ import torch.fx
 from autopar.errors import PassError
 from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
+from autopar.ir.parse import parse_graph
 from autopar.ir.registry import rule_for
 from autopar.ir.rule import parse_rule
-from autopar.ir.text import parse_graph
 from autopar.ir.verify import INVARIANTS, verify
 
 MESH = Mesh.of(dp=2, tp=2)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
+from autopar.ir.parse import parse_program, parse_sharding
 from autopar.ir.rule import Choice
-from autopar.ir.text import parse_program, parse_sharding, print_graph
+from autopar.ir.text import print_graph
 from autopar.passes.insert_reshards import insert_reshards
 from autopar.passes.lower_collectives import lower_collectives
 from autopar.passes.propagate import propagate

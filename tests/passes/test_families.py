@@ -8,8 +8,8 @@ import pytest
 
 from autopar.errors import UserError
 from autopar.ir.graph import value_of
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice
-from autopar.ir.text import parse_sharding
 from autopar.passes.families import Family, batch_factors
 from autopar.passes.rules_of import rules_of
 from autopar.plan import Plan

@@ -14,7 +14,7 @@ from autopar.capture import capture
 from autopar.errors import UserError
 from autopar.hints import hints_of
 from autopar.ir.hint import hint_from_json
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.passes.blocks import find_blocks
 from autopar.passes.hinted import hints_of_plan, price_text, search_hinted
 from autopar.passes.hints import hints_in, with_hints, without_hints

@@ -15,8 +15,8 @@ from autopar.errors import UserError
 from autopar.ir.graph import Graph, Value
 from autopar.ir.interpret import run_graph
 from autopar.ir.mesh import Axis, Mesh
+from autopar.ir.parse import parse_sharding
 from autopar.ir.recomputed import MARK
-from autopar.ir.text import parse_sharding
 from autopar.passes.columns import is_getitem
 from autopar.passes.pieces import Boundary, Piece, cut_graph
 from autopar.passes.prepare import prepare

@@ -7,9 +7,9 @@ import pytest
 from autopar.errors import PassError
 from autopar.ir.graph import Graph
 from autopar.ir.mesh import Mesh
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.ir.verify import INVARIANTS
 from autopar.passes.pipeline import Pass, last_of, lowering, run_passes
 from autopar.passes.rules_of import rules_of

@@ -6,8 +6,8 @@ import pytest
 
 from autopar.cost.cluster import make_mesh, parse_cluster
 from autopar.ir.graph import Graph
+from autopar.ir.parse import parse_sharding
 from autopar.ir.sharding import Sharding
-from autopar.ir.text import parse_sharding
 from autopar.passes.cut_points import Unit
 from autopar.passes.options import Option
 from autopar.passes.price import Pricer

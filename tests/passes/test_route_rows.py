@@ -158,7 +158,8 @@ def test_a_strided_dim_is_refused() -> None:
 
 
 def test_routes_print_and_parse() -> None:
-    from autopar.ir.text import parse_argument, print_argument
+    from autopar.ir.parse import parse_argument
+    from autopar.ir.text import print_argument
 
     route = Route(0, (8, 3), ((0, 4), (4, 8)))
     assert print_argument(route) == "Route(0, (8, 3), ((0, 4), (4, 8)))"

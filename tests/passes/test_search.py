@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from autopar.errors import PassError, UserError
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice
-from autopar.ir.text import parse_sharding
 from autopar.passes import programme, search
 from autopar.passes.blocks import find_blocks
 from autopar.plan import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import expecttest
 import sympy
 
-from autopar.ir.text import parse_argument
+from autopar.ir.parse import parse_argument
 from autopar.passes.specialise import specialise
 
 from .helpers import graph_of, show

@@ -8,9 +8,9 @@ import sympy
 
 from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
+from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice
 from autopar.ir.step import StepGraphs
-from autopar.ir.text import parse_sharding
 from autopar.ir.verify import INVARIANTS
 from autopar.passes.follow_micro_batches import largest_count
 from autopar.passes.insert_reshards import insert_reshards

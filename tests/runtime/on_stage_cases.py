@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from autopar.compat import local_of
 from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.runtime import world
 from autopar.runtime.locals import local_tensors
 from autopar.runtime.on_stage import StagedTensor, is_here, stage_gradients

@@ -16,7 +16,7 @@ from torch import nn
 import autopar
 from autopar.errors import UserError
 from autopar.ir.mesh import Axis, Mesh
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.runtime.checkpoint import Loaded
 from autopar.runtime.file_values import check_values, piece_runs
 from autopar.runtime.materialise import realise

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from autopar.compat import TORCH_VERSION, fake_process_group
 from autopar.ir.mesh import Mesh
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.runtime import world
 from autopar.runtime.on_stage import OnStage, StagedTensor, is_here, on_stage
 from autopar.runtime.placements import placements_of, shard

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.compat import fake_process_group, local_of
 from autopar.ir.mesh import Mesh
-from autopar.ir.text import parse_sharding
+from autopar.ir.parse import parse_sharding
 from autopar.runtime import world
 from autopar.runtime.optimizer import ELEMENTWISE, LocalSteps
 from autopar.runtime.placements import shard
