@@ -163,7 +163,8 @@ class Boundary:
 
     What is whole on the axes `scattered` is cut up on the way, so that each device sends a part of
     it over the slow links between stages, and the devices of the next stage gather it over their
-    fast ones (arXiv:2104.04473, section 4.1).
+    fast ones (arXiv:2104.04473, section 4.1). That is for activations in training, which are large
+    and travel twice: what has no gradient, or no dim that divides evenly, crosses whole.
     """
 
     scattered: tuple[Axis, ...] = ()

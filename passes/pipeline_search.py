@@ -62,7 +62,7 @@ class Piped:
 
 DEEP = 16  # pieces of a model whose blocks are not cut inside
 SETTLED = 3  # candidates that are solved exactly and simulated, by estimate
-MUCH_SENT = 0.05  # of a step
+MUCH_SENT = 0.05  # of a step: less is within what predictions are off by
 SERIAL = 2  # of those that would take least if nothing overlapped
 ROLES = {"data": "dp", "tensor": "tp"}  # the axis inside a stage of a forced family
 
@@ -184,7 +184,7 @@ def _with_split_messages(
     stages, k = one.mesh[PIPELINE_AXIS].size, one.variant.micro_batches
     if stages == request.cluster.size:
         return []
-    same = replace(wanted, micro_batches=(int(k),))
+    same = replace(wanted, micro_batches=(k,))
     made = _forced(frames, graph, request, "pipeline+data", same, stages, "data")
     if isinstance(made, Staged) and made.timeline.step_s < one.timeline.step_s:
         return [replace(made, name="auto")]

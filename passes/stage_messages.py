@@ -21,6 +21,7 @@ from autopar.cost.schedules import Schedule
 from autopar.cost.staging import staged_bytes
 from autopar.cost.step import Segment
 from autopar.ir.graph import tensor_inputs, value_of
+from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
 from .bucket_collectives import BUCKET_BYTES
@@ -29,7 +30,6 @@ from .cut_points import Unit
 from .kept import own_outputs
 from .options import Option
 from .price import Pricer
-from .received import crossing_sharding
 
 Node = torch.fx.Node
 Array = NDArray[np.float64]
@@ -45,6 +45,8 @@ class Crosser:
     """A value that crosses a cut: bytes on one device, the units that make it and keep it.
 
     `kept_by` is the unit among whose activations it is counted, -1 where it is in none.
+    `part_bytes` are those of the part that crosses where that is not all a device has; the part is
+    held beside the value.
     """
 
     nbytes: float
@@ -52,6 +54,12 @@ class Crosser:
     dtype: torch.dtype
     made_by: int
     kept_by: int
+    part_bytes: float = 0.0
+
+    @property
+    def sent_bytes(self) -> float:
+        """Of a message."""
+        return self.part_bytes or self.nbytes
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,12 @@ class Messages:
                 if counted is not None:
                     inside = (starts <= counted) & (counted < cut)
                 sent = (starts <= c.made_by) & ~inside
-                found[:cut, cut] += c.nbytes * sent[:cut]
+                found[:cut, cut] += c.nbytes * sent[:cut] + c.part_bytes
                 ends = starts
                 inside = (cut <= counted) & (counted < ends) if counted is not None else ends < 0
                 if not plain[cut]:  # what enters a unit that runs again is kept with it
                     inside = inside | (ends > cut)
-                found[cut, cut + 1 :] += c.nbytes * ~inside[cut + 1 :]
+                found[cut, cut + 1 :] += c.nbytes * ~inside[cut + 1 :] + c.part_bytes
         if schedule.kind != "1f1b":
             packed = np.array([*map(packed_bytes, self.cuts), 0.0])
             found += np.triu(np.broadcast_to(packed[None, :], found.shape), 1)
@@ -89,9 +97,9 @@ class Messages:
 
     def moment(self, schedule: Schedule) -> Array:
         """[start, end] -> bytes of messages that are there for a moment, of one micro-batch."""
-        arrives = np.array([*(sum(c.nbytes for c in cut) for cut in self.cuts), 0.0])
+        arrives = np.array([*(sum(c.sent_bytes for c in cut) for cut in self.cuts), 0.0])
         gradients = np.array(
-            [*(sum(c.nbytes for c in cut if c.has_gradient) for cut in self.cuts), 0.0]
+            [*(sum(c.sent_bytes for c in cut if c.has_gradient) for cut in self.cuts), 0.0]
         )
         early, leaving = (ARRIVED_EARLY, SENT_GRADIENTS) if _beside(schedule) else (0, 1)
         by_end = (1 + early) * gradients
@@ -109,7 +117,7 @@ def _beside(schedule: Schedule) -> bool:
 def packed_bytes(crossers: Sequence[Crosser]) -> float:
     """Bytes of messages that are copies: those of several values of one dtype."""
     several = Counter(c.dtype for c in crossers)
-    return sum(c.nbytes for c in crossers if several[c.dtype] > 1)
+    return sum(c.sent_bytes for c in crossers if several[c.dtype] > 1)
 
 
 def messages_of(
@@ -126,13 +134,16 @@ def messages_of(
         for node in unit.crossing:
             if node not in known:
                 value = value_of(node)
-                producer, _ = producer_of(node)
+                producer, port = producer_of(node)
+                given = option[producer].gives[port]
+                whole = pricer.local_bytes(value, Sharding(given.splits))
                 known[node] = Crosser(
-                    sent_bytes[node],
+                    whole,
                     value.requires_grad,
                     value.dtype,
                     at[producer if producer in at else node],
                     _kept_by(node, at, blocks, option, pricer),
+                    sent_bytes[node] if sent_bytes[node] < whole else 0.0,
                 )
     return Messages(tuple(tuple(known[n] for n in unit.crossing) for unit in units))
 
@@ -147,8 +158,6 @@ def _kept_by(
     """The first unit whose ops keep a value as it is made: its producer, or who reads it first."""
     producer, port = producer_of(node)
     given = option[producer].gives[port]
-    if crossing_sharding(node, option, pricer).splits != given.splits:
-        return -1  # a part of it crosses
     if port in own_outputs(producer):
         return at[producer]
     for user in sorted((u for u in node.users if u in at), key=lambda u: at[u]):

@@ -23,7 +23,7 @@ from .chunks import Chunk
 from .cut_points import Unit
 from .options import Option
 from .price import Pricer
-from .received import crossing_sharding, received_by
+from .received import Received, crossing_sharding, received_by
 from .stage_messages import Messages, Staging, messages_of, staging_of
 from .step_of import alike, segments_of
 from .stored import stored_state
@@ -53,14 +53,14 @@ class Chain:
     """The units of a model with their prices for one micro-batch on one device of a stage.
 
     `segments[i]` is unit `i`; units that do the same share one. `crossing_bytes[i]` is what one
-    device sends over the cut before unit `i`, `received[i]` what a stage that begins there has to
-    gather of it; `messages` are the same as memory, `staging` is the memory of collectives.
+    device sends over the cut before unit `i`, `received` what stages exchange inside for it;
+    `messages` are the same as memory, `staging` is the memory of collectives.
     """
 
     units: tuple[Unit, ...]
     segments: tuple[Segment, ...]
     crossing_bytes: tuple[float, ...]
-    received: tuple[Segment | None, ...]
+    received: Received
     stored: tuple[Stored, ...]
     micro_batches: int
     messages: Messages
@@ -89,7 +89,7 @@ class Chain:
 
     def piece(self, start: int, end: int) -> Step:
         """The step of the units from `start` up to `end`."""
-        first = self.received[start]
+        first = self.received.segment(start, end)
         segments: list[Segment] = [] if first is None else [first]
         last: Segment | None = None
         for segment in self.segments[start:end]:
@@ -121,9 +121,7 @@ class Chain:
     @cached_property
     def seconds(self) -> Array:
         """Forward and backward of one micro-batch, without collectives of parameters."""
-        found = _spans([segment_s(s) for s in self.segments])
-        gathered = np.array([0.0 if s is None else segment_s(s) for s in (*self.received, None)])
-        return np.where(found > 0, found + gathered[:, None], found)
+        return _spans([segment_s(s) for s in self.segments]) + self.received.seconds
 
     @cached_property
     def kept(self) -> Array:

@@ -64,9 +64,9 @@ class LocalSteps:
             handle.remove()
 
     def use_kernel(self, module: nn.Module, wanted: bool) -> None:
-        """Whether Adam and AdamW of this module's parameters go through the kernel if it is usable.
+        """Whether Adam and AdamW that have parameters of this module go through the kernel.
 
-        Other optimizers' steps are torch's own.
+        Where it is usable; the steps of other optimizers are torch's own.
         """
         (self._with_kernel.add if wanted else self._with_kernel.discard)(module)
 

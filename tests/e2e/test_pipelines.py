@@ -125,6 +125,7 @@ def test_what_crosses_in_parts_equals_one_device(
     plan = piped_case(model, case, "float64").to_json()
     arguments = (model, "auto", "float64", 2, str(tmp_path / "reference"), plan, None, "2xcpu:2")
     outcome = four_ranks.run(train_and_compare, *arguments)[0]
+    assert outcome.crossing and set(outcome.crossing) <= {"tp", "dp"}
     assert outcome.loss <= LIMIT_FLOAT64
     assert outcome.gradient <= LIMIT_FLOAT64, outcome.worst
     assert outcome.parameter <= LIMIT_FLOAT64, outcome.worst

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,20 +131,18 @@ def test_one_process_copies_and_pickles(make: Callable[[], Any]) -> None:
 
 
 def test_one_process_runs_the_plain_forward() -> None:
-    """After its first call nothing stands between the caller and a module without dropout."""
-    callers = []
+    """After its first call nothing takes the ops of a module without dropout, and nothing hooks."""
+    modes = []
 
     class Model(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            names = [frame.name for frame in traceback.extract_stack()]
-            callers.append((names[-4:], torch._C._len_torch_function_stack()))
+            modes.append(torch._C._len_torch_function_stack())
             return super().forward(x)
 
     model: Any = autopar.parallelize(Model(3, 3))
     for _ in range(3):
         model(torch.ones(2, 3))
-    assert callers[1:] == [(["forward", "call", "call", "forward"], 0)] * 2
-    assert callers[0][1] == 1  # the first call looks for dropout
+    assert modes == [1, 0, 0]  # the first call looks for dropout
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.errors import UserError
+from autopar.ir.mesh import MICRO_BATCH
 from autopar.ir.recomputed import mark_of
 from autopar.plan import plan_from_json
 from tests.zoo import LARGE_REC, ZOO, Entry
@@ -47,7 +48,8 @@ class Outcome:
 
     `recomputed` counts the regions of rank 0's program that the backward runs again. `compression`
     is the distance of the first step's gradients from those of one device over their norm, all in
-    one: where gradients travel compressed, that is the compression's error.
+    one: where gradients travel compressed, that is the compression's error. `crossing` are the
+    axes of a stage that split what rank 0 sends to other stages.
     """
 
     mesh: str = ""
@@ -58,6 +60,7 @@ class Outcome:
     worst: str = ""
     recomputed: int = 0
     compression: float = 0.0
+    crossing: tuple[str, ...] = ()
 
 
 def build(entry: Entry, dtype: str) -> nn.Module:
@@ -159,9 +162,20 @@ def train_and_compare(
         ),
         parameter=error_of(run.state, state, worst) if keep else 0.0,
         compression=distance(run.gradients[0], gradients[0]) if keep else 0.0,
+        crossing=tuple(sent(model)),
     )
     largest = max(worst, key=worst.__getitem__, default="")
     return Outcome(**{**vars(outcome), "worst": largest})
+
+
+def sent(model: Any) -> Iterator[str]:
+    """The axes of a stage that split what this rank's pieces but the last one send."""
+    session = model.autopar.session
+    pipeline = session.plan.pipeline
+    for stage in session.stages if pipeline is not None else ():
+        if stage.name == "propagate" and stage.piece < pipeline.pieces - 1:
+            for wanted in stage.graph.output_node.meta["wants"]:
+                yield "&".join(a for s in wanted.splits for a in s.axes if a != MICRO_BATCH)
 
 
 def error_of(

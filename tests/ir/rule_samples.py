@@ -898,7 +898,12 @@ def _recurrent(d: Draw, gates: int, states: int) -> Any:
 
 SAMPLES += [
     (f"aten.{name}.input", lambda d, g=gates, s=states: _recurrent(d, g, s))
-    for name, gates, states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn_tanh", 1, 1))
+    for name, gates, states in (
+        ("lstm", 4, 2),
+        ("gru", 3, 1),
+        ("rnn_tanh", 1, 1),
+        ("rnn_relu", 1, 1),
+    )
     for _ in range(2)
 ]
 

@@ -28,7 +28,16 @@ def planned(cluster: str, strategy: str, model: str = "gpt") -> tuple[Graph, Cap
     where = parse_cluster(cluster)
     plan = make_plan(entry.build(), args, kwargs, where, strategy=strategy, kernels="off")
     captured = capture_training(entry.build(), args, kwargs)
-    return prepare(captured.graph), captured, plan
+    return prepare(captured.graph), captured, summed_at_once(plan)
+
+
+def summed_at_once(plan: Plan) -> Plan:
+    """The plan in which no op adds to a partial sum: of two that take as long, either is found."""
+    choices = {
+        node: {axis: c for axis, c in of.items() if not c.startswith("linear")}
+        for node, of in plan.choices.items()
+    }
+    return replace(plan, choices={node: of for node, of in choices.items() if of})
 
 
 def chosen(cluster: str, mode: str, strategy: str = "data", **more: object) -> dict[str, KernelUse]:
