@@ -49,7 +49,7 @@ class Outcome:
     `recomputed` counts the regions of rank 0's program that the backward runs again. `compression`
     is the distance of the first step's gradients from those of one device over their norm, all in
     one: where gradients travel compressed, that is the compression's error. `crossing` are the
-    axes of a stage that split what rank 0 sends to other stages.
+    axes of a stage that split what rank 0 sends to other stages of values with several dims.
     """
 
     mesh: str = ""
@@ -169,13 +169,17 @@ def train_and_compare(
 
 
 def sent(model: Any) -> Iterator[str]:
-    """The axes of a stage that split what this rank's pieces but the last one send."""
+    """The axes of a stage that split what this rank's pieces but the last one send.
+
+    Of values with several dims: what has one is a loss or a count per micro-batch, which is whole.
+    """
     session = model.autopar.session
     pipeline = session.plan.pipeline
     for stage in session.stages if pipeline is not None else ():
         if stage.name == "propagate" and stage.piece < pipeline.pieces - 1:
             for wanted in stage.graph.output_node.meta["wants"]:
-                yield "&".join(a for s in wanted.splits for a in s.axes if a != MICRO_BATCH)
+                if len(wanted.splits) > 1:
+                    yield "&".join(a for s in wanted.splits for a in s.axes if a != MICRO_BATCH)
 
 
 def error_of(
