@@ -1,24 +1,33 @@
 """What of a module's Python side a capture depends on: hooks, structure, plain values.
 
 A capture bakes in what is not a tensor: `self.beta`, a flag, a global, the hooks of a submodule.
-Where any of it has changed since, the forward is captured anew.
+Where any of it has changed since, the forward is captured anew. What the code of the module's
+classes never names counts for nothing, so that a loop may leave its own notes on the module.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 import types
 import warnings
-from collections.abc import Collection, Hashable, Iterator
-from functools import cache
+import weakref
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .code_names import code_of, is_library
 
 _PLAIN = (int, float, bool, str, complex, bytes, type(None))
+_BY_TEXT = (enum.Enum, range, slice, np.generic, torch.dtype, torch.device, torch.Size)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_TORCH = frozenset(vars(nn.Module())) | {"autopar"}
-_ENTRIES, _DEPTH = 256, 3  # of containers, more are not looked at
+_OF_MODULES = frozenset(vars(nn.Module())) | {"autopar"}
+_ENTRIES, _DEPTH, _VALUES = 256, 6, 4096  # of containers and of a module, more are not looked at
 
 
 def python_state(
@@ -26,22 +35,24 @@ def python_state(
 ) -> tuple[Hashable, ...]:
     """A key that differs where a capture of the module's forward may differ.
 
-    It holds no tensors: those in attributes are inputs of nothing, and are not looked at; nor are
-    those that forward itself assigns, as (path of the submodule, name).
+    Tensors in attributes are told apart by identity and version. Left out is what forward itself
+    assigns, as (path of the submodule, name).
     """
+    children = list(module.named_modules())
+    code = code_of(tuple(dict.fromkeys(type(child) for _, child in children)))
+    keys = _Keys()
     found: list[Hashable] = []
-    seen: set[int] = set()
-    kinds: dict[type, None] = {}
-    for path, child in module.named_modules():
-        found.append(id(child))
-        kinds[type(child)] = None
+    for path, child in children:
+        found.append(_Same(child))
+        names = code.names if _is_own(type(child)) else None
         for name, value in vars(child).items():
-            if name not in _OF_TORCH and (path, name) not in assigned:
-                found.append((name, _key(value, seen)))
+            if name in _OF_MODULES or (path, name) in assigned:
+                continue
+            if names is None or name in names:
+                found.append((name, keys.of(value)))
         if child is not module:
-            found += [id(hook) for kind in _HOOKS for hook in vars(child)[kind].values()]
-    for kind in kinds:
-        found += [_key(value, seen) for value in _read_by(kind)]
+            found += [_Same(hook) for kind in _HOOKS for hook in vars(child)[kind].values()]
+    found += [keys.of(value) for value in code.values()]
     return tuple(found)
 
 
@@ -71,61 +82,82 @@ def warn_of_hooks(module: nn.Module) -> None:
             return
 
 
-def _key(value: Any, seen: set[int], depth: int = 0) -> Hashable:
-    """What tells this value from another one; None for what is not looked into."""
-    if isinstance(value, _PLAIN):
-        return type(value), repr(value) if isinstance(value, float) else value
-    if isinstance(value, _FUNCTIONS):
-        return id(value)
-    if depth == _DEPTH or id(value) in seen:
-        return None
-    if isinstance(value, (list, tuple, dict, set, frozenset)):
-        seen.add(id(value))
-        if len(value) > _ENTRIES:
-            return len(value)
-        items = value.items() if isinstance(value, dict) else value
-        keys = [_key(item, seen, depth + 1) for item in items]
-        return frozenset(keys) if isinstance(value, (set, frozenset)) else tuple(keys)
-    if _is_settings(value):
-        seen.add(id(value))
-        return tuple((name, _key(v, seen, depth + 1)) for name, v in vars(value).items())
-    return None
+def _is_own(kind: type) -> bool:
+    """Whether all code of a class is the user's, but for that of `nn.Module`."""
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    return not any(is_library(base.__module__) for base in bases)
 
 
-def _is_settings(value: Any) -> bool:
-    """Whether it is an object of plain values: a dataclass, a namespace, a configuration."""
-    if isinstance(value, types.SimpleNamespace) or hasattr(type(value), "__dataclass_fields__"):
-        return hasattr(value, "__dict__")
-    return "config" in type(value).__name__.lower() and hasattr(value, "__dict__")
+class _Same:
+    """An object that is told from others by identity; it is not kept alive where that can be."""
 
+    __slots__ = ("_id", "_it")
 
-def _read_by(kind: type) -> Iterator[Any]:
-    """The plain globals and variables of enclosing functions that a class's forward reads."""
-    for forward in (vars(base).get("forward") for base in kind.__mro__):
-        if isinstance(forward, types.FunctionType) and not _is_ours(forward.__module__):
-            yield from _read_in(forward)
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "autopar")
-
-
-def _read_in(forward: types.FunctionType) -> Iterator[Any]:
-    for name in _names(forward.__code__):
-        if name in forward.__globals__:
-            value = forward.__globals__[name]
-            if isinstance(value, (*_PLAIN, list, tuple, dict, set)):
-                yield value
-    for cell in forward.__closure__ or ():
+    def __init__(self, it: object, version: int = 0) -> None:
+        self._id = id(it), version
+        self._it: Callable[[], object]
         try:
-            value = cell.cell_contents
-        except ValueError:
-            continue
-        if isinstance(value, (*_PLAIN, list, tuple, dict, set)):
-            yield value
+            self._it = weakref.ref(it)
+        except TypeError:
+            self._it = lambda: it
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same) or self._id != other._id:
+            return False
+        it = self._it()
+        return it is not None and it is other._it()
+
+    def __hash__(self) -> int:
+        return hash(self._id)
 
 
-@cache
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
-    return (*code.co_names, *inner)
+class _Keys:
+    """What tells values from others, of a bounded number of values in all."""
+
+    def __init__(self) -> None:
+        self._left = _VALUES
+        self._known: dict[int, tuple[object, Hashable]] = {}  # objects live as long as their ids
+
+    def of(self, value: Any, around: tuple[int, ...] = ()) -> Hashable:
+        """The key of a value, None for what is not looked into; `around` are the ids it is in."""
+        if isinstance(value, (*_PLAIN, *_BY_TEXT)):
+            return type(value), value if isinstance(value, (int, str)) else repr(value)
+        if isinstance(value, Tensor):
+            versioned = not (isinstance(value, nn.Parameter) or value.is_inference())
+            return _Same(value, value._version if versioned else 0)
+        if isinstance(value, types.MethodType):
+            return _Same(value.__func__), _Same(value.__self__)
+        if isinstance(value, _FUNCTIONS):
+            return _Same(value)
+        if id(value) not in self._known:
+            self._left -= 1
+            if len(around) == _DEPTH or id(value) in around or self._left < 0:
+                return None
+            self._known[id(value)] = value, self._contents(value, (*around, id(value)))
+        return self._known[id(value)][1]
+
+    def _contents(self, value: Any, inside: tuple[int, ...]) -> Hashable:
+        if isinstance(value, np.ndarray):
+            sample = value.reshape(-1)[:: 1 + value.size // _VALUES]
+            return value.shape, str(value.dtype), sample.tobytes()
+        if isinstance(value, functools.partial):
+            return tuple(self.of(v, inside) for v in (value.func, value.args, value.keywords))
+        if isinstance(value, dict):
+            items = list(value.items())[:_ENTRIES]
+            pairs = [(self.of(k, inside), self.of(v, inside)) for k, v in items]
+            return dict, len(value), tuple(pairs)
+        if isinstance(value, (set, frozenset)):
+            return set, len(value), frozenset(self.of(v, inside) for v in list(value)[:_ENTRIES])
+        if isinstance(value, (list, tuple)):
+            return type(value), len(value), tuple(self.of(v, inside) for v in value[:_ENTRIES])
+        return self._settings(value, inside)
+
+    def _settings(self, value: Any, inside: tuple[int, ...]) -> Hashable:
+        """Of an object by its attributes: a namespace, a dataclass, a configuration."""
+        unseen = isinstance(value, (nn.Module, types.ModuleType))
+        if unseen or type(value).__module__.partition(".")[0] in ("torch", "autopar"):
+            return None
+        of = dict(vars(value)) if hasattr(value, "__dict__") else {}
+        if is_dataclass(value):
+            of |= {f.name: getattr(value, f.name, None) for f in fields(value)}
+        return type(value), tuple((k, self.of(v, inside)) for k, v in list(of.items())[:_ENTRIES])
