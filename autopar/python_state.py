@@ -60,8 +60,8 @@ def warn_recaptured() -> bool:
     """Say that captures follow one another; true, so that it is said once."""
     warnings.warn(
         "forward has been captured anew many times, because attributes, flags or hooks of the "
-        "model, or globals that forward reads, change from call to call; keep what changes in a "
-        "buffer (self.register_buffer) or pass it to forward as a tensor",
+        "model, globals that forward reads, or its arguments that are no tensors, change from call "
+        "to call; keep what changes in a buffer (self.register_buffer) or pass it as a tensor",
         UserWarning,
         stacklevel=2,
     )
@@ -122,9 +122,10 @@ class _Keys:
         """The key of a value, None for what is not looked into; `around` are the ids it is in."""
         if isinstance(value, (*_PLAIN, *_BY_TEXT)):
             return type(value), value if isinstance(value, (int, str)) else repr(value)
+        if isinstance(value, nn.Parameter):  # by name; what is referred to cannot become a DTensor
+            return None
         if isinstance(value, Tensor):
-            versioned = not (isinstance(value, nn.Parameter) or value.is_inference())
-            return _Same(value, value._version if versioned else 0)
+            return _Same(value, 0 if value.is_inference() else value._version)
         if isinstance(value, types.MethodType):
             return _Same(value.__func__), _Same(value.__self__)
         if isinstance(value, _FUNCTIONS):

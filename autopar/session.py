@@ -6,21 +6,21 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
-from .capture import Capture, CaptureMismatchError, capture
+from .capture import Capture
+from .capture.fingerprint import fingerprint
+from .captures import Captured, Captures, Found
 from .compression import with_compression, with_note
 from .errors import ShardingWarning, UserError
 from .first_plan import fitted, searched, with_kernels
 from .hints import hints_of
-from .index_checks import Indices, check_indices, indices_of
+from .index_checks import check_indices
 from .ir.graph import Graph
 from .ir.parse import parse_sharding
 from .ir.rule import Choice
@@ -29,17 +29,14 @@ from .memory_report import report_at_exit
 from .options import Options
 from .passes.follow_micro_batches import BATCH
 from .passes.hinted import hints_of_plan
-from .passes.hints import with_hints
 from .passes.pipeline import Stage
-from .passes.prepare import prepare
 from .passes.rules_of import rules_of
 from .passes.search import choose_for
 from .passes.specialise import specialise
 from .plan import Plan, plan_from_json
 from .programs import SEED, Loader, Runnable
-from .python_state import python_state, warn_of_hooks, warn_recaptured
+from .python_state import warn_of_hooks
 from .runtime import agree, world
-from .runtime.deferred import DeferredTensor
 from .runtime.file_values import check_values
 from .runtime.group import Group
 from .runtime.locals import local_tensors, take_whole_gradients
@@ -58,23 +55,6 @@ from .runtime.state import (
 )
 from .runtime.step_clock import StepClock
 
-_MODES = 16  # whose captures are kept
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-@dataclass
-class _Captured:
-    """A capture with the choices of its ops under the plan, and its programs by batch sizes."""
-
-    capture: Capture
-    choices: Mapping[str, Mapping[str, Choice]]
-    programs: dict[tuple[int, ...], Runnable] = field(default_factory=dict)
-
-    @cached_property
-    def indices(self) -> tuple[Indices, ...]:
-        """Inputs that are indices, with what they may be."""
-        return indices_of(self.capture.graph)
-
 
 class Session:
     """Runs one module on all ranks of a `torch.distributed` world.
@@ -91,10 +71,9 @@ class Session:
         self.stages: list[Stage] = []
         self.clock = StepClock()
         self.watch = MemoryWatch()
-        self._captured: dict[tuple[Any, ...], list[_Captured]] = {}
-        self._assigned: set[tuple[str, str]] = set()  # attributes that forward assigns
         self._groups: dict[tuple[str, ...], Group] = {}
         self._planned: Capture | None = None  # the first that has the plan's fingerprint
+        self._is_sharded = False  # as the plan says
         device = next((p.device.type for p in module.parameters()), "cpu")
         self.device_type = device
         world.start_world(device)
@@ -114,6 +93,7 @@ class Session:
         self._hints = hints_of(module)  # before the parameters that have them are replaced
         if self.plan is not None:
             self._hints += hints_of_plan(self.plan)
+        self._captures = Captures(module, original, device, self._hints)
         agree_on_values(module)
         realise_others(module)
         self._replaced = replicate_parameters(module, self._live)
@@ -121,7 +101,7 @@ class Session:
     def copied(self, module: nn.Module) -> Session:
         """The session of a deep copy of the module: of the same plan, captured again."""
         new = copy.copy(self)
-        new.module, new._captured = module, {}
+        new.module, new._captures = module, self._captures.copied(module)
         new.clock, new.watch = StepClock(), MemoryWatch()
         return new
 
@@ -141,9 +121,7 @@ class Session:
                 self.watch.predicted_bytes = self.plan.predicted.memory_bytes
         tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
         generator = torch.get_rng_state()
-        seed = draw_seed()
-        seed = self._check.run(self._shapes(tensors), agree.batch_digest(tensors), seed)
-        captured, inputs, sizes = self._find(args, kwargs)
+        (captured, inputs, sizes), seed = self._agreed(args, kwargs, tensors, draw_seed())
         check_indices(captured.indices, inputs)
         program = self._program(captured, sizes)
         if not program.is_random:  # one device would not have drawn a seed
@@ -158,9 +136,23 @@ class Session:
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """All that a call does before it runs: capture, plan, shard, load the program."""
         tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
-        self._check.run(self._shapes(tensors), agree.batch_digest(tensors), 0)
-        captured, _, sizes = self._find(args, kwargs)
+        (captured, _, sizes), _ = self._agreed(args, kwargs, tensors, 0)
         self._program(captured, sizes)
+
+    def _agreed(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Tensor], seed: int
+    ) -> tuple[Found, int]:
+        """The capture that all ranks run on this batch, and rank 0's seed."""
+        found = self._captures.find(args, kwargs)
+        seed, known = self._check.run(
+            self._shapes(tensors),
+            agree.batch_digest(tensors),
+            seed,
+            found.captured.number if found is not None else 0,
+        )
+        if found is None or not known:
+            found = self._captured_anew(args, kwargs)
+        return found, seed
 
     def _shapes(self, tensors: Sequence[Tensor]) -> str:
         mode = "train" if self.module.training else "eval"
@@ -198,114 +190,43 @@ class Session:
 
     # -- captures and programs --------------------------------------------------------------------
 
-    def _mode(self) -> tuple[Any, ...]:
-        """Captures are valid for one mode: train or eval per submodule, gradients, autocast, and
-        what forward reads that is no tensor.
-        """
-        autocast = (
-            torch.is_autocast_enabled(self.device_type),
-            str(torch.get_autocast_dtype(self.device_type)),
-        )
-        training = tuple(m.training for m in self.module.modules())
-        requires = tuple((p.requires_grad, p.dtype) for p in self.module.parameters())
-        buffers = tuple((b.dtype, b.shape) for b in self.module.buffers())
-        state = requires, buffers, python_state(self.module, self._assigned)
-        return training, state, torch.is_grad_enabled(), autocast
+    def _captured_anew(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Found:
+        """Capture the same on all ranks, though one knew it; plan if there is no plan yet."""
+        training, grad = self.module.training, torch.is_grad_enabled()
 
-    def _captures(self) -> list[_Captured]:
-        """The captures of this mode; of those that were used longest ago some are forgotten."""
-        mode = self._mode()
-        known = self._captured.pop(mode, None)
-        if known is None:
-            if self._groups_ready:
+        def make() -> Capture:
+            if self._is_sharded:
                 assert self.plan is not None
                 check_planned(self.module, self.plan.params)
-            known = []
-            while len(self._captured) >= _MODES:
-                self._captured.pop(next(iter(self._captured)))
-                self._told = self._told or warn_recaptured()
-        self._captured[mode] = known
-        return known
+            else:
+                check_values(self.module)
+            return self._captures.make(args, kwargs, training, grad)
 
-    _told = False
-
-    def _find(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[_Captured, list[Tensor], dict[Any, int]]:
-        known = self._captures()
-        for captured in known:
-            try:
-                inputs = captured.capture.flatten(args, kwargs)
-            except CaptureMismatchError:
-                continue
-            sizes = captured.capture.bind(inputs)
-            if sizes is not None:
-                return captured, inputs, sizes
         warn_of_hooks(self.module)
-        if not self._groups_ready:
-            check_values(self.module)
-        fresh = self._capture(args, kwargs, self.module.training, torch.is_grad_enabled())
-        if self.plan is None or not self._groups_ready:
+        fresh = agree.made_alike(
+            "the captured model",
+            make,
+            lambda made: fingerprint(made.graph, sizes=True),
+            "run the same script with the same model on every rank; attributes, globals and hooks "
+            "that forward reads must be the same on all of them",
+        )
+        if not self._is_sharded:
             self._make_plan(fresh, args, kwargs)
-        assert self.plan is not None
-        known.append(_Captured(fresh, self._choices_for(fresh)))
-        if fresh.attributes:
-            self._assigned |= {(attribute.path, attribute.name) for attribute in fresh.attributes}
-            self._captured[self._mode()] = known
+        new = Captured(fresh, self._choices_for(fresh))
+        self._captures.keep(new)
         inputs = fresh.flatten(args, kwargs)
         sizes = fresh.bind(inputs)
         assert sizes is not None
-        return known[-1], inputs, sizes
-
-    def _capture(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool, grad: bool
-    ) -> Capture:
-        """Capture a plain twin of the module: whole parameters that are never touched."""
-        twin = self._twin()
-        if training != self.module.training:
-            twin.train(training)
-        with torch.set_grad_enabled(grad):
-            made = capture(twin, args, dict(kwargs))
-        return replace(made, graph=with_hints(prepare(made.graph), self._hints, strict=False))
-
-    def _twin(self) -> nn.Module:
-        memo: dict[int, Any] = {id(self.module.__dict__["autopar"]): None}
-        for parameter in self.module.parameters():
-            # Never written, so that the operating system never gives it memory; GPUs would.
-            on_gpu = isinstance(parameter, DeferredTensor) and parameter.device.type != "cpu"
-            device = torch.device("meta") if on_gpu else parameter.device
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for child in self.module.modules():  # what forward left there, with its graph
-            for value in tree_leaves(dict(vars(child))):
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach()
-        kept = self.module.__class__
-        self.module.__class__ = self.original
-        try:
-            twin = copy.deepcopy(self.module, memo)
-        finally:
-            self.module.__class__ = kept
-        for hooks in _HOOKS:  # the module's own call runs them, around what is captured
-            vars(twin)[hooks].clear()
-        return twin
-
-    _groups_ready = False
+        return Found(new, inputs, sizes)
 
     def _make_plan(self, fresh: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Plan on rank 0 for training, agree on it, and shard the parameters."""
-        trained = fresh
-        if not (self.module.training and torch.is_grad_enabled()):
-            trained = self._capture(args, kwargs, True, True)
-        agree.check_same(
-            "the captured model",
-            trained.fingerprint,
-            "run the same script with the same model on every rank",
-        )
+        is_trained = self.module.training and torch.is_grad_enabled()
         given, options = self.plan, self.options
         hints = [*self._hints, *(h for h in hints_of(self.module) if h not in self._hints)]
 
         def make() -> str:
+            trained = fresh if is_trained else self._captures.make(args, kwargs, True, True)
             if given is None:
                 made = searched(trained, options, hints)
             else:
@@ -325,7 +246,7 @@ class Session:
         stages = {name: s.stages for name, s in self.plan.params.items() if s.stages}
         shard_parameters(self.module, storage, self.plan.mesh, self._live, stages)
         shard_deferred(self.module, storage, self.plan.mesh, self._live, stages)
-        self._groups_ready = True
+        self._is_sharded = True
 
     def _on_rank_zero(self, make: Any) -> str:
         """`make()` of rank 0 on all ranks; what it raises is raised on all of them."""
@@ -392,7 +313,7 @@ class Session:
         local_steps().use_kernel(self.module, places.has("adamw", OPTIMIZER))
         return with_compression(places, self.plan.mesh, self.options.compress)
 
-    def _program(self, captured: _Captured, sizes: Mapping[Any, int]) -> Runnable:
+    def _program(self, captured: Captured, sizes: Mapping[Any, int]) -> Runnable:
         key = tuple(sizes[symbol] for symbol in captured.capture.symbols)
         if key not in captured.programs:
             assert self.plan is not None

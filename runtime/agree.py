@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from autopar.errors import UserError
 from .group import Group
 from .shared_memory import make_group
 
+T = TypeVar("T")
 _SAMPLES = 1024
 
 
@@ -32,6 +33,26 @@ def check_same(what: str, mine: str, fix: str) -> None:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     check_told(what, gathered, fix)
+
+
+def made_alike(what: str, make: Callable[[], T], text: Callable[[T], str], fix: str) -> T:
+    """What `make` makes on this rank, where all ranks make the same by its text; collective.
+
+    Raises what it raises; UserError where it raises on another rank, or the texts differ.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    try:
+        made = make()
+        mine = ("ok", text(made))
+    except Exception as error:
+        dist.all_gather_object(gathered, ("error", f"{type(error).__name__}: {error}"))
+        raise
+    dist.all_gather_object(gathered, mine)
+    for rank, (state, said) in enumerate(gathered):
+        if state == "error":
+            raise UserError(f"{what} could not be made on rank {rank}: {said}", fix=fix)
+    check_told(what, [said for _, said in gathered], fix)
+    return made
 
 
 def check_told(what: str, texts: Sequence[str], fix: str) -> None:
@@ -92,11 +113,15 @@ class StepCheck:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def run(self, shapes: str, digest: int, seed: int) -> int:
-        """Rank 0's seed; raises UserError on every rank where shapes or contents differ."""
-        mine = torch.tensor([number(shapes), digest, seed], dtype=torch.int64)
-        rows = self.group.wait(self.group.all_gather(mine)).view(self.group.size, 3)
-        if bool((rows[:, 0] != rows[0, 0]).any()):
+    def run(self, shapes: str, digest: int, seed: int, program: int) -> tuple[int, bool]:
+        """Rank 0's seed, and whether all ranks have the program of the same number, which is not 0.
+
+        Raises UserError on every rank where shapes or contents differ.
+        """
+        mine = torch.tensor([number(shapes), digest, seed, program], dtype=torch.int64)
+        rows = self.group.wait(self.group.all_gather(mine)).view(self.group.size, len(mine))
+        differs = (rows != rows[0]).any(0).tolist()
+        if differs[0]:
             every: list[Any] = [None] * self.group.size
             dist.all_gather_object(every, shapes)
             told = "; ".join(f"rank {r}: {s}" for r, s in enumerate(every))
@@ -104,10 +129,10 @@ class StepCheck:
                 f"the ranks were given batches of different shapes or kinds ({told})",
                 fix="give every rank the same global batch; autopar splits it",
             )
-        if bool((rows[:, 1] != rows[0, 1]).any()):
+        if differs[1]:
             raise UserError(
                 "the ranks were given different batches of the same shape",
                 fix="give every rank the same global batch (no DistributedSampler, the same seed "
                 "for shuffling); autopar splits it",
             )
-        return int(rows[0, 2])
+        return int(rows[0, 2]), program != 0 and not differs[3]

@@ -15,14 +15,14 @@ from autopar.ir.graph import Graph, Value
 from .autograd_function import AutogradFunctionOp
 
 
-def fingerprint(graph: Graph) -> str:
+def fingerprint(graph: Graph, sizes: bool = False) -> str:
     """sha256 of the graph's operations, constants, dtypes, ranks and parameters' shapes.
 
-    Not of source lines, and not of the sizes of a batch (inputs, activations, size arguments): a
-    plan serves other batch and sequence lengths, captured symbolically or not.
+    Not of source lines, and unless asked, not of the sizes of a batch (inputs, activations, size
+    arguments): a plan serves other batch and sequence lengths, captured symbolically or not.
     """
     digest = hashlib.sha256()
-    for line in _lines(graph):
+    for line in _lines(graph, sizes):
         digest.update(line.encode())
         digest.update(b"\n")
     return digest.hexdigest()
@@ -53,7 +53,7 @@ def base_name(node: torch.fx.Node) -> str:
     return re.sub(r"_\d+$", "", node.name)
 
 
-def _lines(graph: Graph) -> list[str]:
+def _lines(graph: Graph, sizes: bool) -> list[str]:
     numbers: dict[torch.fx.Node, int] = {}
     lines = [f"outputs {graph.outputs} mutated {graph.mutated}"]
     for node in graph.fx.nodes:
@@ -67,10 +67,10 @@ def _lines(graph: Graph) -> list[str]:
             if "tensor" in node.meta:
                 call += f" {node.meta['tensor'].detach().cpu().flatten().tolist()[:4096]}"
         else:
-            args = map_aggregate(without_sizes(node), argument)
+            args = map_aggregate(node.args if sizes else without_sizes(node), argument)
             kwargs = map_aggregate(node.kwargs, argument)
             call = f"{_target(node.target)} {args} {kwargs} {node.meta['region']}"
-        sized = node.op == "placeholder" and node.meta["role"] != "input"
+        sized = sizes or (node.op == "placeholder" and node.meta["role"] != "input")
         lines.append(f"{_value(node.meta['value'], sized)} = {call}")
     return lines
 

@@ -10,7 +10,13 @@ import torch
 
 from tests.e2e.loops import differences
 from tests.e2e.pool import RankPool
-from tests.e2e.weight_loops import LOOPS, refused, refused_without_memory, run_weight_loop
+from tests.e2e.weight_loops import (
+    LOOPS,
+    refused,
+    refused_then_right,
+    refused_without_memory,
+    run_weight_loop,
+)
 
 pytestmark = pytest.mark.multiprocess
 PLANS: dict[str, dict[str, Any]] = {
@@ -24,6 +30,7 @@ FAST = {
     "drawn_again": "zero",
     "ordinary_tensors": "tensor",
     "values_change": "pipeline",
+    "notes_of_rank_zero": "tensor",
     "layers_before_the_first_call": "zero",
     "copied_with_gradients": "zero",
     "wrong_indices": "zero",
@@ -61,3 +68,16 @@ def test_what_has_no_memory_is_refused(two_ranks: RankPool) -> None:
     for said in two_ranks.run(refused_without_memory):
         assert "made of parameters before the model's first call, which has no memory" in said
         assert "model.autopar.prepare(batch)" in said
+
+
+def test_models_that_differ_between_ranks_are_refused_and_survived(two_ranks: RankPool) -> None:
+    torch.set_num_threads(1)
+    one_device = run_weight_loop("wrong_indices", None)["losses"]
+    for rank, (said, losses) in enumerate(two_ranks.run(refused_then_right, timeout_s=120)):
+        assert len(said) == 3
+        assert all("the captured model on rank 1 differs from rank 0's" in s for s in said[:2])
+        assert "attributes, globals and hooks" in said[0]
+        if rank:
+            assert "could not be made on rank 0: " in said[2]
+        assert "a model needs a title" in said[2]
+        assert losses == pytest.approx(one_device, abs=1e-12)

@@ -31,8 +31,11 @@ class Small(nn.Module):
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
         self.norm = nn.LayerNorm(8)
         self.penalty = 0.0
+        self.title = "small"
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        if self.title == "untitled":
+            raise ValueError("a model needs a title")
         hidden = self.table(ids)
         hidden = hidden + self.down(self.up(hidden).relu())
         scores = self.norm(hidden) @ self.table.weight.t()
@@ -168,6 +171,24 @@ def values_change(make: Make) -> Values:
     return {"losses": losses, **exact}
 
 
+def notes_of_rank_zero(make: Make) -> Values:
+    """Rank 0 alone leaves on the model what forward reads, to no effect on its result."""
+    model = small(make)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer)
+    for step in range(2):
+        model.eval()
+        with torch.no_grad():
+            losses += [model(*batch(step)).item() for _ in range(2)]
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            model.title = f"best of {step}"
+        with torch.no_grad():
+            losses += [model(*batch(step)).item() for _ in range(2)]
+        model.train()
+        losses += steps(model, optimizer, step, step + 1)
+    return {"losses": losses, **state(model)}
+
+
 def layers_before_the_first_call(make: Make) -> Values:
     """Layers that are replaced after the model was made parallel, and before it has a plan."""
     model = small(make)
@@ -221,6 +242,7 @@ LOOPS: dict[str, Callable[[Make], Values]] = {
         drawn_again,
         ordinary_tensors,
         values_change,
+        notes_of_rank_zero,
         layers_before_the_first_call,
         copied_with_gradients,
         wrong_indices,
@@ -272,3 +294,24 @@ def refused() -> list[str]:
     except UserError as error:
         said.append(str(error))
     return said
+
+
+def refused_then_right() -> tuple[list[str], list[float]]:
+    """The errors of models that are not the same on all ranks, and the losses when they are."""
+    model = small(autopar.parallelize)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer, 0, 1)
+    first = torch.distributed.get_rank() == 0
+    said = []
+    for name, wrong, right in (
+        ("penalty", 0.5, 0.0),  # while no rank has a capture of it
+        ("penalty", 0.5, 0.0),
+        ("title", "untitled", "small"),
+    ):
+        setattr(model, name, wrong if first else right)
+        try:
+            steps(model, optimizer, 1, 2)
+        except (UserError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        setattr(model, name, right)
+    return said, losses + steps(model, optimizer, 1)
