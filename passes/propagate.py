@@ -14,7 +14,7 @@ from autopar.ir.mesh import MICRO_BATCH, Mesh
 from autopar.ir.rule import REPLICATE, Choice, ShardingRule
 from autopar.ir.sharding import Sharding
 from autopar.ir.text import print_node
-from autopar.ir.verify import SENDS
+from autopar.ir.types_follow import SENDS
 
 from .options import place_call
 from .pieces import Boundary

@@ -34,9 +34,10 @@ from autopar.passes.search import search
 from autopar.passes.specialise import specialise
 from autopar.plan import Plan, Recompute
 from autopar.runtime.eager_random import PartitionInvariantDropout
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
 from autopar.runtime.placements import local_shard
 from autopar.runtime.program import Program, load_program
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 from tests.zoo import ZOO, Entry
 
 SEED = 20240607

@@ -10,8 +10,9 @@ from autopar.ir.mesh import Mesh
 from autopar.ir.step import StepGraphs
 from autopar.passes.lower_step import lower_part, micro_batched
 from autopar.passes.rules_of import rules_of
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
 from autopar.runtime.step import LocalEngine, Step, load_part
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 from tests.simulate import (
     SEED,
     Decisions,

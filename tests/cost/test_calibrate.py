@@ -19,7 +19,7 @@ from autopar.runtime.calibrate_curves import (
     skew_of,
 )
 from autopar.runtime.calibrate_ops import compute_work, optimizer_work
-from autopar.runtime.group import ThreadWorld, run_threads
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 
 def test_curves_give_back_the_timings() -> None:

@@ -16,8 +16,8 @@ from autopar.passes.cast_before_gather import cast_before_gather
 from autopar.passes.insert_reshards import insert_reshards
 from autopar.passes.lower_collectives import lower_collectives
 from autopar.plan import Plan
-from autopar.runtime.group import ThreadWorld
 from autopar.runtime.program import load_program
+from autopar.runtime.thread_world import ThreadWorld
 from tests.simulate import (
     Subject,
     decisions_of,

@@ -15,9 +15,9 @@ from autopar.passes.case import Case, make_case
 from autopar.passes.step_of import step_of
 from autopar.passes.widening import widening
 from autopar.plan import Plan
-from autopar.runtime.group import ThreadWorld
 from autopar.runtime.live_memory import peak_bytes
 from autopar.runtime.step import LocalEngine, Step, load_part
+from autopar.runtime.thread_world import ThreadWorld
 from tests.e2e.piped_plans import whole_plan
 from tests.simulate import Subject, cpu, decisions_of, plan_of, subject_of
 from tests.simulate_step import groups_of, step_graphs

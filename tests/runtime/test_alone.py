@@ -11,8 +11,9 @@ from torch import Tensor
 from autopar.ir.lowered import ShardSpec, SwapSpec
 from autopar.runtime.alone import AloneGroup
 from autopar.runtime.collectives import apply
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
 from autopar.runtime.phase_clock import PhaseClock
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 from autopar.runtime.collectives import apply, close, open_
-from autopar.runtime.group import AbortedError, Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
+from autopar.runtime.thread_world import AbortedError, ThreadWorld, run_threads
 
 Spec = ShardSpec | SwapSpec | None
 

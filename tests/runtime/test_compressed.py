@@ -16,9 +16,10 @@ from torch import Tensor
 from autopar.ir.lowered import ShardSpec
 from autopar.runtime.collectives import close, open_
 from autopar.runtime.compressed import SMALLEST, CompressedGroup
-from autopar.runtime.group import Group, ProcessGroupGroup, ThreadGroup, ThreadWorld, run_threads
+from autopar.runtime.group import Group, ProcessGroupGroup
 from autopar.runtime.kernels.int8 import BLOCK, UNIT
 from autopar.runtime.shared_memory import make_group
+from autopar.runtime.thread_world import ThreadGroup, ThreadWorld, run_threads
 from autopar.runtime.two_level import TwoLevelGroup
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from autopar.ir.lowered import ShardSpec
 from autopar.runtime.collectives import apply
 from autopar.runtime.cross_entropy import cross_entropy
-from autopar.runtime.group import ThreadWorld, run_threads
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 
 def close_to(got: Tensor, expected: Tensor, **tolerance: float) -> None:

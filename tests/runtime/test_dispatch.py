@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autopar.ir.lowered import Route
 from autopar.runtime.dispatch import prefix_sum, routed_gather, routed_scatter
-from autopar.runtime.group import ThreadWorld, run_threads
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 close = torch.testing.assert_close
 

@@ -24,9 +24,10 @@ from autopar.ir.recomputed import mark_of
 from autopar.passes.blocks import find_blocks
 from autopar.passes.rules_of import rules_of
 from autopar.plan import Recompute
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
 from autopar.runtime.placements import local_shard
 from autopar.runtime.program import Program, load_program
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 from tests.random_plans import MESHES, random_decisions
 from tests.simulate import (
     Decisions,

@@ -20,10 +20,11 @@ from autopar.passes.blocks import find_blocks
 from autopar.passes.rules_of import rules_of
 from autopar.plan import Recompute
 from autopar.runtime import collectives
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
 from autopar.runtime.placements import local_shard
 from autopar.runtime.program import load_program
 from autopar.runtime.regather import Regather
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 from tests.followed_plans import following
 from tests.runtime.test_recompute import no_collector
 from tests.simulate import (

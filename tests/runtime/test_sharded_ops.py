@@ -9,8 +9,8 @@ from torch import Tensor
 
 from autopar.ir.lowered import ShardSpec
 from autopar.runtime.collectives import apply
-from autopar.runtime.group import ThreadWorld, run_threads
 from autopar.runtime.sharded_ops import batch_norm, masked_embedding
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 
 def close_to(got: Tensor, expected: Tensor, **tolerance: float) -> None:

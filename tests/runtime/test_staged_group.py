@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from autopar.runtime import staged_group
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
 from autopar.runtime.staged_group import HostStagedGroup, ranks_share_devices
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 RANKS = 3
 CALLS: dict[str, Callable[[Group, Tensor], Tensor]] = {

@@ -13,7 +13,6 @@ from torch import Tensor
 from autopar.errors import KernelWarning
 from autopar.ir.pointwise import parse_pointwise
 from autopar.runtime.all_reduce_norm import all_reduce_norm
-from autopar.runtime.group import ThreadWorld
 from autopar.runtime.kernels import all_reduce_norm as module
 from autopar.runtime.kernels.all_reduce_norm import (
     PROGRAMS,
@@ -25,6 +24,7 @@ from autopar.runtime.kernels.all_reduce_norm import (
     specialisations,
     takes,
 )
+from autopar.runtime.thread_world import ThreadWorld
 
 
 def test_a_group_of_one_waits_for_itself() -> None:

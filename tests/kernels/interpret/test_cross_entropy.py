@@ -29,11 +29,11 @@ from autopar.ir.pointwise import IDENTITY, Pointwise, parse_pointwise
 from autopar.kernel_use import Places
 from autopar.runtime.collectives import apply
 from autopar.runtime.cross_entropy import cross_entropy
-from autopar.runtime.group import ThreadWorld, run_threads
 from autopar.runtime.kernels import cross_entropy as fused
 from autopar.runtime.kernels import support
 from autopar.runtime.kernels.cross_entropy import Classes, emit, emit_backward, reference
 from autopar.runtime.kernels.support import fall_back
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 from tests.simulate import (
     assert_equivalent,
     decisions_of,

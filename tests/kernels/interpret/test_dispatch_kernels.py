@@ -13,7 +13,8 @@ from autopar.ir.lowered import Route
 from autopar.ir.pointwise import parse_pointwise
 from autopar.runtime import dispatch
 from autopar.runtime.dispatch import routed_gather, routed_scatter
-from autopar.runtime.group import Group, ThreadWorld, run_threads
+from autopar.runtime.group import Group
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 ROUTE = Route(0, (12,), ((0, 7), (7, 12)), wraps=False)
 GAP = Route(0, (12,), ((7, 12), (0, 4)), wraps=False)  # rows 4 to 6 are elsewhere

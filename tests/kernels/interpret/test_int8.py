@@ -11,7 +11,6 @@ from torch import Tensor
 
 from autopar.ir.pointwise import parse_pointwise
 from autopar.runtime.compressed import CompressedGroup
-from autopar.runtime.group import ThreadWorld, run_threads
 from autopar.runtime.kernels.int8 import (
     BLOCK,
     SMALLEST_SCALE,
@@ -27,6 +26,7 @@ from autopar.runtime.kernels.int8 import (
     reference_reduce,
     specialisations,
 )
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (0, 1, BLOCK - 1, UNIT, 2 * UNIT + 77)

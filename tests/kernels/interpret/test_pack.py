@@ -18,10 +18,10 @@ from autopar.ir.lowered import COLLECTIVES, ShardSpec, SwapSpec
 from autopar.ir.pointwise import IDENTITY, parse_pointwise
 from autopar.runtime import buckets
 from autopar.runtime.collectives import close, open_
-from autopar.runtime.group import ThreadWorld, run_threads
 from autopar.runtime.kernels import launch as launching
 from autopar.runtime.kernels import pack as packing
 from autopar.runtime.kernels.support import fall_back
+from autopar.runtime.thread_world import ThreadWorld, run_threads
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = parse_pointwise("mul(x, 0.5)")
