@@ -14,11 +14,16 @@ from autopar.cost.simulator import Machine
 from autopar.passes.grid import GridPricer
 from autopar.passes.prepare import prepare
 from autopar.passes.search import search
-from autopar.passes.step_of import _Builder
+from autopar.passes.segment_builder import SegmentBuilder
 from autopar.planning import capture_training
 from tests.zoo.language import Llama
 
-COUNTED = ((Machine, "forward"), (Machine, "backward"), (GridPricer, "call"), (_Builder, "segment"))
+COUNTED = (
+    (Machine, "forward"),
+    (Machine, "backward"),
+    (GridPricer, "call"),
+    (SegmentBuilder, "segment"),
+)
 
 
 def work_of(layers: int, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
