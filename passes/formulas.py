@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -49,6 +49,7 @@ from autopar.ir.rule import Choice, Dims, ShardingRule, factor_sizes
 from autopar.ir.sharding import Sharding
 
 from .blocks import Blocks
+from .formula_records import ZERO, CollectiveFormula, EdgeFormula, OpFormula, StoredFormula
 from .gradient_sums import sum_time
 from .kept import own_outputs
 from .narrow_gathers import is_narrow, summed, travelling
@@ -56,71 +57,6 @@ from .own_formulas import own_messages
 
 Node = torch.fx.Node
 Chosen = tuple[tuple[str, Choice], ...]
-ZERO = sympy.Integer(0)
-
-
-@dataclass(frozen=True)
-class CollectiveFormula:
-    """One collective: seconds, and the bytes that one device sends."""
-
-    kind: str
-    axis: str
-    backward: bool
-    seconds: sympy.Expr
-    sent: sympy.Expr
-
-
-@dataclass(frozen=True)
-class OpFormula:
-    """Formulas of one op on the device with the largest shards.
-
-    Flops and bytes moved of the forward, seconds of forward and backward compute, the collectives
-    that the op issues by itself, bytes that it keeps for the backward.
-    """
-
-    family: str
-    flops: sympy.Expr
-    moved: sympy.Expr
-    forward: sympy.Expr
-    backward: sympy.Expr
-    own: tuple[CollectiveFormula, ...]
-    saved: sympy.Expr
-
-    @property
-    def seconds(self) -> sympy.Expr:
-        """Forward, backward and own collectives."""
-        return self.forward + self.backward + sympy.Add(*(c.seconds for c in self.own))
-
-    @property
-    def forward_seconds(self) -> sympy.Expr:
-        """What running the forward again takes."""
-        return self.forward + sympy.Add(*(c.seconds for c in self.own if not c.backward))
-
-
-@dataclass(frozen=True)
-class StoredFormula:
-    """Formulas of one parameter: seconds of its update, bytes of its state."""
-
-    seconds: sympy.Expr
-    stored: sympy.Expr
-
-
-@dataclass(frozen=True)
-class EdgeFormula:
-    """Formulas of one edge: its collectives, and the bytes kept if the reader needs the value."""
-
-    collectives: tuple[CollectiveFormula, ...]
-    kept: sympy.Expr
-
-    @property
-    def seconds(self) -> sympy.Expr:
-        """All its collectives."""
-        return sympy.Add(*(c.seconds for c in self.collectives))
-
-    @property
-    def forward_seconds(self) -> sympy.Expr:
-        """The collectives of the forward."""
-        return sympy.Add(*(c.seconds for c in self.collectives if not c.backward))
 
 
 class Formulas:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autopar.cli_timeline import Changes, memory_chart, simulated
+from autopar.cli_timeline import Changes, simulated
 from autopar.cost.cluster import parse_cluster
 from autopar.cost.schedules import Schedule
 from autopar.cost.timeline import Timeline, TimelineSummary
 from autopar.errors import UserError
 from autopar.questions import Question, ask
+from autopar.timeline_tables import memory_chart
 
 from .cli_helpers import MODEL, run_main
 
