@@ -32,6 +32,7 @@ from .pieces import Boundary
 from .pipeline import Pass, Stage, run_passes, with_kernels
 from .propagate import propagate
 from .rules_of import rules_of
+from .settle_regather import settle_regather
 from .shorten_blocks import shorten_blocks
 from .specialise import specialise
 from .spell_out_means import spell_out_means
@@ -98,6 +99,7 @@ def lower_part(
             ),
             ("typed", "functional", "axis_used_once", "axes_exist"),
         ),
+        Pass("settle_regather", partial(settle_regather, mesh=mesh)),
         Pass("cast_before_gather", partial(cast_before_gather, mesh=mesh)),
         Pass("insert_reshards", insert_reshards, ("resharded",)),
         Pass("lower_collectives", partial(lower_collectives, mesh=mesh), ("types_follow",)),

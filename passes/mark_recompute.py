@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,10 +11,10 @@ from autopar.errors import UserError
 from autopar.ir.graph import Graph, values_of
 from autopar.ir.mesh import Mesh
 from autopar.ir.recomputed import FULL, MARK, SELECTIVE, Recomputed, mark_of
-from autopar.ir.sharding import Split
 from autopar.plan import Recompute
 
 from .blocks import find_blocks
+from .uneven import unlike_somewhere
 
 Node = torch.fx.Node
 
@@ -71,40 +70,28 @@ def matching_recompute(graph: Graph, recompute: Sequence[Recompute]) -> tuple[Re
 
 
 def settle_recompute(graph: Graph, mesh: Mesh) -> Graph:
-    """Run a region to its end in the backward if on some device it holds an empty tensor.
+    """Run a region to its end in the backward if some devices have nothing, or one row, in it.
 
     What autograd saves, and so where a recomputation may begin and stop, is the same on all
-    devices unless some have nothing to compute.
+    devices unless ops take other ways on some.
     """
     new = graph.copy()
-    empty = {
+    unlike = {
         mark.region
         for node in new.calls()
         if (mark := mark_of(node)) is not None
-        and any(_is_empty_somewhere(n, mesh) for n in (node, *node.all_input_nodes))
+        and any(_is_unlike(n, mesh) for n in (node, *node.all_input_nodes))
     }
     for node in new.calls():
         mark = mark_of(node)
-        if mark is not None and mark.region in empty:
+        if mark is not None and mark.region in unlike:
             node.meta[MARK] = replace(mark, to_the_end=True)
     return new
 
 
-def _is_empty_somewhere(node: Node, mesh: Mesh) -> bool:
+def _is_unlike(node: Node, mesh: Mesh) -> bool:
     return any(
-        _leaves_some_empty(split, size, mesh)
+        unlike_somewhere(value.int_shape(), value.sharding, mesh)
         for value in values_of(node)
         if value.sharding is not None
-        for split, size in zip(value.sharding.splits, value.int_shape(), strict=True)
-    )
-
-
-def _leaves_some_empty(split: Split, size: int, mesh: Mesh) -> bool:
-    """Whether some device owns no element of the dim."""
-    if not size or not split or split.is_even(size, mesh):
-        return not size
-    places = itertools.product(*(range(mesh[axis].size) for axis in split.axes))
-    return any(
-        not split.local_size(size, mesh, dict(zip(split.axes, place, strict=True)))
-        for place in places
     )

@@ -31,6 +31,7 @@ from .mark_blocks import mark_blocks
 from .mark_recompute import mark_recompute, settle_recompute
 from .overlap_collectives import overlap_collectives
 from .propagate import propagate
+from .settle_regather import settle_regather
 from .specialise import specialise
 from .use_kernels import use_kernels
 
@@ -81,6 +82,7 @@ def lowering(
             lambda g: propagate(g, mesh, rules(g), choices, storage, regather),
             ("axis_used_once", "axes_exist"),
         ),
+        Pass("settle_regather", partial(settle_regather, mesh=mesh)),
         Pass("cast_before_gather", partial(cast_before_gather, mesh=mesh)),
         Pass("insert_reshards", insert_reshards, ("resharded",)),
         Pass("lower_collectives", partial(lower_collectives, mesh=mesh), ("types_follow",)),

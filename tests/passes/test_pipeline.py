@@ -102,6 +102,7 @@ def test_the_lowering_is_the_table_of_contents() -> None:
         "mark_blocks",
         "mark_recompute",
         "propagate",
+        "settle_regather",
         "cast_before_gather",
         "insert_reshards",
         "lower_collectives",
