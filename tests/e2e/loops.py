@@ -344,6 +344,33 @@ class Recurrent(nn.Module):
         return F.mse_loss(self.head(self.layers(x)[0]), x)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+        self.layers = nn.GRU(6, 6, 2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, last = self.layers(self.up(x))
+        return found.square().mean() + last.sum()
+
+
+def gated(options: dict[str, Any]) -> Values:
+    """In the last batches, some ranks have no row of a micro-batch."""
+    seed(0)
+    model: Any = autopar.parallelize(Gated().double(), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for rows in (4, 2, 1):
+        x = torch.randn(rows, 4, 6, generator=torch.Generator().manual_seed(rows))
+        loss = model(x.double())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses, **state(model)}
+
+
 def recurrent(strategy: str) -> Values:
     """Recurrent layers read a list of their parameters; of some batches, ranks have no row."""
     seed(0)

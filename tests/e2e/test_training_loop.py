@@ -24,6 +24,7 @@ from tests.e2e.loops import (
     Decorated,
     batch,
     differences,
+    gated,
     gpt,
     plain_gpt,
     run_loop,
@@ -70,6 +71,14 @@ def test_loop_is_unchanged(name: str, strategy: str, two_ranks: RankPool) -> Non
     tolerance = TOLERANCE.get(name, 1e-9)
     assert not list(differences(first, reference, tolerance))
     assert not list(differences(second, first, 0.0))  # ranks agree in every bit
+
+
+def test_ranks_without_rows_gather_with_the_others(two_ranks: RankPool) -> None:
+    torch.set_num_threads(1)
+    reference = gated({})
+    options = {"strategy": "zero", "micro_batches": 2}
+    for mine in two_ranks.run(gated, options, timeout_s=60):
+        assert not list(differences(mine, reference, 1e-9))
 
 
 def models_share_groups(strategy: str) -> tuple[int, int]:
