@@ -928,7 +928,7 @@ for _name in losses.ELEMENTWISE:
 @sample("cosine_embedding_loss.default")
 def _(d: Draw) -> Any:
     n, k = d(2)
-    labels = d.ids(2, n).double() * 2 - 1
+    labels = d.ids(2, d.random.choice([n, 1])).double() * 2 - 1  # one a row, or one for all
     return call(d.x(n, k), d.x(n, k), labels, 0.1, d.ids(3).item())
 
 
