@@ -124,10 +124,11 @@ class Session:
         (captured, inputs, sizes), seed = self._agreed(args, kwargs, tensors, draw_seed())
         check_indices(captured.indices, inputs)
         program = self._program(captured, sizes)
-        if not program.is_random:  # one device would not have drawn a seed
-            torch.set_rng_state(generator)
         given = self._given(captured.capture, inputs, seed)
+        torch.set_rng_state(generator)
         outputs, updates = program.run(self._parameters(program), given)
+        if program.is_random:  # else one device would not have drawn a seed
+            draw_seed()
         take_whole_gradients(outputs)
         self._write_buffers(updates)
         captured.capture.assign(self.module, outputs)

@@ -9,7 +9,11 @@ compiled again when the seed changes, and the compiler sees arithmetic that it c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,46 +43,69 @@ class UncompiledError(UserError):
     """A forward whose masks cannot be numbered in a graph."""
 
 
-class CompiledDropout:
-    """The backend, around another one. Call `begin` before every run.
+@dataclass
+class MaskedRun:
+    """A run of compiled code: `calls` counts its random calls, `started` says if any of it ran."""
 
-    `calls` counts the random calls that have run, and `started` says whether anything has: what is
-    raised before that is of the compilation. Raises UncompiledError from there.
+    seed: int
+    calls: int = 0
+    started: bool = False
+
+    @contextmanager
+    def current(self) -> Iterator[MaskedRun]:
+        """Draw the masks of what runs inside by this seed."""
+        token = _RUN.set(self)
+        try:
+            yield self
+        finally:
+            _RUN.reset(token)
+
+
+_RUN: ContextVar[MaskedRun] = ContextVar("masked_run")
+
+
+class CompiledDropout:
+    """The backend, around another one; what it compiled runs inside of a `MaskedRun`.
+
+    What is raised before the run has started is of the compilation, UncompiledError from here.
     """
 
     def __init__(self, backend: str) -> None:
         self.inner = compile_backend(backend)
-        self.begin(0)
-
-    def begin(self, seed: int) -> None:
-        """Draw the masks of the next run by a seed."""
-        self.seed, self.calls, self.started = seed, 0, False
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
         draws = random_calls(module)
         if not draws:
-            return self._noting(self._compile(module, inputs))
+            return _noting(self._compile(module, inputs))
         count, device = len(draws), device_of(draws[0])
         example = fake_like(key_table(0, 0, count, device), inputs)
-        run = self._compile(with_key_table(module, example), [*inputs, example])
+        compiled = self._compile(with_key_table(module, example), [*inputs, example])
 
         def drawing(*args: Any) -> Any:
-            table = key_table(self.seed, self.calls, count, device)
-            self.calls += count
-            return run(*args, table)
+            run = _RUN.get()
+            table = key_table(run.seed, run.calls, count, device)
+            run.calls += count
+            return compiled(*args, table)
 
-        return self._noting(drawing)
+        return _noting(drawing)
 
     def _compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Inner:
         with backward_at_once():  # if it fails, while the forward can still run op by op
             return self.inner(module, list(inputs))
 
-    def _noting(self, run: Inner) -> Inner:
-        def noted(*args: Any) -> Any:
-            self.started = True
-            return run(*args)
 
-        return noted
+@cache
+def compiled_dropout(backend: str) -> CompiledDropout:
+    """The one of a backend in this process: code that has another is compiled anew."""
+    return CompiledDropout(backend)
+
+
+def _noting(compiled: Inner) -> Inner:
+    def noted(*args: Any) -> Any:
+        _RUN.get().started = True
+        return compiled(*args)
+
+    return noted
 
 
 def draw_dropout(table: Tensor, call: int, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from autopar.compat import dynamo_config
+from autopar.compat import compile_failure, dynamo_config
 
-from .compiled_dropout import CompiledDropout
+from .compiled_dropout import MaskedRun, UncompiledError, compiled_dropout
 from .eager_random import PartitionInvariantDropout
 from .not_compiled import NotCompiledWarning, note_backend, why_not_compiled
 from .random import draw_seed
 from .step_clock import StepClock
 
 Forward = Callable[..., Any]
+Run = Callable[[Forward], Any]
 
 
 class SingleProcess:
@@ -29,12 +30,10 @@ class SingleProcess:
 
     def __init__(self, backend: str | None = None) -> None:
         self.clock = StepClock()
-        self.backend = backend
-        self._draws: dict[bool, bool] = {}  # whether a call did so far, in evaluation, in training
-        self._dropouts: tuple[Any, ...] | None = None  # those in the module
-        self._compiled: Forward | None = None  # what draws nothing
-        self._drawing: tuple[Forward, CompiledDropout] | None = None  # as one graph
-        self._compiles = backend not in (None, "eager")  # forwards that draw
+        self.backend = None if backend in (None, "eager") else backend
+        self._draws: dict[Hashable, bool] = {}  # whether a call did so far, by what is switched on
+        self._compiled: dict[bool, Forward] = {}  # by whether it has to be one graph
+        self._compiles = self.backend is not None  # forwards that draw
 
     def call(
         self,
@@ -45,61 +44,64 @@ class SingleProcess:
     ) -> Any:
         """Run the forward; where it draws dropout masks, by the global position of each element.
 
-        Whether it draws any is found out in its first call: from then on a module without dropout
-        runs with nothing in between. Evaluation with a dropout that is still on is training here.
+        Their seed is what torch's generator would give next; it moves on by that number after a
+        forward that drew masks, and only then. The forward's own random numbers are one device's.
         """
         self.clock.tick(module)
 
         def run(function: Forward) -> Any:
             return function(module, *args, **kwargs)
 
-        if self._dropouts is None:
-            self._dropouts = _dropouts_in(module)
-        on = [dropout for dropout in self._dropouts if dropout.training]
-        training = module.training or bool(on)
-        draws = self._draws.get(training)
-        if draws is False and not on:
-            return self._without_masks(forward, run)
         undrawn = torch.get_rng_state()
         seed = draw_seed()
-        drawn = torch.get_rng_state()
-        # One device draws no seed for a forward without masks, nor may its own numbers be others.
-        begun = drawn if draws or any(dropout.p > 0.0 for dropout in on) else undrawn
-        torch.set_rng_state(begun)
-        compiles = self._compiles and draws is not None
-        draw = self._compiled_draw if compiles else _op_by_op
-        calls, output = draw(seed, forward, run)
-        if torch.equal(begun, torch.get_rng_state()):
-            torch.set_rng_state(drawn if calls else undrawn)
-        self._draws[training] = bool(draws) or calls > 0
+        torch.set_rng_state(undrawn)
+        calls, output = self._run(seed, forward, module, run)
+        if calls:
+            draw_seed()
         return output
 
-    def _without_masks(self, forward: Forward, run: Callable[[Forward], Any]) -> Any:
-        if self.backend in (None, "eager"):
-            return run(forward)
-        if self._compiled is None:
-            self._compiled = torch.compile(forward, backend=str(self.backend))
-        try:
-            return run(self._compiled)
-        except Exception as error:  # parts of it may have run: they cannot run again
-            note_backend(error, forward)
-            raise
+    def _run(self, seed: int, forward: Forward, module: nn.Module, run: Run) -> tuple[int, Any]:
+        """How many random calls the forward made, and what it gave.
 
-    def _compiled_draw(
-        self, seed: int, forward: Forward, run: Callable[[Forward], Any]
-    ) -> tuple[int, Any]:
-        """How many random calls the compiled forward made, and what it gave."""
-        compiled, random = self._as_one_graph(forward)
-        random.begin(seed)
+        Whether it draws masks is found out op by op, once for what is switched on: after that,
+        nothing takes the ops of one that draws none.
+        """
+        on = _switched_on(module)
+        draws = self._draws.get(on)
+        if draws is None or (draws and not self._compiles):
+            calls, output = _op_by_op(seed, forward, run)
+        elif draws:
+            calls, output = self._with_masks(seed, forward, run)
+        elif self.backend is None:
+            calls, output = 0, run(forward)
+        else:
+            calls, output = self._without_masks(seed, forward, run)
+        self._draws[on] = bool(draws) or calls > 0
+        return calls, output
+
+    def _without_masks(self, seed: int, forward: Forward, run: Run) -> tuple[int, Any]:
+        """Should it draw masks all the same, by a number that changed, they are the right ones."""
+        with MaskedRun(seed).current() as drawn:
+            try:
+                output = run(self._compiled_forward(forward, fullgraph=False))
+            except Exception as error:  # parts of it may have run: they cannot run again
+                if drawn.started or not isinstance(compile_failure(error)[1], UncompiledError):
+                    note_backend(error, forward)
+                    raise
+                return _op_by_op(seed, forward, run)
+        return drawn.calls, output
+
+    def _with_masks(self, seed: int, forward: Forward, run: Run) -> tuple[int, Any]:
         before = torch.get_rng_state()
-        try:
-            with dynamo_config(specialize_float=True):  # a probability is a constant
-                output = run(compiled)
-            return random.calls, output
-        except Exception as error:
-            if random.started:
-                raise
-            reason = why_not_compiled(error, forward)
+        with MaskedRun(seed).current() as drawn:
+            try:
+                with dynamo_config(specialize_float=True):  # a probability is a constant
+                    output = run(self._compiled_forward(forward, fullgraph=True))
+                return drawn.calls, output
+            except Exception as error:
+                if drawn.started:
+                    raise
+                reason = why_not_compiled(error, forward)
         # Nothing has run yet. If the forward itself raises on these inputs, it does so now, and
         # later ones are compiled.
         torch.set_rng_state(before)
@@ -110,23 +112,27 @@ class SingleProcess:
             f"{name} draws dropout masks and runs op by op, not compiled by {self.backend}: "
             f"{reason}",
             NotCompiledWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return calls, output
 
-    def _as_one_graph(self, forward: Forward) -> tuple[Forward, CompiledDropout]:
-        if self._drawing is None:
-            random = CompiledDropout(str(self.backend))
-            self._drawing = torch.compile(forward, backend=random, fullgraph=True), random
-        return self._drawing
+    def _compiled_forward(self, forward: Forward, fullgraph: bool) -> Forward:
+        if fullgraph not in self._compiled:
+            backend = compiled_dropout(str(self.backend))
+            made = torch.compile(forward, backend=backend, fullgraph=fullgraph)
+            self._compiled[fullgraph] = made
+        return self._compiled[fullgraph]
 
 
-def _op_by_op(seed: int, forward: Forward, run: Callable[[Forward], Any]) -> tuple[int, Any]:
+def _op_by_op(seed: int, forward: Forward, run: Run) -> tuple[int, Any]:
     """How many random calls the forward made, and what it gave."""
     with PartitionInvariantDropout(seed) as mode:
         output = run(forward)
     return mode.calls, output
 
 
-def _dropouts_in(module: nn.Module) -> tuple[Any, ...]:
-    return tuple(m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+def _switched_on(module: nn.Module) -> tuple[Any, ...]:
+    """What tells whether a forward draws masks, as far as modules tell: kinds, flags and rates."""
+    rate = getattr(module, "p", None) or getattr(module, "dropout", None)
+    mine = (type(module), module.training, rate if isinstance(rate, float) else None)
+    return mine, *(_switched_on(child) for child in module.children())

@@ -25,13 +25,16 @@ class Unseen:
         self.number = number
 
 
+def _seen(x: Any) -> Any:
+    return x.number if isinstance(x, Unseen) else x
+
+
 def left_alone(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as a call that no compiler looks into, and which is given numbers as numbers."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        seen = [x.number if isinstance(x, Unseen) else x for x in args]
-        return function(*seen, **kwargs)
+        return function(*map(_seen, args), **{name: _seen(x) for name, x in kwargs.items()})
 
     made: Callable[..., Any] = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
     return made

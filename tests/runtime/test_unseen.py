@@ -16,7 +16,7 @@ def test_no_number_compiles_anything_again() -> None:
 
     def run(x: Tensor, seed: int, y: Tensor, micro_batch: int) -> Tensor:
         z: Tensor = scaled(x.relu() + y, seed)
-        once_more: Tensor = scaled(z.exp(), micro_batch, offset=1)
+        once_more: Tensor = scaled(z.exp(), number=micro_batch, offset=1)
         return once_more.sin()
 
     roles = ("input", "seed", "input", "micro_batch")

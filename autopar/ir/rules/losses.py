@@ -46,13 +46,14 @@ def of_rows(node: torch.fx.Node) -> ShardingRule | None:
     Labels, where there are any, are one a row, or one for all. None where inputs broadcast.
     """
     rows = [item for item in named_inputs(node) if item.name != "target"]
-    labels = [item.value.shape for item in named_inputs(node) if item.name == "target"]
+    labels = [item for item in named_inputs(node) if item.name == "target"]
     if len({item.value.shape for item in rows}) != 1:
         return None
     names = letters()
     lead, last = take(names, rows[0].value.rank - 1), f"[{next(names)}]"
     inputs: dict[str, Spec] = {item.name: [*lead, last] for item in rows}
-    inputs |= {"target": broadcast(lead, rows[0].value.shape[:-1], shape) for shape in labels}
+    for item in labels:
+        inputs[item.name] = broadcast(lead, rows[0].value.shape[:-1], item.value.shape)
     return rule(node, inputs, lead if arguments(node)["reduction"] == NONE else [])
 
 
