@@ -371,7 +371,7 @@ def only_pipelines(
     check_pipelines(strategy, problem, request.symbols, wanted, request.cluster.size)
     why = why_no_pipeline(graph, request.symbols, wanted.statistics)
     if why is not None:
-        raise UserError(why, fix="or use strategy='auto' without --stages")
+        raise UserError(why, fix="use strategy 'auto' and no stages: that needs no pipeline")
     if strategy in PIPELINED:
         piped = Piped(tuple(force_pipelines(frames, graph, request, strategy, wanted, progress)))
     else:
