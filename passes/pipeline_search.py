@@ -382,9 +382,12 @@ def only_pipelines(
         reasons = [one for one in piped.tried if isinstance(one, Alternative)]
         least = min(reasons, key=lambda one: one.memory_bytes or math.inf, default=None)
         if least is None or least.memory_bytes is None:
+            rounds = set(wanted.schedules) == {"interleaved"}
             raise UserError(
                 f"no pipeline with the strategy {strategy!r} exists for this model",
-                fix="use strategy='auto' or 'data'",
+                fix="use another schedule: stages of interleaved have several pieces each"
+                if rounds
+                else "use strategy='auto' or 'data'",
             )
         raise UserError(
             f"no pipeline fits: on {least.mesh}, {least.why}",
