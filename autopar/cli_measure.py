@@ -92,6 +92,12 @@ def measure_rank(
 ) -> None:
     """Measure a rank and print it (see `autopar measure-rank --help`); UserError for bad input."""
     plan = load_plan(plan_file)
+    if plan.pipeline is not None:
+        raise UserError(
+            f"the plan has a pipeline of {plan.stages} stages, and a stage has nothing to begin "
+            "with when it runs alone",
+            fix="measure a plan without one: --strategy data+tensor, for example",
+        )
     kind = optimizer_name(optimizer)
     for name, number, least in (
         ("--steps", steps, 1),

@@ -46,6 +46,8 @@ def searched(captured: Capture, options: Options, hints: Sequence[Hint]) -> Plan
     try:
         plan = _searched(captured, replace(options, memory_limit=limit * (1 - LEFT)), hints)
     except UserError as error:
+        if "memory_limit" not in (error.fix or ""):  # of something else
+            raise
         left = f"a tenth of {bytes_text(limit)} is left for what a prediction may be off by"
         raise UserError(f"{error.what}; {left}", error.where, error.fix) from None
     return replace(plan, memory_limit=limit)

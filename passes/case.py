@@ -147,7 +147,7 @@ def make_case(
             raise UserError(
                 f"the plan runs {micro_batches} micro-batches, and a batch of {sizes[BATCH]} does "
                 "not divide into them",
-                fix="choose a batch size that is",
+                fix="choose a batch that divides, or another number of micro-batches",
             )
         sizes[BATCH] //= micro_batches
     concrete = wear_casts(specialise(symbolic, sizes))

@@ -89,13 +89,16 @@ def _cuts_by_parameters(
     calls = list(graph.calls())
     crossing = [len(values) for values in crossing_values(graph)]
     here, since = 0, 0  # the piece, and the last op that had to be in it
+    bound = 0  # the last op whose parameters no later piece has
     cuts: list[str] = []
     for i, node in enumerate(calls):
         wanted = _stages_read(node, owners)
-        if wanted is None or here % stages in wanted:
-            since = i if wanted is not None else since
+        if wanted is None:
             continue
         ahead = [p for p in range(here + 1, pieces) if p % stages in wanted]
+        if here % stages in wanted:
+            since, bound = i, bound if ahead else i
+            continue
         if not ahead:
             continue  # as with tied parameters: its value is sent to where it is read
         free = [j for j in range(since + 1, i + 1) if not is_getitem(calls[j])]
@@ -104,7 +107,14 @@ def _cuts_by_parameters(
         if len(narrow) < steps:
             break
         cuts.extend(calls[j].name for j in sorted(narrow[:steps]))
-        here, since = ahead[0], i
+        here, since, bound = ahead[0], i, i
+    else:  # the last pieces have no parameters but those that earlier ones read, too
+        steps = pieces - 1 - here
+        free = [j for j in range(bound + 1, len(calls)) if not is_getitem(calls[j])]
+        if 0 < steps <= len(free):
+            narrow = sorted(free, key=lambda j: (crossing[j], j))
+            cuts.extend(calls[j].name for j in sorted(narrow[:steps]))
+            here = pieces - 1
     if here < pieces - 1:
         raise UserError(
             f"the model cannot be cut into {pieces} pieces as the plan has it: in this mode it "

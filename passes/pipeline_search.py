@@ -371,7 +371,7 @@ def only_pipelines(
     check_pipelines(strategy, problem, request.symbols, wanted, request.cluster.size)
     why = why_no_pipeline(graph, request.symbols, wanted.statistics)
     if why is not None:
-        raise UserError(why, fix="or use strategy='auto' without --stages")
+        raise UserError(why, fix="use strategy 'auto' and no stages: that needs no pipeline")
     if strategy in PIPELINED:
         piped = Piped(tuple(force_pipelines(frames, graph, request, strategy, wanted, progress)))
     else:
@@ -382,9 +382,12 @@ def only_pipelines(
         reasons = [one for one in piped.tried if isinstance(one, Alternative)]
         least = min(reasons, key=lambda one: one.memory_bytes or math.inf, default=None)
         if least is None or least.memory_bytes is None:
+            rounds = set(wanted.schedules) == {"interleaved"}
             raise UserError(
                 f"no pipeline with the strategy {strategy!r} exists for this model",
-                fix="use strategy='auto' or 'data'",
+                fix="use another schedule: stages of interleaved have several pieces each"
+                if rounds
+                else "use strategy='auto' or 'data'",
             )
         raise UserError(
             f"no pipeline fits: on {least.mesh}, {least.why}",

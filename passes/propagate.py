@@ -69,11 +69,12 @@ def _returned(graph: Graph, sends: Boundary | None) -> tuple[Sharding, ...]:
     entries: Any = node.args[0]
     user = {entry for entry in entries[: graph.outputs] if isinstance(entry, torch.fx.Node)}
     user -= set(entries[graph.outputs :])
+    crossing = sum(isinstance(entry, torch.fx.Node) for entry in entries[: graph.outputs])
     found = []
-    for source in tensor_inputs(node):
+    for i, source in enumerate(tensor_inputs(node)):
         (value,) = values_of(source)
         wanted = Sharding.replicated(value.rank)
-        if sends is not None and source in user and value.sharding is not None:
+        if sends is not None and i < crossing and value.sharding is not None:
             wanted = sends.sharding(value, value.sharding)
         elif source in user and value.sharding is not None:
             wanted = value.sharding.without_varying()

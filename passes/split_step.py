@@ -77,8 +77,7 @@ class _Splitter:
             for known in (self.part, self.same, self.reason):
                 known.clear()
             self._parts()
-        if not sends:  # what is sent is sent for every micro-batch
-            self._sink()
+        self._sink(sends)
 
     def _gather_once(self) -> None:
         """Gather once what alone decides a buffer's new value, which a step has only one of.
@@ -166,10 +165,14 @@ class _Splitter:
         """Parts whose readers are in the body: also what is given, of a single micro-batch."""
         return (BODY, GIVEN) if self.mesh[MICRO_BATCH].size == 1 else (BODY,)
 
-    def _sink(self) -> None:
+    def _sink(self, sends: bool) -> None:
         """Sums over devices that only the tail reads are taken once, of the sum of all."""
+        entries: Any = self.graph.output_node.args[0]
+        sent = set(entries[: self.graph.outputs]) if sends else set()  # in every micro-batch
         for node in reversed(self.graph.fx.nodes):
             if node.target is not COLLECTIVE or self.part[node] != BODY or node.args[0] is not PSUM:
+                continue
+            if node in sent:
                 continue
             if _on_mb(value_of(node)) == "P" and all(
                 user.op == "output" or self.part[user] == TAIL for user in node.users
@@ -213,7 +216,10 @@ class _Splitter:
         )
 
     def sending(self) -> StepGraphs:
-        """The programs of a piece that another one follows: its results are sent as they are."""
+        """The programs of a piece that another one follows: its results are sent as they are.
+
+        What new values of buffers are made of comes after them in each micro-batch's results.
+        """
         results: list[Any] = list(self.graph.output_node.args[0])  # type: ignore[arg-type]
         sent, new = results[: self.graph.outputs], results[self.graph.outputs :]
         updates = dict(zip(self.graph.mutated, new, strict=True))
@@ -222,12 +228,12 @@ class _Splitter:
         for node in sent:
             if self.part[node] == TAIL:
                 raise self._needs_others(self.reason[node])
-        body = self._body(sent, in_body)
         tail = self._tail(list(in_tail.values()), tuple(in_tail))
-        if any(self.part[n] == BODY for n in tail.foreign):
-            raise self._needs_others(next(iter(tail.foreign)))
+        combined = [n for n in tail.foreign if self.part[n] == BODY]
+        body = self._body([*sent, *combined], in_body)
         prologue, prepared = self._prologue(body, tail)
-        return StepGraphs(prologue, body.graph, tail.graph, prepared)
+        how = tuple(_combine(value_of(n)) for n in combined)
+        return StepGraphs(prologue, body.graph, tail.graph, prepared, how)
 
     def _objective(self, user: Sequence[Any]) -> tuple[Node | None, int | None]:
         """What of the body adds up to the loss, and which result of the user's code that is."""

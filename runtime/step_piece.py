@@ -68,6 +68,7 @@ def load_part(
         for graph in (graphs.prologue, graphs.body, graphs.tail)
     )
     given, returned = _results(graphs.body), _results(graphs.tail)
+    sent = given[: len(given) - len(graphs.combine)] if sends else ()
     wide = (v.dtype for node in graphs.body.fx.nodes for v in values_of(node))
     return PartProgram(
         index=index,
@@ -81,7 +82,7 @@ def load_part(
         differentiable=tuple(isinstance(n, Node) and value_of(n).requires_grad for n in returned),
         half=torch.float16 in wide,
         receives=tuple(map(_crossing, graphs.body.placeholders("received"))),
-        sends=tuple(map(_crossing, given)) if sends else (),
+        sends=tuple(map(_crossing, sent)),
     )
 
 
@@ -171,9 +172,10 @@ class PartRun:
         results = made[: own.body.outputs]
         for name, value in zip(own.body.mutated, made[own.body.outputs :], strict=True):
             self.buffers["buffer", name] = value.detach()
+        sent = len(own.sends)
+        self.results[k] = tuple(x.detach() for x in results[sent : sent + len(own.combine)])
         if own.sends:
-            return results
-        self.results[k] = tuple(x.detach() for x in results[: len(own.combine)])
+            return results[:sent]
         if own.objective is None or not self.training:
             return ()
         objective = results[own.objective]

@@ -13,7 +13,8 @@ import torch
 from autopar.cli_measure import _prices, mismatch_of
 from autopar.cli_plan import plan_target
 from autopar.errors import UserError
-from autopar.plan import load_plan
+from autopar.ir.mesh import Axis, Mesh
+from autopar.plan import Pipeline, load_plan
 
 from .cli_helpers import MODEL, run_main
 
@@ -134,6 +135,21 @@ def test_bad_input(
     )
     assert (code, out) == (2, "")
     assert message in error
+
+
+def test_a_pipeline_is_refused(
+    folder: Path, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stage has nothing to begin with, and the whole model is not what a rank runs."""
+    plan = load_plan(folder / "cpu.json")
+    mesh = Mesh((Axis("pp", 2), *Mesh.of(dp=4).axes))
+    params = {name: replace(stored, stages=(0,)) for name, stored in plan.params.items()}
+    staged = replace(plan, mesh=mesh, pipeline=Pipeline("1f1b", ("linear",)), params=params)
+    file = folder / "staged.json"
+    file.write_text(staged.to_json())
+    code, out, error = run_main(capsys, "measure-rank", str(file), target, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert "the plan has a pipeline of 2 stages" in error and "--strategy data+tensor" in error
 
 
 def test_another_model(folder: Path, target: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
         "forward computes a CTC loss, which reads the lengths of the targets",
         "return the log-probabilities from forward and compute the loss of them outside",
     ),
+    (r"Size-like symbols: (?!none)\w", *SHAPE_FROM_TENSOR),  # two such sizes are compared
     (
         r"\(nn/functional\.py:\d+ in \w+\)",
         "forward calls a function of torch that looks at a tensor's values, to check them",

@@ -78,7 +78,7 @@ def local_call(
     name = op_name(node)
     if local.inputs and all(0 in shape for shape in local.outputs):
         if name.split(".")[1] in SAVES_WEIGHTS and not _is_strange(node, local):
-            return unchanged
+            return _convolution(node, local) if _is_convolution(node) else unchanged
         return _nothing(node, local)
     handler = LOCALISE.get(name) or LOCALISE.get(name.rpartition(".")[0])
     return unchanged if handler is None else handler(node, local)
@@ -96,9 +96,13 @@ def scaled(factor: float, op: str, *args: Any, **kwargs: Any) -> torch.Tensor:
     return result * factor
 
 
+def _is_convolution(node: torch.fx.Node) -> bool:
+    return op_name(node).split(".")[1] in CONVOLUTIONS
+
+
 def _is_strange(node: torch.fx.Node, local: Local) -> bool:
     """Whether an op that takes an empty batch is given something else that is empty."""
-    if op_name(node).split(".")[1] not in CONVOLUTIONS:
+    if not _is_convolution(node):
         return False
     return 0 in local.of(node, "weight") or 0 in local.of(node, "input")[1:]
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from . import lowered
 from .lowered import Collective
-from .mesh import Mesh
+from .mesh import MICRO_BATCH, Mesh
 from .sharding import Sharding
 
 _REDUCE = {"sum": lowered.PSUM, "max": lowered.PMAX, "min": lowered.PMIN}
@@ -95,7 +95,7 @@ def _surplus(current: Sharding, target: Sharding, dim: int) -> tuple[str, ...]:
     else:
         keep = len(have.axes)
     if (have.outer, have.block) != (want.outer, want.block):
-        keep = 0
+        keep = int(have.outer == want.outer == 1 and have.axes[:keep][:1] == (MICRO_BATCH,))
     return have.axes[keep:]
 
 

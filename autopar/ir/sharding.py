@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .mesh import Mesh
+from .mesh import MICRO_BATCH, Mesh
 
 REDUCTIONS = ("sum", "max", "min")
 
@@ -200,4 +200,6 @@ def _without(split: Split, axis: str) -> Split:
     if axis not in split.axes:
         return split
     axes = tuple(a for a in split.axes if a != axis)
+    if axes == (MICRO_BATCH,) and split.outer == 1:  # micro-batches are even, whatever the units
+        return Split(axes)
     return Split(axes, split.outer, split.block) if axes else WHOLE

@@ -27,8 +27,8 @@ class StepGraphs:
     `prologue` gives the values that do not depend on the micro-batch: `prepared` names them, and
     they are placeholders of role "prepared" in the other two. `body` gives the values in
     `combine`, which are the placeholders of role "combined" of `tail`, then new values of buffers;
-    `tail` gives what the user's code returns. Of a piece that is not the last one, `body` gives
-    what is sent to the next, and there is nothing to combine. `objective` is which result of the
+    `tail` gives what the user's code returns, then new values of buffers. Of a piece that is not
+    the last one, `body` gives first what is sent to the next. `objective` is which result of the
     body is the micro-batch's part of the loss, and `loss` which result of the tail is the loss;
     None without gradients.
     """

@@ -290,3 +290,25 @@ def test_nothing_stays_a_function_of_complex_numbers(source: str, result: str) -
     assert isinstance(y, torch.Tensor) and (y.shape, y.dtype) == ((2, 0), dtypes[result])
     y.abs().sum().backward()
     assert x.grad is not None and x.grad.dtype == x.dtype
+
+
+def test_groups_of_a_convolution_are_split_where_there_are_no_rows() -> None:
+    """One row over two devices: those without it run the op on nothing, with the weight they have.
+
+    What autograd saves must be the same everywhere, so that it is not left out.
+    """
+    text = """
+        mesh dp=2 x tp=2
+        %w: param f32[6, 3, 3, 3] grad "w"
+        %x: input f32[1, 6, 5, 5] "x"
+        %y: f32[1, 6, 3, 3] = aten.conv2d(%x, %w, None, [1, 1], [0, 0], [1, 1], 2)
+        %loss: f32[] = aten.sum(%y)
+        return %loss
+        """
+    mesh, graph = lowered(
+        text, {"y": {"dp": "a", "tp": "b"}, "loss": {"dp": "a", "tp": "b"}}, {"w": "[tp, -, -, -]"}
+    )
+    for rank in range(4):
+        local = show(localise_shapes(graph, mesh, rank))
+        assert f"f32[{1 - rank // 2}, 3, 3, 3] @ [dp, tp" in local
+        assert "[1, 1], [0, 0], [1, 1], 1)" in local

@@ -83,3 +83,9 @@ def test_a_model_that_reads_one_stage_only_cannot_be_cut() -> None:
     shorter = OTHER.replace("%n, %w2", "%n, %w1").replace("%o, %table", "%o, %w1")
     with pytest.raises(UserError, match="cannot be cut into 2 pieces"):
         matching_cuts(graph_of(shorter), piped())
+
+
+def test_a_last_stage_that_has_a_tied_parameter_alone_is_found_again() -> None:
+    plan = with_pipeline(FLAT, graph_of(CHAIN), 2, ["d"], 4)
+    assert plan.params["table"].stages == (0, 1)
+    assert matching_cuts(graph_of(OTHER), plan) == ("p",)

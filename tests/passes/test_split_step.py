@@ -10,12 +10,13 @@ from autopar.errors import UserError
 from autopar.ir.mesh import Mesh
 from autopar.ir.parse import parse_sharding
 from autopar.ir.rule import Choice
-from autopar.ir.step import StepGraphs
+from autopar.ir.step import Combine, StepGraphs
 from autopar.ir.verify import INVARIANTS
 from autopar.passes.follow_micro_batches import largest_count
 from autopar.passes.insert_reshards import insert_reshards
 from autopar.passes.lower_collectives import lower_collectives
 from autopar.passes.lower_step import micro_batched, why_not_micro_batched
+from autopar.passes.pieces import Boundary
 from autopar.passes.propagate import propagate
 from autopar.passes.rules_of import rules_of
 from autopar.passes.split_step import split_step
@@ -44,17 +45,20 @@ CHOICES = {
 }
 
 
-def steps_of(text: str, regather: str = "", batch: int = 8, count: int = 2) -> StepGraphs:
+def steps_of(
+    text: str, regather: str = "", batch: int = 8, count: int = 2, sends: bool = False
+) -> StepGraphs:
     """The three programs of all ranks, on two devices that split the batch."""
     graph, mesh = graph_of(text), Mesh.of(dp=2)
     storage = {"v": parse_sharding("[-, dp]")} if regather else {}
     dropped = frozenset(regather.split())
     made = micro_batched(graph, mesh, count, {B: batch}, rules_of, CHOICES, storage, dropped)
-    typed = propagate(made.graph, made.mesh, made.rules, made.choices, storage, dropped)
+    how = Boundary() if sends else None
+    typed = propagate(made.graph, made.mesh, made.rules, made.choices, storage, dropped, how)
     lowered = lower_collectives(insert_reshards(typed), made.mesh)
     found = INVARIANTS["types_follow"](lowered, made.mesh)
     assert found is None, found
-    return split_step(lowered, made.mesh)
+    return split_step(lowered, made.mesh, sends)
 
 
 class TestSplitStep(expecttest.TestCase):
@@ -123,6 +127,25 @@ return %collective_8, %collective_9""",
     def test_dropped_parameters_are_gathered_in_every_micro_batch(self) -> None:
         made = steps_of(MODEL, "v")
         assert "gather_vary" in show(made.body) and "gather_vary" not in show(made.prologue)
+
+
+COUNTED = """
+%w: param f32[4, 4] grad "w"
+%seen: buffer f32[4] "seen"
+%x: input f32[b, 4] "x"
+%h: f32[b, 4] grad = aten.mm(%x, %w)
+%some: f32[4] = aten.sum.dim_IntList(%h, [0])
+%new: f32[4] = aten.add.Tensor(%seen, %some)
+return %h; update %seen <- %new
+"""
+
+
+def test_buffers_of_a_piece_before_the_last_are_of_all_micro_batches() -> None:
+    """What they are made of follows what is sent."""
+    made = steps_of(COUNTED, sends=True)
+    assert made.combine == (Combine("sum"),)
+    assert show(made.body).endswith("return %h, %new")
+    assert "%new: combined f32[4] @ [-]" in show(made.tail)
 
 
 REFUSED = {
