@@ -56,7 +56,8 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
         return _unscale(*args)
     op = op_of(func)
-    if any(_COPY in vars(t) for t in tensors_in(written_by(op, args, kwargs), {})):
+    written = list(tensors_in(written_by(op, args, kwargs), {}))
+    if any(_COPY in vars(t) for t in written):
         raise UserError(
             "a part of a tensor that the devices of a pipeline stage split between them is written "
             "to, and is a copy",
@@ -70,7 +71,8 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"{func} changes the shape of a tensor that is on one pipeline stage",
             fix="use the function that returns a new tensor instead",
         )
-    if op.elementwise and (_alike_lists(args) if op.lists else _alike(args, kwargs)):
+    ours = all(isinstance(t, DTensor) and is_staged(t) for t in written)
+    if ours and op.elementwise and (_alike_lists(args) if op.lists else _alike(args, kwargs)):
         return _on_locals(func, op, args, kwargs)
     if op.lists:
         parts = _by_stages(args)
@@ -231,7 +233,8 @@ def _on_all_ranks(func: Any, op: Op, args: Any, kwargs: Any) -> Any:
     whole = {id(t): w for t, w in zip(staged, found, strict=True)}
     if op.read_by_python:
         for key, tensor in whole.items():  # DTensor would give Python its own part of a sum
-            whole[key] = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+            everywhere = [Replicate()] * tensor.device_mesh.ndim
+            whole[key] = as_plan_tensor(tensor.redistribute(placements=everywhere))
     outer = {id(whole[id(t)]): t for t in staged}
     result = call_with(func, lambda t: whole.get(id(t), t), args, kwargs)
     for tensor in staged_in(written_by(op, args, kwargs), {}):

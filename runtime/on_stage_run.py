@@ -40,17 +40,28 @@ from .stage_placement import (
 
 def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
     """Whether the op needs nothing of other stages' ranks."""
-    if op.random or op.read_by_python:
+    if op.random or op.read_by_python or not _has_shapes(func):
         return False
     mesh = staged_in(args, kwargs)[0].device_mesh
     for tensor in tensors_in(args, kwargs):
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh:
                 return False
-        elif tensor.dim():  # which ranks might not have alike
+        elif tensor.dtype is torch.bool and op.indexes:  # how many there are, others cannot know
             return False
     written = tensors_in(written_by(op, args, kwargs), {})
     return all(isinstance(t, DTensor) and is_staged(t) for t in written)
+
+
+_SHAPES = ("Meta", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+
+
+@functools.cache
+def _has_shapes(func: Any) -> bool:
+    """Whether shape and strides of what the op returns can be found without data."""
+    if func._schema.name.startswith("aten::_fft"):  # strides without data are not those with
+        return False
+    return any(func.has_kernel_for_dispatch_key(key) for key in _SHAPES)
 
 
 def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int) -> Any:
@@ -219,11 +230,20 @@ def _find_results(
     stage: int | None,
     world: object,
 ) -> tuple[list[Any], Any]:
+    def alone(value: Tensor) -> Any:
+        made, inner = value.detach().to("meta"), stage_mesh(mesh, axis)
+        if inner is None:
+            return made
+        whole = [Replicate()] * inner.ndim
+        spec = make_spec(inner, whole, value.shape, value.stride(), value.dtype)
+        return dtensor_with(made, spec)
+
     def without_data(described: Any) -> Any:
         if described[0] is list:
             return [without_data(item) for item in described[1:]]
         if described[0] is not DTensor:
-            return described[1]
+            value = described[1]
+            return alone(value) if isinstance(value, Tensor) and value.dim() else value
         spec = described[1]
         inner, meta = _stage_spec(spec, axis, world), spec.tensor_meta
         shape = meta.shape
