@@ -393,9 +393,7 @@ def misused() -> list[str]:
     """The messages of what cannot be done with a parameter of a stage."""
     module = net("stages and tensor")
     said = []
-    rank = torch.distributed.get_rank()
     for misuse in (
-        lambda: module.qkv.detach() + torch.ones(module.qkv.shape).mul_(rank),
         lambda: module.out.detach().resize_(3),
         lambda: [
             part.zero_()
