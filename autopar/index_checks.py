@@ -22,10 +22,10 @@ from .token_ops import cross_entropy
 # They give the values of their input in another order, and need not be run for a check of all.
 _VIEWS = ("view", "reshape", "flatten", "contiguous", "transpose", "t", "permute", "unsqueeze")
 # They give some of the values, or others: checks are of what they give.
-_PARTS = """
-    select slice narrow split split_with_sizes chunk unbind getitem squeeze expand
-    to _to_copy clone detach alias lift_fresh_copy
-""".split()
+_PARTS = (
+    *("select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem"),
+    *("squeeze", "expand", "to", "_to_copy", "clone", "detach", "alias", "lift_fresh_copy"),
+)
 _LOSSES = ("cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd")
 
 
