@@ -35,7 +35,7 @@ from .on_stage_arguments import (
     written_by,
 )
 from .on_stage_run import may_run_on_stage, run_on_stage
-from .plan_tensor import as_plan_tensor
+from .plan_tensor import as_plan_tensor, is_refusal
 from .shared_memory import make_group
 from .stage_gather import gathered
 from .stage_placement import axis_of, is_here, stage_of
@@ -82,7 +82,12 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if len(stages) == 1 and may_run_on_stage(func, op, args, kwargs):
         ((axis, _),) = stages
         assert axis is not None
-        made = run_on_stage(kind, func, op, args, kwargs, axis)
+        try:
+            made = run_on_stage(kind, func, op, args, kwargs, axis)
+        except (NotImplementedError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            return _on_all_ranks(func, op, args, kwargs)
         if op.views:
             _mark_copies(made, args)
         return made

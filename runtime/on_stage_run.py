@@ -17,6 +17,7 @@ from autopar.compat import become, dtensor_with, local_of, local_shape_of, make_
 
 from .on_stage_arguments import (
     Op,
+    aten,
     call_with,
     is_staged,
     local_part,
@@ -26,7 +27,7 @@ from .on_stage_arguments import (
     tensors_in,
     written_by,
 )
-from .plan_tensor import as_plan_tensor
+from .plan_tensor import as_plan_tensor, is_for_dtensor
 from .stage_placement import (
     OnStage,
     axis_of,
@@ -43,6 +44,8 @@ def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
     if op.random or op.read_by_python or not _has_shapes(func):
         return False
     mesh = staged_in(args, kwargs)[0].device_mesh
+    if mesh.ndim > 1 and (func in _PLACED or not is_for_dtensor(func, op)):
+        return False  # what comes out is not placed as DTensor's rule says, which others go by
     for tensor in tensors_in(args, kwargs):
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh:
@@ -53,6 +56,7 @@ def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
     return all(isinstance(t, DTensor) and is_staged(t) for t in written)
 
 
+_PLACED = (aten.embedding.default, aten.cat.default, aten.stack.default)
 _SHAPES = ("Meta", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
 
 
@@ -65,7 +69,10 @@ def _has_shapes(func: Any) -> bool:
 
 
 def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int) -> Any:
-    """What the op returns, on the stage of its arguments; `axis` is that of the stages."""
+    """What the op returns, on the stage of its arguments; `axis` is that of the stages.
+
+    Raises on all ranks alike, before anything is done, where DTensor refuses.
+    """
     like = staged_in(args, kwargs)[0]
     spread = functools.partial(_on_every_stage, axis=axis)
     args = [mapped(spread, a) for a in args]
@@ -74,9 +81,11 @@ def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int
     for tensor in staged_in(written, {}):
         _reduce_partial(tensor)
     if is_here(like):
+        if like.device_mesh.ndim > 1:  # what others cannot find out raises on all ranks
+            _results(func, args, _without_device(kwargs), like.device_mesh, axis, stage_of(like))
         return _run_here(kind, func, args, kwargs, like)
     device = torch.device(kwargs.get("device") or like.device)
-    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    kwargs = _without_device(kwargs)
     # Also of an op that returns nothing new: it may raise, and then has to on all ranks.
     found, shape = _results(func, args, kwargs, like.device_mesh, axis, stage_of(like))
     if written:
@@ -88,6 +97,10 @@ def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int
         for r in found
     ]
     return made[0] if shape is None else shape(made)
+
+
+def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "device"}
 
 
 def _on_every_stage(tensor: Tensor, axis: int) -> Tensor:

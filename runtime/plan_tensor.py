@@ -128,7 +128,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _on_whole(func, op, args, kwargs, mesh)
     if op.random or op.changes_shape or any(_is_lost_view(t) for t in written):
         return _on_whole(func, op, args, kwargs, mesh)
-    if not _is_for_dtensor(func, op):
+    if not is_for_dtensor(func, op):
         return _on_whole(func, op, args, kwargs, mesh)
     if func in _FLATTENING and sum(not p.is_replicate() for p in args[0].placements) > 1:
         return _on_whole(func, op, args, kwargs, mesh)
@@ -154,9 +154,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         result = func(*tree_map(enter, args), **tree_map(enter, kwargs))
     except (NotImplementedError, RuntimeError) as error:
-        if not isinstance(error, NotImplementedError) and not any(
-            text in str(error) for text in _NOT_BY_DTENSOR
-        ):
+        if not is_refusal(error):
             raise
         return _on_whole(func, op, args, kwargs, mesh)
     made = tree_map(leave, result)
@@ -167,7 +165,15 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return made
 
 
-def _is_for_dtensor(func: Any, op: Op) -> bool:
+def is_refusal(error: Exception) -> bool:
+    """Whether it says that DTensor has no rule for an op on these arguments."""
+    if isinstance(error, NotImplementedError):
+        return True
+    return any(text in str(error) for text in _NOT_BY_DTENSOR)
+
+
+def is_for_dtensor(func: Any, op: Op) -> bool:
+    """Whether DTensor's own rule for the op is used, if it has one for the arguments."""
     if func is torch.ops.aten.as_strided.default:
         return False
     name = func._schema.name.removeprefix("aten::")
