@@ -126,7 +126,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     written = [t for t in tree_leaves(written_by(op, args, kwargs)) if isinstance(t, Tensor)]
     if any(not isinstance(t, DTensor) or t.device_mesh != mesh for t in written):
         return _on_whole(func, op, args, kwargs, mesh)
-    if op.random or op.changes_shape or any(_is_lost_view(t) for t in written):
+    if op.random or op.changes_shape or any(is_lost_view(t) for t in written):
         return _on_whole(func, op, args, kwargs, mesh)
     if not is_for_dtensor(func, op):
         return _on_whole(func, op, args, kwargs, mesh)
@@ -195,7 +195,7 @@ def _is_whole(tensor: Tensor, mesh: DeviceMesh) -> bool:
         return True
     if tensor.device_mesh != mesh or any(not p.is_replicate() for p in tensor.placements):
         return False
-    return type(local_of(tensor)) is Tensor and not _is_lost_view(tensor)
+    return type(local_of(tensor)) is Tensor and not is_lost_view(tensor)
 
 
 def _on_locals(func: Any, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
@@ -282,7 +282,10 @@ def _shares(found: Tensor, tensor: DTensor) -> bool:
 def write(tensor: DTensor, whole: Tensor, reshaped: bool = False) -> None:
     """Make a tensor's values those of a whole one, and those that it is a view of; collective."""
     if reshaped or any(p.is_partial() for p in tensor.placements) or tensor.dtype != whole.dtype:
-        become_tensor(tensor, _plain(whole, tensor.device_mesh))
+        from .on_stage import axis_of, on_stage, stage_of
+
+        new, axis, stage = _plain(whole, tensor.device_mesh), axis_of(tensor), stage_of(tensor)
+        become_tensor(tensor, new if axis is None or stage is None else on_stage(new, axis, stage))
     else:
         local_of(tensor).copy_(local_of(_placed(whole, tensor)))
     viewed = vars(tensor).get(_VIEWED)
@@ -306,8 +309,15 @@ def write(tensor: DTensor, whole: Tensor, reshaped: bool = False) -> None:
 _VIEWED, _PLACE = "_autopar_viewed", "_autopar_place"
 
 
-def _is_lost_view(tensor: Tensor) -> bool:
+def is_lost_view(tensor: Tensor) -> bool:
+    """Whether it is a view that has memory of its own."""
     return isinstance(tensor, DTensor) and _VIEWED in vars(tensor)
+
+
+def remember_view(view: DTensor, base: DTensor, place: int, func: Any, args: Any, kw: Any) -> None:
+    """Let a copy know of what `base` it is a view, as the result of an op at some place."""
+    vars(view)[_VIEWED] = (base, func, args, kw)
+    vars(view)[_PLACE] = place
 
 
 def _remember_views(made: Any, tensors: list[Any], func: Any, args: Any, kwargs: Any) -> None:
@@ -322,9 +332,8 @@ def _remember_views(made: Any, tensors: list[Any], func: Any, args: Any, kwargs:
     for place, view in enumerate(tree_leaves(made)):
         if not isinstance(view, DTensor) or view is base or not view.numel():
             continue
-        if _is_lost_view(base) or not _is_view_of(view, base):
-            vars(view)[_VIEWED] = (base, func, args, kwargs)
-            vars(view)[_PLACE] = place
+        if is_lost_view(base) or not _is_view_of(view, base):
+            remember_view(view, base, place, func, args, kwargs)
 
 
 def _is_view_of(view: DTensor, base: DTensor) -> bool:
