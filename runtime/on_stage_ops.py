@@ -101,8 +101,8 @@ def _remember_copies(made: Any, func: Any, args: Any, kwargs: Any) -> None:
     for place, view in enumerate(tensors_in((made,), {})):
         if isinstance(view, DTensor) and view is not base:
             pairs = zip(base.placements, view.placements, strict=False)
-            gathered = any(b.is_shard() and not v.is_shard() for b, v in pairs)
-            if is_lost_view(base) or gathered or not is_staged(view):
+            whole = any(v.is_replicate() and not b.is_replicate() for b, v in pairs)
+            if is_lost_view(base) or whole or not is_staged(view):
                 remember_view(view, base, place, func, args, kwargs)
 
 
