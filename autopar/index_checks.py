@@ -5,41 +5,66 @@ The others would wait for it in a collective, for ever if the user's loop catche
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.fx
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .cost.families import op_name
 from .ir.graph import Graph, value_of
 from .ir.rules.common import arguments
 from .token_ops import cross_entropy
 
+# They give the values of their input in another order, and need not be run for a check of all.
 _VIEWS = ("view", "reshape", "flatten", "contiguous", "transpose", "t", "permute", "unsqueeze")
+# They give some of the values, or others: checks are of what they give.
+_PARTS = (
+    *("select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem"),
+    *("squeeze", "expand", "to", "_to_copy", "clone", "detach", "alias", "lift_fresh_copy"),
+)
+_LOSSES = ("cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd")
 
 
 @dataclass(frozen=True)
 class Indices:
-    """An input by its number, that is used as indices below `bound`; `ignored` may be there, too.
+    """An input by its number, that is used as indices from `lowest` on and below `bound`.
 
-    `what` says what uses it.
+    `ignored` may be there, too. `what` says what uses it, `parts` what comes before that.
     """
 
     number: int
     bound: int
     ignored: int | None
     what: str
+    lowest: int = 0
+    parts: tuple[torch.fx.Node, ...] = ()
+
+    def given_by(self, tensor: Tensor) -> Tensor:
+        """The indices that an input has."""
+        value: Any = tensor
+        for node in self.parts:
+            value = cast(Any, node.target)(value, *node.args[1:], **node.kwargs)
+        found: Tensor = value
+        return found
 
 
 def indices_of(graph: Graph) -> tuple[Indices, ...]:
-    """Inputs that are looked up in a table, or are classes, as they come or viewed otherwise."""
+    """Inputs that are looked up in a table, or are classes, as they come, in part or as integers.
+
+    Not followed are those that are computed with, and views and parts whose sizes are symbolic.
+    """
     found: list[Indices] = []
     for number, node in enumerate(graph.placeholders("input")):
-        for user in _users(node):
-            made = _use(number, user[0], user[1])
-            if made is not None and made not in found:
+        for user, index, steps in _users(node, ()):
+            made = _use(number, user, index)
+            if made is None:
+                continue
+            made = replace(made, parts=_needed(steps))
+            if made not in found and all(map(_is_fixed, made.parts)):
                 found.append(made)
     return tuple(found)
 
@@ -50,13 +75,15 @@ def check_indices(indices: Sequence[Indices], inputs: Sequence[Tensor]) -> None:
     Inputs on accelerators are left to their kernels.
     """
     for use in indices:
-        tensor = inputs[use.number]
+        if inputs[use.number].device.type != "cpu":
+            continue
+        tensor = use.given_by(inputs[use.number])
         if tensor.device.type != "cpu" or not tensor.numel():
             continue
         low, high = (int(x) for x in tensor.aminmax())
-        if low >= 0 and high < use.bound:
+        if low >= use.lowest and high < use.bound:
             continue
-        wrong = (tensor < 0) | (tensor >= use.bound)
+        wrong = (tensor < use.lowest) | (tensor >= use.bound)
         if use.ignored is not None:
             wrong &= tensor != use.ignored
         if bool(wrong.any()):
@@ -64,36 +91,78 @@ def check_indices(indices: Sequence[Indices], inputs: Sequence[Tensor]) -> None:
             raise IndexError(f"index {value} is out of bounds for {use.what} of size {use.bound}")
 
 
-def _users(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, torch.fx.Node]]:
+_Steps = tuple[torch.fx.Node, ...]
+
+
+def _users(
+    node: torch.fx.Node, steps: _Steps
+) -> Iterator[tuple[torch.fx.Node, torch.fx.Node, _Steps]]:
+    """What uses a value, the value as it is used, and the steps from the input to there."""
     for user in node.users:
         if user.op != "call_function":
             continue
-        if op_name(user.target) in _VIEWS:
-            yield from _users(user)
+        if op_name(user.target) in (*_VIEWS, *_PARTS):
+            if user.args and user.args[0] is node:
+                yield from _users(user, (*steps, user))
         else:
-            yield user, node
+            yield user, node, steps
+
+
+def _needed(steps: _Steps) -> _Steps:
+    """The steps without views at the end."""
+    while steps and op_name(steps[-1].target) in _VIEWS:
+        steps = steps[:-1]
+    return steps
+
+
+def _is_fixed(step: torch.fx.Node) -> bool:
+    """Whether the step reads nothing but its input."""
+    return len(step.all_input_nodes) == 1 and not any(
+        isinstance(a, torch.SymInt) for a in tree_leaves((step.args[1:], step.kwargs))
+    )
 
 
 def _use(number: int, user: torch.fx.Node, index: torch.fx.Node) -> Indices | None:
     name = op_name(user.target)
-    if name not in ("embedding", "cross_entropy", "cross_entropy_loss", "nll_loss"):
+    if not isinstance(user.target, torch._ops.OpOverload) or _is_float(index):
         return None
     given = arguments(user)
-    if name == "embedding":
-        rows = value_of(given["weight"]).shape[0]
-        if given["indices"] is not index or not _is_number(rows):
+    if name in ("embedding", "embedding_bag", "_embedding_bag"):
+        if given["indices"] is not index:
             return None
-        return Indices(number, int(rows), None, "a table")
-    scores = value_of(given["self"]).shape
-    last = len(scores) == 1 or user.target is cross_entropy.default
-    classes = scores[-1] if last else scores[1]
-    if given.get("target") is not index or not _is_number(classes):
-        return None
-    if value_of(index).dtype.is_floating_point:  # probabilities of classes
-        return None
-    ignored = given.get("ignore_index", -100)
-    return Indices(number, int(classes), int(ignored), "classes")
+        return _below(number, value_of(given["weight"]).shape[0], "a table")
+    if name in ("gather", "index_select") and given["index"] is index:
+        shape = value_of(given["self"]).shape
+        return _below(number, shape[given["dim"]], "a dim") if shape else None
+    if name == "index":
+        return _indexed(number, given, index)
+    if name in _LOSSES and given["target"] is index:
+        scores = value_of(given["self"]).shape
+        last = len(scores) == 1 or user.target is cross_entropy.default
+        found = _below(number, scores[-1] if last else scores[1], "classes")
+        return found and replace(found, ignored=int(given["ignore_index"]))
+    return None
 
 
-def _is_number(size: object) -> bool:
-    return isinstance(size, int) or getattr(size, "is_Integer", False)
+def _indexed(number: int, given: Mapping[str, Any], index: torch.fx.Node) -> Indices | None:
+    """Of `tensor[index]`: negative indices count from the end."""
+    places = [i for i, at in enumerate(given["indices"]) if at is index]
+    masks = any(at is not None and not _is_index(at) for at in given["indices"])
+    if not places or masks:
+        return None
+    found = _below(number, value_of(given["self"]).shape[places[0]], "a dim")
+    return found and replace(found, lowest=-found.bound)
+
+
+def _below(number: int, bound: object, what: str) -> Indices | None:
+    if not isinstance(bound, int) and not getattr(bound, "is_Integer", False):
+        return None
+    return Indices(number, int(cast(int, bound)), None, what)
+
+
+def _is_float(node: torch.fx.Node) -> bool:
+    return value_of(node).dtype.is_floating_point
+
+
+def _is_index(node: torch.fx.Node) -> bool:
+    return value_of(node).dtype in (torch.int64, torch.int32)

@@ -38,6 +38,7 @@ from .programs import SEED, Loader, Runnable
 from .python_state import warn_of_hooks
 from .runtime import agree, world
 from .runtime.file_values import check_values
+from .runtime.foreign_values import ForeignValues
 from .runtime.group import Group
 from .runtime.locals import local_tensors, take_whole_gradients
 from .runtime.materialise import agree_on_values, realise_others, shard_deferred
@@ -88,6 +89,7 @@ class Session:
             )
         self._live = world.flat_mesh(self.world_size, device)
         self._check = agree.StepCheck(make_group())
+        self._foreign = ForeignValues()
         place_optimizer_states()  # before the states are taken apart into local tensors
         local_steps()
         self._hints = hints_of(module)  # before the parameters that have them are replaced
@@ -150,7 +152,9 @@ class Session:
             agree.batch_digest(tensors),
             seed,
             found.captured.number if found is not None else 0,
+            self._foreign.found(self.module) if self._is_sharded else {},
         )
+        self._foreign.agreed(self.module)
         if found is None or not known:
             found = self._captured_anew(args, kwargs)
         return found, seed

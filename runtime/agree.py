@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from autopar.errors import UserError
 
 from .group import Group
-from .shared_memory import make_group
 
 T = TypeVar("T")
 _SAMPLES = 1024
@@ -93,32 +92,22 @@ def batch_digest(tensors: Sequence[Tensor]) -> int:
     return total
 
 
-def check_tensor(what: str, tensor: Tensor, fix: str) -> None:
-    """Raise UserError on every rank unless all ranks have the same tensor; one small message.
-
-    Tensors are the same where shape, dtype and a sample of elements are.
-    """
-    kind = number(f"{tuple(tensor.shape)} {tensor.dtype}")
-    mine = torch.tensor([kind, batch_digest([tensor])], dtype=torch.int64)
-    low_and_high = torch.cat([-mine, mine])
-    make_group().all_reduce(low_and_high, "max", in_place=True).wait()
-    low, high = low_and_high.chunk(2)
-    if not torch.equal(-low, high):
-        raise UserError(f"{what} is not the same on all ranks", fix=fix)
-
-
 class StepCheck:
     """One small message per step: do all ranks run the same program on the same batch and seed?"""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def run(self, shapes: str, digest: int, seed: int, program: int) -> tuple[int, bool]:
+    def run(
+        self, shapes: str, digest: int, seed: int, program: int, written: Mapping[str, int]
+    ) -> tuple[int, bool]:
         """Rank 0's seed, and whether all ranks have the program of the same number, which is not 0.
 
-        Raises UserError on every rank where shapes or contents differ.
+        `written` are digests of what the loop wrote to parameters, by their names. Raises UserError
+        on every rank where shapes or contents of the batch or what was written differ.
         """
-        mine = torch.tensor([number(shapes), digest, seed, program], dtype=torch.int64)
+        writes = number(repr(sorted(written.items()))) if written else 0
+        mine = torch.tensor([number(shapes), digest, seed, program, writes], dtype=torch.int64)
         rows = self.group.wait(self.group.all_gather(mine)).view(self.group.size, len(mine))
         differs = (rows != rows[0]).any(0).tolist()
         if differs[0]:
@@ -135,4 +124,23 @@ class StepCheck:
                 fix="give every rank the same global batch (no DistributedSampler, the same seed "
                 "for shuffling); autopar splits it",
             )
+        if differs[4]:
+            self._tell_writes(written)
         return int(rows[0, 2]), program != 0 and not differs[3]
+
+    def _tell_writes(self, written: Mapping[str, int]) -> None:
+        every: list[Any] = [None] * self.group.size
+        dist.all_gather_object(every, dict(written))
+        names = sorted({name for found in every for name in found})
+        wrong = [n for n in names if any(found.get(n) != every[0].get(n) for found in every)]
+        for rank, found in enumerate(every):
+            if found.get(wrong[0]) != every[0].get(wrong[0]):
+                raise UserError(
+                    f"rank {rank} wrote other values to the parameter {_listed(wrong)} (or its "
+                    "gradient) than rank 0",
+                    fix="write the same on every rank: seed all ranks alike, or broadcast rank 0's",
+                )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

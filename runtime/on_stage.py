@@ -12,6 +12,7 @@ runs its own ops (`on_stage_ops`): elementwise on what each rank has, others on 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from autopar.compat import dtensor_like, dtensor_of, let_dispatch, local_of
 
 from .checkpoint_pieces import ExactPieces
+from .foreign_values import followed
 from .on_stage_ops import run
 from .plan_tensor import PlanTensor, as_plan_tensor
 from .python_values import PythonValues
@@ -61,7 +63,7 @@ class StagedTensor(ExactPieces, PythonValues, DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
-        return run(cls, func, args, kwargs or {})
+        return followed(functools.partial(run, cls), func, args, kwargs or {})
 
     def redistribute(
         self,

@@ -44,6 +44,7 @@ class Op:
     written: tuple[tuple[int, str], ...]  # the arguments that it writes to
     returns: int
     changes_shape: bool
+    indexes: bool  # by tensors, of which masks have as many elements as they have trues
     views: bool  # returns other tensors of the memory of its arguments
 
 
@@ -57,10 +58,11 @@ def op_of(func: Any) -> Op:
     random = torch.Tag.nondeterministic_seeded in func.tags
     each = name.startswith("_foreach_") and not name.startswith(_REDUCE_EACH)
     pointwise = torch.Tag.pointwise in func.tags or func in _ELEMENTWISE
+    read = any(tag in func.tags for tag in _READ_BY_PYTHON)  # aten.equal is "pointwise", too
     return Op(
-        elementwise=(lists and each) or (pointwise and not lists and not random),
+        elementwise=(lists and each) or (pointwise and not (lists or random or read)),
         random=random,
-        read_by_python=any(tag in func.tags for tag in _READ_BY_PYTHON),
+        read_by_python=read,
         lists=lists,
         written=tuple(
             (i, argument.name)
@@ -69,6 +71,7 @@ def op_of(func: Any) -> Op:
         ),
         returns=len(schema.returns),
         changes_shape=torch.Tag.inplace_view in func.tags,
+        indexes=name.startswith(("index", "_index_put", "_unsafe_index")),
         views=any(r.alias_info and not r.alias_info.is_write for r in schema.returns),
     )
 

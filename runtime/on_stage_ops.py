@@ -35,7 +35,7 @@ from .on_stage_arguments import (
     written_by,
 )
 from .on_stage_run import may_run_on_stage, run_on_stage
-from .plan_tensor import as_plan_tensor
+from .plan_tensor import as_plan_tensor, is_lost_view, is_refusal, remember_view, write
 from .shared_memory import make_group
 from .stage_gather import gathered
 from .stage_placement import axis_of, is_here, stage_of
@@ -56,12 +56,12 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
         return _unscale(*args)
     op = op_of(func)
-    if any(_COPY in vars(t) for t in tensors_in(written_by(op, args, kwargs), {})):
-        raise UserError(
-            "a part of a tensor that the devices of a pipeline stage split between them is written "
-            "to, and is a copy",
-            fix="write to the whole tensor: torch.where, or copy_ of a new one",
-        )
+    written = list(tensors_in(written_by(op, args, kwargs), {}))
+    if any(is_lost_view(t) for t in written):
+        result = _on_all_ranks(func, op, args, kwargs)
+        for tensor in staged_in(written, {}):
+            write(tensor, tensor.detach().full_tensor())  # type: ignore[attr-defined]
+        return result
     if op.changes_shape and func in _RETURNS_NEW:
         become_tensor(args[0], run(kind, _RETURNS_NEW[func], args, kwargs))
         return args[0]
@@ -70,7 +70,8 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"{func} changes the shape of a tensor that is on one pipeline stage",
             fix="use the function that returns a new tensor instead",
         )
-    if op.elementwise and (_alike_lists(args) if op.lists else _alike(args, kwargs)):
+    ours = all(isinstance(t, DTensor) and is_staged(t) for t in written)
+    if ours and op.elementwise and (_alike_lists(args) if op.lists else _alike(args, kwargs)):
         return _on_locals(func, op, args, kwargs)
     if op.lists:
         parts = _by_stages(args)
@@ -80,26 +81,29 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if len(stages) == 1 and may_run_on_stage(func, op, args, kwargs):
         ((axis, _),) = stages
         assert axis is not None
-        made = run_on_stage(kind, func, op, args, kwargs, axis)
+        try:
+            made = run_on_stage(kind, func, op, args, kwargs, axis)
+        except (NotImplementedError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
+            return _on_all_ranks(func, op, args, kwargs)
         if op.views:
-            _mark_copies(made, args)
+            _remember_copies(made, func, args, kwargs)
         return made
     return _on_all_ranks(func, op, args, kwargs)
 
 
-_COPY = "_autopar_copy"
-
-
-def _mark_copies(made: Any, args: Any) -> None:
-    """Remember which views are copies: those of dims that were brought together for them."""
+def _remember_copies(made: Any, func: Any, args: Any, kwargs: Any) -> None:
+    """Let views that are copies know of what: those of dims that were brought together for them."""
     base = args[0]
     if not isinstance(base, DTensor):
         return
-    for view in tensors_in((made,), {}):
+    for place, view in enumerate(tensors_in((made,), {})):
         if isinstance(view, DTensor) and view is not base:
             pairs = zip(base.placements, view.placements, strict=False)
-            if _COPY in vars(base) or any(b.is_shard() and not v.is_shard() for b, v in pairs):
-                vars(view)[_COPY] = True
+            whole = any(v.is_replicate() and not b.is_replicate() for b, v in pairs)
+            if is_lost_view(base) or whole or not is_staged(view):
+                remember_view(view, base, place, func, args, kwargs)
 
 
 # -- elementwise ops on what each rank has --------------------------------------------------------
@@ -231,10 +235,14 @@ def _on_all_ranks(func: Any, op: Op, args: Any, kwargs: Any) -> Any:
     whole = {id(t): w for t, w in zip(staged, found, strict=True)}
     if op.read_by_python:
         for key, tensor in whole.items():  # DTensor would give Python its own part of a sum
-            whole[key] = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+            everywhere = [Replicate()] * tensor.device_mesh.ndim
+            whole[key] = as_plan_tensor(tensor.redistribute(placements=everywhere))
     outer = {id(whole[id(t)]): t for t in staged}
     result = call_with(func, lambda t: whole.get(id(t), t), args, kwargs)
     for tensor in staged_in(written_by(op, args, kwargs), {}):
         if is_here(tensor):
             local_of(tensor).copy_(local_of(whole[id(tensor)]))
-    return mapped(lambda t: outer.get(id(t), t), result)
+    made = mapped(lambda t: outer.get(id(t), t), result)
+    if op.views and not op.written:
+        _remember_copies(made, func, args, kwargs)
+    return made

@@ -17,6 +17,7 @@ from autopar.compat import become, dtensor_with, local_of, local_shape_of, make_
 
 from .on_stage_arguments import (
     Op,
+    aten,
     call_with,
     is_staged,
     local_part,
@@ -26,7 +27,7 @@ from .on_stage_arguments import (
     tensors_in,
     written_by,
 )
-from .plan_tensor import as_plan_tensor
+from .plan_tensor import as_plan_tensor, is_for_dtensor
 from .stage_placement import (
     OnStage,
     axis_of,
@@ -40,21 +41,38 @@ from .stage_placement import (
 
 def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
     """Whether the op needs nothing of other stages' ranks."""
-    if op.random or op.read_by_python:
+    if op.random or op.read_by_python or not _has_shapes(func):
         return False
     mesh = staged_in(args, kwargs)[0].device_mesh
+    if mesh.ndim > 1 and (func in _PLACED or not is_for_dtensor(func, op)):
+        return False  # what comes out is not placed as DTensor's rule says, which others go by
     for tensor in tensors_in(args, kwargs):
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh:
                 return False
-        elif tensor.dim():  # which ranks might not have alike
+        elif tensor.dtype is torch.bool and op.indexes:  # how many there are, others cannot know
             return False
     written = tensors_in(written_by(op, args, kwargs), {})
     return all(isinstance(t, DTensor) and is_staged(t) for t in written)
 
 
+_PLACED = (aten.embedding.default, aten.cat.default, aten.stack.default)
+_SHAPES = ("Meta", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+
+
+@functools.cache
+def _has_shapes(func: Any) -> bool:
+    """Whether shape and strides of what the op returns can be found without data."""
+    if func._schema.name.startswith("aten::_fft"):  # strides without data are not those with
+        return False
+    return any(func.has_kernel_for_dispatch_key(key) for key in _SHAPES)
+
+
 def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int) -> Any:
-    """What the op returns, on the stage of its arguments; `axis` is that of the stages."""
+    """What the op returns, on the stage of its arguments; `axis` is that of the stages.
+
+    Raises on all ranks alike, before anything is done, where DTensor refuses.
+    """
     like = staged_in(args, kwargs)[0]
     spread = functools.partial(_on_every_stage, axis=axis)
     args = [mapped(spread, a) for a in args]
@@ -63,9 +81,11 @@ def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int
     for tensor in staged_in(written, {}):
         _reduce_partial(tensor)
     if is_here(like):
+        if like.device_mesh.ndim > 1:  # what others cannot find out raises on all ranks
+            _results(func, args, _without_device(kwargs), like.device_mesh, axis, stage_of(like))
         return _run_here(kind, func, args, kwargs, like)
     device = torch.device(kwargs.get("device") or like.device)
-    kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    kwargs = _without_device(kwargs)
     # Also of an op that returns nothing new: it may raise, and then has to on all ranks.
     found, shape = _results(func, args, kwargs, like.device_mesh, axis, stage_of(like))
     if written:
@@ -77,6 +97,10 @@ def run_on_stage(kind: Any, func: Any, op: Op, args: Any, kwargs: Any, axis: int
         for r in found
     ]
     return made[0] if shape is None else shape(made)
+
+
+def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "device"}
 
 
 def _on_every_stage(tensor: Tensor, axis: int) -> Tensor:
@@ -219,11 +243,20 @@ def _find_results(
     stage: int | None,
     world: object,
 ) -> tuple[list[Any], Any]:
+    def alone(value: Tensor) -> Any:
+        made, inner = value.detach().to("meta"), stage_mesh(mesh, axis)
+        if inner is None:
+            return made
+        whole = [Replicate()] * inner.ndim
+        spec = make_spec(inner, whole, value.shape, value.stride(), value.dtype)
+        return dtensor_with(made, spec)
+
     def without_data(described: Any) -> Any:
         if described[0] is list:
             return [without_data(item) for item in described[1:]]
         if described[0] is not DTensor:
-            return described[1]
+            value = described[1]
+            return alone(value) if isinstance(value, Tensor) and value.dim() else value
         spec = described[1]
         inner, meta = _stage_spec(spec, axis, world), spec.tensor_meta
         shape = meta.shape

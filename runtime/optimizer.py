@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
 
 from autopar.compat import dtensor_like, local_of
 
+from .foreign_values import follow_gradients, seen
 from .kernel_steps import WITH_KERNEL
 from .on_stage import placed_like
 
@@ -84,6 +85,8 @@ class LocalSteps:
         The first positional argument is the optimizer that makes it.
         """
         self._local.pop(optimizer, None)  # of a step that raised
+        if seen():
+            follow_gradients(p for group in optimizer.param_groups for p in group["params"])
         if type(optimizer) not in ELEMENTWISE or _has_closure(args, kwargs):
             return None
         if args[0] is not optimizer:  # another parallel module's hook was here

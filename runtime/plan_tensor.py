@@ -19,8 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autopar.compat import become_tensor, dtensor_of, let_dispatch, local_of
 from autopar.errors import UserError
 
-from .agree import check_tensor
-from .on_stage_arguments import Op, op_of, written_by
+from .foreign_values import followed, foreign_of, mark
+from .on_stage_arguments import (
+    Op,
+    call_with,
+    local_part,
+    mapped,
+    op_of,
+    tensors_in,
+    written_by,
+)
 from .python_values import PythonValues
 
 _NOT_BY_DTENSOR = (
@@ -30,12 +38,24 @@ _NOT_BY_DTENSOR = (
     "no sharding strategy",
 )
 
+_JOINING = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
+
 # DTensor's own, of dims that several mesh axes split, are wrong where sizes do not divide.
 _FLATTENING = (
     torch.ops.aten.view.default,
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.reshape.default,
 )
+
+
+# What DTensor is left to do beside elementwise ops, those on lists, and views. Its rules for others
+# are wrong for some shapes: scatter, index_add, gather, conv, means of uneven shards.
+_BY_DTENSOR = """
+    mm addmm bmm baddbmm mv dot cat stack sum mean norm linalg_vector_norm amax amin any all
+    _softmax _log_softmax _softmax_backward_data _log_softmax_backward_data embedding tril triu
+    clone _to_copy copy_ zero_ fill_ zeros_like ones_like empty_like full_like new_zeros new_ones
+    new_empty new_full lerp lerp_ detach alias equal is_same_size _local_scalar_dense item
+"""
 
 
 class PlanTensor(PythonValues, DTensor):
@@ -48,7 +68,7 @@ class PlanTensor(PythonValues, DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
-        return run(func, args, kwargs or {})
+        return followed(run, func, args, kwargs or {})
 
 
 let_dispatch(PlanTensor)
@@ -77,14 +97,17 @@ def set_data(tensor: DTensor, new: Tensor) -> None:
 
 def placed_as(new: Tensor, like: DTensor) -> DTensor:
     """A tensor of the same shape, placed as another one; collective where that takes it."""
+    foreign = foreign_of(new)
     with torch.no_grad():
         if isinstance(new, DTensor):
             if new.device_mesh == like.device_mesh and new.placements == like.placements:
                 return new
             new = new.full_tensor()
-        else:
-            _same_on_all_ranks(new, "the new data of a parameter")
-        return _placed(new.to(like.device), like)
+        made: Any = _placed(new.to(like.device), like)
+        if local_of(made).untyped_storage().data_ptr() == new.untyped_storage().data_ptr():
+            made = made.clone()  # that rank's parameter alone would change with the tensor
+        mark(made, foreign)
+        return made  # type: ignore[no-any-return]
 
 
 def _placed(whole: Tensor, like: DTensor) -> DTensor:
@@ -98,13 +121,19 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = op_of(func)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     mesh = next(t for t in tensors if isinstance(t, PlanTensor)).device_mesh
+    if not op.random and not op.changes_shape and all(_is_whole(t, mesh) for t in tensors):
+        return _on_locals(func, args, kwargs, mesh)
     written = [t for t in tree_leaves(written_by(op, args, kwargs)) if isinstance(t, Tensor)]
     if any(not isinstance(t, DTensor) or t.device_mesh != mesh for t in written):
         return _on_whole(func, op, args, kwargs, mesh)
-    if op.random or op.changes_shape or any(_is_lost_view(t) for t in written):
+    if op.random or op.changes_shape or any(is_lost_view(t) for t in written):
+        return _on_whole(func, op, args, kwargs, mesh)
+    if not is_for_dtensor(func, op):
         return _on_whole(func, op, args, kwargs, mesh)
     if func in _FLATTENING and sum(not p.is_replicate() for p in args[0].placements) > 1:
         return _on_whole(func, op, args, kwargs, mesh)
+    if func in _JOINING and len({t.placements for t in tensors if isinstance(t, DTensor)}) > 1:
+        args = tuple(mapped(_reduced, a) for a in args)
     outer: dict[int, Any] = {}
     kept: list[Any] = []  # so that no other tensor gets the id of one of them
 
@@ -125,15 +154,63 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         result = func(*tree_map(enter, args), **tree_map(enter, kwargs))
     except (NotImplementedError, RuntimeError) as error:
-        if not isinstance(error, NotImplementedError) and not any(
-            text in str(error) for text in _NOT_BY_DTENSOR
-        ):
+        if not is_refusal(error):
             raise
         return _on_whole(func, op, args, kwargs, mesh)
     made = tree_map(leave, result)
+    if func is torch.ops.aten.embedding.default:  # whose parts DTensor can add up but not use
+        return _reduced(made)
     if op.views:
         _remember_views(made, tensors, func, args, kwargs)
     return made
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether it says that DTensor has no rule for an op on these arguments."""
+    if isinstance(error, NotImplementedError):
+        return True
+    return any(text in str(error) for text in _NOT_BY_DTENSOR)
+
+
+def is_for_dtensor(func: Any, op: Op) -> bool:
+    """Whether DTensor's own rule for the op is used, if it has one for the arguments."""
+    if func is torch.ops.aten.as_strided.default:
+        return False
+    name = func._schema.name.removeprefix("aten::")
+    return op.elementwise or op.lists or op.views or name in _BY_DTENSOR.split()
+
+
+def _reduced(tensor: Tensor) -> Tensor:
+    """The tensor with its parts added up, or what else makes one of them; collective."""
+    if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
+        return tensor
+    whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    made: Tensor = _leave(_as(DTensor, tensor).redistribute(placements=whole))
+    return made
+
+
+def _is_whole(tensor: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether every rank of the mesh has all of the tensor, in its own memory."""
+    if not isinstance(tensor, DTensor):
+        return True
+    if tensor.device_mesh != mesh or any(not p.is_replicate() for p in tensor.placements):
+        return False
+    return type(local_of(tensor)) is Tensor and not is_lost_view(tensor)
+
+
+def _on_locals(func: Any, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+    """What the op does to whole tensors, without a message: one rank may run it alone."""
+    known: dict[int, Tensor] = {}
+    for tensor in tensors_in(args, kwargs):
+        known[id(local_of(tensor) if isinstance(tensor, DTensor) else tensor)] = tensor
+    result = call_with(func, local_part, args, kwargs)
+
+    def leave(value: Tensor) -> Tensor:
+        found = known.get(id(value))
+        made: Tensor = _leave(_plain(value, mesh)) if found is None else found
+        return made
+
+    return mapped(leave, result)
 
 
 def _mixes(tensor: Tensor, mesh: DeviceMesh) -> bool:
@@ -143,16 +220,7 @@ def _mixes(tensor: Tensor, mesh: DeviceMesh) -> bool:
 
 def _on_mesh(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """A tensor of another kind as one that is whole on every rank of the mesh."""
-    if isinstance(tensor, DTensor):
-        local = tensor.full_tensor()
-    else:
-        local = tensor
-        _same_on_all_ranks(tensor, "an ordinary tensor that meets a parameter")
-    return _plain(local, mesh)
-
-
-def _same_on_all_ranks(tensor: Tensor, what: str) -> None:
-    check_tensor(what, tensor, "give it the same values on every rank: seed all ranks alike")
+    return _plain(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, mesh)
 
 
 # -- ops on whole tensors -------------------------------------------------------------------------
@@ -184,10 +252,12 @@ def _on_whole(func: Any, op: Op, args: Any, kwargs: Any, mesh: DeviceMesh) -> An
         if isinstance(tensor, DTensor):
             write(tensor, whole[id(tensor)], op.changes_shape)
 
+    given = {id(t): t for t in tensors_in(args, kwargs) if not isinstance(t, DTensor)}
+
     def leave(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        known = outer.get(id(value))
+        known = outer.get(id(value), given.get(id(value)))
         return known if known is not None else _leave(_plain(value, mesh))
 
     made = tree_map(leave, result)
@@ -212,7 +282,10 @@ def _shares(found: Tensor, tensor: DTensor) -> bool:
 def write(tensor: DTensor, whole: Tensor, reshaped: bool = False) -> None:
     """Make a tensor's values those of a whole one, and those that it is a view of; collective."""
     if reshaped or any(p.is_partial() for p in tensor.placements) or tensor.dtype != whole.dtype:
-        become_tensor(tensor, _plain(whole, tensor.device_mesh))
+        from .on_stage import axis_of, on_stage, stage_of
+
+        new, axis, stage = _plain(whole, tensor.device_mesh), axis_of(tensor), stage_of(tensor)
+        become_tensor(tensor, new if axis is None or stage is None else on_stage(new, axis, stage))
     else:
         local_of(tensor).copy_(local_of(_placed(whole, tensor)))
     viewed = vars(tensor).get(_VIEWED)
@@ -236,8 +309,15 @@ def write(tensor: DTensor, whole: Tensor, reshaped: bool = False) -> None:
 _VIEWED, _PLACE = "_autopar_viewed", "_autopar_place"
 
 
-def _is_lost_view(tensor: Tensor) -> bool:
+def is_lost_view(tensor: Tensor) -> bool:
+    """Whether it is a view that has memory of its own."""
     return isinstance(tensor, DTensor) and _VIEWED in vars(tensor)
+
+
+def remember_view(view: DTensor, base: DTensor, place: int, func: Any, args: Any, kw: Any) -> None:
+    """Let a copy know of what `base` it is a view, as the result of an op at some place."""
+    vars(view)[_VIEWED] = (base, func, args, kw)
+    vars(view)[_PLACE] = place
 
 
 def _remember_views(made: Any, tensors: list[Any], func: Any, args: Any, kwargs: Any) -> None:
@@ -252,9 +332,8 @@ def _remember_views(made: Any, tensors: list[Any], func: Any, args: Any, kwargs:
     for place, view in enumerate(tree_leaves(made)):
         if not isinstance(view, DTensor) or view is base or not view.numel():
             continue
-        if _is_lost_view(base) or not _is_view_of(view, base):
-            vars(view)[_VIEWED] = (base, func, args, kwargs)
-            vars(view)[_PLACE] = place
+        if is_lost_view(base) or not _is_view_of(view, base):
+            remember_view(view, base, place, func, args, kwargs)
 
 
 def _is_view_of(view: DTensor, base: DTensor) -> bool:

@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autopar.compat import local_of
+
+
+def _repr(tensor: Any) -> str:
+    """As of an ordinary tensor if this rank has all of it, else its piece; never collective."""
+    local = local_of(tensor)
+    if type(local) is not Tensor or not all(p.is_replicate() for p in tensor.placements):
+        return DTensor.__repr__(tensor)  # type: ignore[no-untyped-call,no-any-return]
+    text = repr(local.detach().requires_grad_(tensor.requires_grad))
+    return f"Parameter containing:\n{text}" if isinstance(tensor, nn.Parameter) else text
 
 
 class PythonValues:
-    """For kinds of DTensor: `numpy`, `tolist`, copies, and `tensor.data = other`.
+    """For kinds of DTensor: `numpy`, `tolist`, text, copies, and `tensor.data = other`.
 
     DTensor gives its own piece here, or loses what is set.
     """
@@ -44,6 +56,15 @@ class PythonValues:
     def tolist(self: Any) -> Any:
         """All of the tensor's elements; collective."""
         return self.full_tensor().tolist()
+
+    __repr__: Any = _repr
+
+    def __str__(self: Any) -> str:
+        """As of an ordinary tensor for a number, which is collective; else as `repr`."""
+        return repr(self if self.dim() else self.detach().full_tensor())
+
+    def __format__(self: Any, spec: str) -> str:
+        return format(str(self) if self.dim() else self.detach().item(), spec)
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         if id(self) in memo:

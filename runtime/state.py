@@ -22,6 +22,7 @@ from autopar.ir.sharding import Sharding
 
 from .deferred import DeferredTensor, real_value
 from .flat_weights import refresh_flat_weights
+from .foreign_values import digest_of, forget, mark
 from .on_stage import placed_like
 from .placements import shard
 from .scalars import read_whole_scalars
@@ -125,6 +126,7 @@ def shard_parameters(
     parameter is tied up in an unfinished backward.
     """
     refresh_flat_weights(module)  # the module may have been moved since
+    forget(module.parameters())  # they are rank 0's
     rank = dist.get_rank()
     done: set[int] = set()
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -221,7 +223,9 @@ def like(whole: Tensor, parameter: DTensor) -> DTensor:
         [Replicate()] * parameter.device_mesh.ndim,
         run_check=False,
     )
-    return placed_like(replicated, parameter)
+    made = placed_like(replicated, parameter)
+    mark(made, digest_of(whole))
+    return made
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from autopar.compat import keeps_graph
 from autopar.errors import UserError
@@ -181,8 +180,13 @@ class _Whole(torch.autograd.Function):
         return tuple(tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise UserError(
+                "gradients of gradients (create_graph=True) are asked for, and the backward of the "
+                "micro-batches is over",
+                fix="plan without a pipeline and micro-batches, or leave create_graph out",
+            )
         seed = given[ctx.loss]
         if any(g is not None for i, g in enumerate(given) if i != ctx.loss):
             raise UserError(

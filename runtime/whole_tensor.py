@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from autopar.compat import become_tensor, dtensor_of, let_dispatch, local_of
 from autopar.errors import UserError
 
+from .foreign_values import followed, foreign_of, mark
 from .on_stage_arguments import call_with, mapped, op_of, tensors_in, written_by
 from .python_values import PythonValues
 
@@ -32,11 +33,13 @@ class WholeTensor(PythonValues, DTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
-        return _run(func, args, kwargs or {})
+        return followed(_run, func, args, kwargs or {})
 
     def _take(self, new: Tensor) -> None:
+        foreign = foreign_of(new)
         found = new.full_tensor() if isinstance(new, DTensor) else new
         become_tensor(self, whole_tensor(found.detach(), self.device_mesh))
+        mark(self, foreign)
 
     def numpy(self, *, force: bool = False) -> Any:
         """The tensor's memory."""

@@ -12,11 +12,13 @@ from tests.e2e.loops import differences
 from tests.e2e.pool import RankPool
 from tests.e2e.weight_loops import (
     LOOPS,
+    WRITES,
     refused,
     refused_then_right,
     refused_without_memory,
     run_weight_loop,
 )
+from tests.e2e.weight_ops import differing
 
 pytestmark = pytest.mark.multiprocess
 PLANS: dict[str, dict[str, Any]] = {
@@ -34,6 +36,9 @@ FAST = {
     "layers_before_the_first_call": "zero",
     "copied_with_gradients": "zero",
     "wrong_indices": "zero",
+    "on_one_rank": "pipeline",
+    "printed": "tensor",
+    "written_from_numpy": "pipeline",
 }
 CASES = [
     pytest.param(name, plan, marks=[] if FAST[name] == plan else [pytest.mark.slow])
@@ -57,11 +62,19 @@ def test_loop_is_unchanged(name: str, plan: str, two_ranks: RankPool) -> None:
     assert not list(differences(second, first, 0.0))
 
 
-def test_what_a_plan_cannot_follow_is_refused(two_ranks: RankPool) -> None:
-    for shape, values, layer in two_ranks.run(refused):
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_a_plan_cannot_follow_is_refused(plan: str, two_ranks: RankPool) -> None:
+    for shape, *values, layer in two_ranks.run(refused, PLANS[plan]):
         assert "is given data of shape (4, 8), which the plan does not know" in shape
-        assert "the new data of a parameter is not the same on all ranks" in values
+        assert len(values) == len(WRITES)
+        for said in values:
+            assert "rank 1 wrote other values to the parameter up.weight (or its gradient)" in said
         assert "the parameter up.weight came into the model after its plan was made" in layer
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_ops_on_weights_are_unchanged(plan: str, two_ranks: RankPool) -> None:
+    assert two_ranks.run(differing, PLANS[plan]) == [[], []]
 
 
 def test_what_has_no_memory_is_refused(two_ranks: RankPool) -> None:

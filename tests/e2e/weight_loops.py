@@ -234,6 +234,62 @@ def wrong_indices(make: Make) -> Values:
     return {"said": " ".join(said), "losses": [*losses, *steps(model, optimizer, 1)]}
 
 
+def on_one_rank(make: Make) -> Values:
+    """Rank 0 alone compares weights with ordinary tensors: nobody else has to take part."""
+    model = small(make)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer, 0, 1)
+    before = state(model)
+    losses += steps(model, optimizer, 1, 2)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        for name, parameter in model.named_parameters():
+            change = parameter.detach() - before[name]
+            change *= before[name]
+            assert repr(parameter) and repr(change)
+    return {"losses": [*losses, *steps(model, optimizer, 2)], **state(model)}
+
+
+def printed(make: Make) -> Values:
+    """What logs say of weights and gradients, and comparisons."""
+    model = small(make)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer, 0, 1)
+    model(*batch(1)).backward()
+    lines = []
+    for name, p in model.named_parameters():
+        lines.append(f"{name} {p.norm():.6f} {p.detach().mean():>9.6f} {p.grad.abs().max():.3e}")
+        lines.append(f"{torch.isfinite(p.grad).all()} {p.detach().std().item():.6f} {p.shape}")
+    kept = model.up.weight.detach().clone()
+    lines.append(str([torch.equal(kept, model.up.weight), (kept == model.up.weight).all().item()]))
+    optimizer.step()
+    lines.append(str([torch.equal(kept, model.up.weight), torch.allclose(kept, model.up.weight)]))
+    total = torch.zeros((), dtype=torch.float64)
+    for p in model.parameters():
+        total += p.detach().square().sum()
+    with torch.inference_mode():
+        losses += [model.up.weight.norm().item(), total.item()]
+    return {"lines": "\n".join(lines), "losses": losses}
+
+
+def written_from_numpy(make: Make) -> Values:
+    """Rows and all of weights from arrays that change later, masks on gradients."""
+    model = small(make)
+    optimizer = adamw(model)
+    losses = steps(model, optimizer, 0, 1)
+    for p in model.parameters():
+        array = torch.arange(p.numel(), dtype=torch.float64).view(p.shape).numpy() * 1e-3
+        p.data = torch.from_numpy(array.copy())
+        p.data[0] = torch.as_tensor(array[0] + 0.5)
+        p.data.add_(torch.from_numpy(array))
+    model.down.weight.data[model.down.weight.data.abs() < 0.05] = 0
+    model(*batch(1)).backward()
+    for p in model.parameters():
+        p.grad.mul_(torch.arange(p.numel()).view(p.shape) % 3)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"losses": [*losses, *steps(model, optimizer, 2, 4)], **state(model)}
+
+
 LOOPS: dict[str, Callable[[Make], Values]] = {
     loop.__name__: loop
     for loop in (
@@ -246,6 +302,9 @@ LOOPS: dict[str, Callable[[Make], Values]] = {
         layers_before_the_first_call,
         copied_with_gradients,
         wrong_indices,
+        on_one_rank,
+        printed,
+        written_from_numpy,
     )
 }
 
@@ -275,19 +334,46 @@ def refused_without_memory() -> str:
     return "nothing"
 
 
-def refused() -> list[str]:
+def _by_gradient(model: Any, value: float) -> None:
+    model(*batch(0)).backward()
+    model.up.weight.grad = model.up.weight.grad * torch.full((8,), value).double()
+    adamw(model).step()
+
+
+def _by_average(model: Any, value: float) -> None:
+    average = model.up.weight.detach().clone()
+    average.lerp_(torch.full((16, 8), value).double(), 0.5)
+    model.up.weight.data[1:].copy_(average[1:])
+
+
+WRITES: dict[str, Callable[[Any, float], Any]] = {
+    "data": lambda model, v: setattr(model.up.weight, "data", torch.full((16, 8), v).double()),
+    "row": lambda model, v: model.up.weight.data[0].copy_(torch.full((8,), v)),
+    "gradient": _by_gradient,
+    "average": _by_average,
+    "state dict": lambda model, v: model.up.load_state_dict(
+        {"weight": torch.full((16, 8), v).double(), "bias": torch.zeros(16).double()}
+    ),
+}
+
+
+def refused(options: dict[str, Any]) -> list[str]:
     """The errors of what a plan cannot follow."""
-    model = small(autopar.parallelize)
+    model = small(lambda module: autopar.parallelize(module, **options))
     steps(model, adamw(model), 0, 1)
     said = []
     try:
         model.up.weight.data = torch.zeros(4, 8).double()
     except UserError as error:
         said.append(str(error))
-    try:
-        model.up.weight.data = torch.full((16, 8), float(torch.distributed.get_rank())).double()
-    except UserError as error:
-        said.append(str(error))
+    for write in WRITES.values():
+        write(model, float(torch.distributed.get_rank()))
+        try:
+            model(*batch(0))
+        except UserError as error:
+            said.append(str(error))
+        for p in model.parameters():
+            p.data = torch.ones(p.shape).double()
     model.up = nn.Linear(8, 16).double()
     try:
         model(*batch(0))
