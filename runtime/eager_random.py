@@ -135,6 +135,11 @@ class PartitionInvariantDropout(TorchFunctionMode):
 _ACTIVE: ContextVar[PartitionInvariantDropout | None] = ContextVar("dropout_mode", default=None)
 
 
+def within_a_forward() -> bool:
+    """Whether this thread is in the block of a `PartitionInvariantDropout`."""
+    return _ACTIVE.get() is not None
+
+
 def _sdpa_signature(
     query: Tensor,
     key: Tensor,

@@ -12,7 +12,7 @@ from torch import nn
 from autopar.compat import compile_failure, dynamo_config
 
 from .compiled_dropout import MaskedRun, UncompiledError, compiled_dropout
-from .eager_random import PartitionInvariantDropout
+from .eager_random import PartitionInvariantDropout, within_a_forward
 from .not_compiled import NotCompiledWarning, note_backend, why_not_compiled
 from .random import draw_seed
 from .step_clock import StepClock
@@ -52,6 +52,8 @@ class SingleProcess:
         def run(function: Forward) -> Any:
             return function(module, *args, **kwargs)
 
+        if within_a_forward():  # of a module around this one, which numbers its calls
+            return run(forward)
         undrawn = torch.get_rng_state()
         seed = draw_seed()
         torch.set_rng_state(undrawn)

@@ -502,3 +502,19 @@ def test_many_models_of_a_class_stay_compiled() -> None:
             model, single = Small(0.5), SingleProcess("aot_eager")
             for _ in range(2):
                 single.call(Small.forward, model, (torch.ones(4, 8),), {}).backward()
+
+
+def test_a_module_within_another_draws_as_a_part_of_it() -> None:
+    class Part(nn.Dropout):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = inner.call(nn.Dropout.forward, self, (x,), {})
+            return out
+
+    inner, x = SingleProcess(), torch.ones(64)
+    found = []
+    for first in (Part(0.5), nn.Dropout(0.5)):
+        outer, module = SingleProcess(), nn.Sequential(first, nn.Dropout(0.5))
+        torch.manual_seed(1)
+        found.append([outer.call(nn.Sequential.forward, module, (x,), {}) for _ in range(2)])
+    for mine, wanted in zip(*found, strict=True):
+        assert torch.equal(mine, wanted)
