@@ -125,7 +125,8 @@ def _try(
             # What a step needs for a moment is not in the programme.
             lean = settle(strategy, problem, mesh, family, variant, limit, minimise_memory=True)
         if lean is None:
-            why = "does not keep the hints" if hints_in(problem.graph) else "does not apply"
+            hinted = "no assignment keeps the hints"
+            why = hinted if hints_in(problem.graph) else "its ops have no such split on this mesh"
             return Alternative(strategy, str(mesh), None, None, why)
         needs = lean.timeline.peak_bytes
         why = f"needs {bytes_text(needs)} per device, {bytes_text(limit)} are there"

@@ -282,7 +282,8 @@ def _forced(
     if best is not None:
         return best
     if misfit is None:
-        return Alternative(strategy, str(mesh), None, None, "does not apply")
+        why = "no cut into stages has a plan on this mesh"
+        return Alternative(strategy, str(mesh), None, None, why)
     why = misfit_text(misfit, request.memory_limit)
     return Alternative(strategy, str(misfit.mesh), None, int(misfit.needs_bytes), why)
 

@@ -176,7 +176,7 @@ def test_hints_that_cannot_be_kept(said: list[dict[str, Any]], messages: list[st
 
 
 def test_a_named_strategy_that_breaks_a_hint_is_refused() -> None:
-    with pytest.raises(UserError, match="does not keep the hints"):
+    with pytest.raises(UserError, match="no assignment keeps the hints"):
         planned(plain(), 2, {"param": "head.weight", "split": 0}, strategy="data")
 
 
