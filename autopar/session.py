@@ -104,7 +104,7 @@ class Session:
         """The session of a deep copy of the module: of the same plan, captured again."""
         new = copy.copy(self)
         new.module, new._captures = module, self._captures.copied(module)
-        new.clock, new.watch = StepClock(), MemoryWatch()
+        new.clock, new.watch, new._foreign = StepClock(), MemoryWatch(), ForeignValues()
         return new
 
     @property
