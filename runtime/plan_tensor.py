@@ -181,8 +181,11 @@ def is_for_dtensor(func: Any, op: Op) -> bool:
 
 
 def _reduced(tensor: Tensor) -> Tensor:
-    """The tensor with its parts added up, or what else makes one of them; collective."""
-    if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
+    """The tensor with its parts added up, or what else makes one of them; collective.
+
+    Those of a pipeline stage are left to its own ops.
+    """
+    if not isinstance(tensor, PlanTensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
     whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
     made: Tensor = _leave(_as(DTensor, tensor).redistribute(placements=whole))
