@@ -83,7 +83,7 @@ def run(kind: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         assert axis is not None
         try:
             made = run_on_stage(kind, func, op, args, kwargs, axis)
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, ValueError) as error:
             if not is_refusal(error):
                 raise
             return _on_all_ranks(func, op, args, kwargs)

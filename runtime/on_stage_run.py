@@ -44,9 +44,10 @@ def may_run_on_stage(func: Any, op: Op, args: Any, kwargs: Any) -> bool:
     if op.random or op.read_by_python or not _has_shapes(func):
         return False
     mesh = staged_in(args, kwargs)[0].device_mesh
-    if mesh.ndim > 1 and (func in _PLACED or not is_for_dtensor(func, op)):
+    tensors = list(tensors_in(args, kwargs))
+    if mesh.ndim > 1 and (func in _PLACED or not is_for_dtensor(func, op, tensors)):
         return False  # what comes out is not placed as DTensor's rule says, which others go by
-    for tensor in tensors_in(args, kwargs):
+    for tensor in tensors:
         if isinstance(tensor, DTensor):
             if tensor.device_mesh != mesh:
                 return False

@@ -7,6 +7,7 @@ ops (each rank would draw its own numbers), ops without a rule, ops on tensors o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autopar.compat import become_tensor, dtensor_of, let_dispatch, local_of
+from autopar.compat import (
+    TORCH_VERSION,
+    StridedShard,
+    become_tensor,
+    dtensor_of,
+    let_dispatch,
+    local_of,
+)
 from autopar.errors import UserError
 
 from .foreign_values import followed, foreign_of, mark
@@ -36,6 +44,7 @@ _NOT_BY_DTENSOR = (
     "in-place operations that require placement changes",
     "does not have a sharding strategy",
     "no sharding strategy",
+    "is unable to be interpreted into a corresponding shard_order",  # strided, before torch 2.13
 )
 
 _JOINING = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
@@ -56,6 +65,9 @@ _BY_DTENSOR = """
     clone _to_copy copy_ zero_ fill_ zeros_like ones_like empty_like full_like new_zeros new_ones
     new_empty new_full lerp lerp_ detach alias equal is_same_size _local_scalar_dense item
 """
+
+# Beside elementwise ops: they do not ask where a piece's runs lie.
+_OF_ALL_RUNS = ("detach", "alias", "linalg_vector_norm")
 
 
 class PlanTensor(PythonValues, DTensor):
@@ -128,7 +140,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _on_whole(func, op, args, kwargs, mesh)
     if op.random or op.changes_shape or any(is_lost_view(t) for t in written):
         return _on_whole(func, op, args, kwargs, mesh)
-    if not is_for_dtensor(func, op):
+    if not is_for_dtensor(func, op, tensors):
         return _on_whole(func, op, args, kwargs, mesh)
     if func in _FLATTENING and sum(not p.is_replicate() for p in args[0].placements) > 1:
         return _on_whole(func, op, args, kwargs, mesh)
@@ -153,7 +165,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     try:
         result = func(*tree_map(enter, args), **tree_map(enter, kwargs))
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         if not is_refusal(error):
             raise
         return _on_whole(func, op, args, kwargs, mesh)
@@ -172,12 +184,25 @@ def is_refusal(error: Exception) -> bool:
     return any(text in str(error) for text in _NOT_BY_DTENSOR)
 
 
-def is_for_dtensor(func: Any, op: Op) -> bool:
-    """Whether DTensor's own rule for the op is used, if it has one for the arguments."""
+def is_for_dtensor(func: Any, op: Op, tensors: Sequence[Tensor]) -> bool:
+    """Whether DTensor's own rule for the op is used, if it has one for these tensors."""
     if func is torch.ops.aten.as_strided.default:
         return False
     name = func._schema.name.removeprefix("aten::")
+    if TORCH_VERSION < (2, 13) and any(map(_is_strided, tensors)):  # whose strided dims are wrong
+        alike = len({_layout(t) for t in tensors if t.dim()}) == 1
+        return op.lists or (alike and (op.elementwise or name in _OF_ALL_RUNS))
     return op.elementwise or op.lists or op.views or name in _BY_DTENSOR.split()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.placements if isinstance(tensor, DTensor) else None
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and any(
+        isinstance(placement, StridedShard) for placement in tensor.placements
+    )
 
 
 def _reduced(tensor: Tensor) -> Tensor:
@@ -244,6 +269,8 @@ def _on_whole(func: Any, op: Op, args: Any, kwargs: Any, mesh: DeviceMesh) -> An
             outer[id(whole[id(value)])] = value
         return whole[id(value)]
 
+    if func in _FLATTENING:  # the whole tensor may lie in memory in another order than its parts
+        func = torch.ops.aten.reshape.default
     result = func(*tree_map(gather, args), **tree_map(gather, kwargs))
     written = [t for t in tree_leaves(written_by(op, args, kwargs)) if isinstance(t, Tensor)]
     if op.random:

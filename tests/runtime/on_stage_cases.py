@@ -30,6 +30,7 @@ from autopar.runtime import world
 from autopar.runtime.locals import local_tensors
 from autopar.runtime.on_stage import StagedTensor, is_here, stage_gradients
 from autopar.runtime.optimizer import LocalSteps
+from autopar.runtime.plan_tensor import as_plan_tensor
 from autopar.runtime.stage_gather import gathered
 from autopar.runtime.stage_placement import axis_of, everywhere
 from autopar.runtime.state import (
@@ -447,7 +448,7 @@ def strided_pieces(mesh: str) -> list[bool]:
     placements = module.qkv.placements
     axis = axis_of(module.qkv)
     if axis is not None:
-        module.qkv = nn.Parameter(gathered([module.qkv])[0])
+        module.qkv = nn.Parameter(as_plan_tensor(gathered([module.qkv])[0]))
         placements = everywhere(placements, axis)
     full = module.qkv.full_tensor().detach()
     live = module.qkv.device_mesh

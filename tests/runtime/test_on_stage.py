@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from autopar.compat import TORCH_VERSION, fake_process_group
+from autopar.compat import fake_process_group
 from autopar.ir.mesh import Mesh
 from autopar.ir.parse import parse_sharding
 from autopar.runtime import world
@@ -32,15 +32,13 @@ from tests.runtime.on_stage_cases import (
     traded_state,
     written_parts,
 )
+from tests.runtime.several_runs_cases import differing_ops
 
 TOLERANCE = {"overflow": 1e-6, "muon": 1e-2}  # float32; matrix products in bfloat16
 FEWER = {  # the mesh without stages: what only these tests see
     "stages": ("adamw_fused", "adafactor", "clip_2", "arithmetic", "overflow", "checkpoints"),
     "tensor": ("overflow", "arithmetic", "states", "clip_otherwise"),
 }
-# Views of pieces along a dim that is not the first, and strided ones, which the DTensor of torch 2.11
-# refuses without stages too.
-REFUSED = ("adafactor", "arithmetic", "copies", "gradients_flow") if TORCH_VERSION < (2, 12) else ()
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +52,6 @@ def four_ranks() -> Iterator[RankPool]:
     ("mesh", "name"), [(mesh, name) for mesh in MESHES for name in FEWER.get(mesh, CASES)]
 )
 def test_is_as_on_one_device(mesh: str, name: str, four_ranks: RankPool) -> None:
-    if name in REFUSED and "tensor" in mesh:
-        pytest.skip("refused by the DTensor of torch 2.11")
     torch.set_num_threads(1)
     reference = run_case(name, None)
     results = four_ranks.run(run_case, name, mesh)
@@ -81,6 +77,12 @@ def test_ranks_hold_what_is_on_their_stage(four_ranks: RankPool) -> None:
 @pytest.mark.parametrize("mesh", ["tensor", "stages and tensor"])
 def test_pieces_of_several_runs(mesh: str, four_ranks: RankPool) -> None:
     assert four_ranks.run(strided_pieces, mesh) == [[True] * 3] * 4
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("mesh", ["tensor", "stages and tensor"])
+def test_ops_on_pieces_of_several_runs(mesh: str, four_ranks: RankPool) -> None:
+    assert four_ranks.run(differing_ops, mesh) == [[]] * 4
 
 
 @pytest.mark.multiprocess
