@@ -124,7 +124,8 @@ def measure_rank(
         case = make_case(model.graph, model.hints, plan, prices, kind)
         chosen = busiest_rank(case) if rank is None else rank
         timeline = timeline_of(case)
-        check_fits(timeline.peak_bytes, chosen, where)
+        memory_bytes = timeline.peak_bytes - case.given_bytes  # of the whole batch
+        check_fits(memory_bytes, chosen, where)
         status.update(f"lowering rank {chosen} of {plan.world_size}")
         sizes = dict(model.hints)
         if BATCH in sizes:
@@ -159,7 +160,7 @@ def measure_rank(
         name,
         mismatch_of(plan, case.pricer.device.name, profile, name),
         told,
-        *_predicted(compute_of(case), timeline.peak_bytes),
+        *_predicted(compute_of(case), memory_bytes + alone.given_bytes),
         measured,
     )
     if out is not None:

@@ -715,6 +715,7 @@ def pretended_gpu(properties: Any) -> Iterator[None]:
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers
     from torch._inductor.runtime.hints import DeviceProperties
+    from torch._subclasses import fake_tensor
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * properties.major + properties.minor, 32)
@@ -750,6 +751,8 @@ def pretended_gpu(properties: Any) -> Iterator[None]:
             if hasattr(known, "cache_clear"):
                 known.cache_clear()
                 stack.callback(known.cache_clear)
+        # A torch built for CUDA would make a context for its fake tensors.
+        stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         stack.enter_context(patch.object(triton.runtime.driver, "_active", Driver()))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
         yield

@@ -117,11 +117,11 @@ class Session:
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the undecorated module's forward would return on the global batch."""
         self.clock.tick(self.module)
+        tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
         if self.options.memory_limit is not None:
-            self.watch.tick(self.module)
+            self.watch.tick(self.module, tensors)
             if self.plan is not None:
                 self.watch.predicted_bytes = self.plan.predicted.memory_bytes
-        tensors = [t for t in tree_flatten((args, dict(kwargs)))[0] if isinstance(t, Tensor)]
         generator = torch.get_rng_state()
         (captured, inputs, sizes), seed = self._agreed(args, kwargs, tensors, draw_seed())
         check_indices(captured.indices, inputs)

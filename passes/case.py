@@ -27,6 +27,7 @@ from .assignment_of import assignment_of
 from .blocks import Blocks, find_blocks
 from .bucket_collectives import BUCKET_BYTES
 from .formulas import Formulas
+from .given import given_bytes
 from .narrow_gathers import wear_casts
 from .options import Option
 from .price import Pricer
@@ -80,7 +81,12 @@ class Case:
     @property
     def memory_bytes(self) -> float:
         """Predicted bytes per device."""
-        return self.paid.memory_bytes
+        return self.paid.memory_bytes + self.given_bytes
+
+    @cached_property
+    def given_bytes(self) -> float:
+        """Bytes of the whole batch and of all buffers, which every device has."""
+        return given_bytes(self.symbolic, self.hints)
 
     @cached_property
     def formulas(self) -> Formulas:

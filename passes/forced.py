@@ -121,7 +121,8 @@ def _try(
     made = settle(strategy, problem, mesh, family, variant, limit, or_leanest=True)
     if made is None or made.timeline.peak_bytes > limit:
         lean = made
-        if made is not None and made.assignment.memory_bytes <= limit:
+        given = problem.given_bytes(variant.micro_batches)
+        if made is not None and made.assignment.memory_bytes + given <= limit:
             # What a step needs for a moment is not in the programme.
             lean = settle(strategy, problem, mesh, family, variant, limit, minimise_memory=True)
         if lean is None:

@@ -79,6 +79,7 @@ class Formulas:
         blocks: Blocks | None = None,
     ) -> None:
         self.concrete, self.rules, self.mesh, self.optimizer = concrete, rules, mesh, optimizer
+        self.symbolic = symbolic
         self.hints = dict(hints)
         self.sizes = {**hints, **{axis_size(axis.name): axis.size for axis in mesh}}
         self._values = {n.name: values_of(n) for n in symbolic.fx.nodes}

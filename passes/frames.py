@@ -70,7 +70,8 @@ class Frames:
 class Request:
     """What to plan for: sizes, the cluster, bytes per device, and which variants may be tried.
 
-    Candidates that take `better_than_s` seconds or more are not looked for.
+    Candidates that take `better_than_s` seconds or more are not looked for. `given_bytes` of the
+    memory are taken by what every device is given whole, and are not in programmes.
     """
 
     cluster: Cluster
@@ -80,6 +81,12 @@ class Request:
     modes: Sequence[str] = (NONE,)
     axes: int = 3
     better_than_s: float = math.inf
+    given_bytes: float = 0.0
+
+    @property
+    def room(self) -> float:
+        """Bytes per device that are left to a programme."""
+        return self.memory_limit - self.given_bytes
 
     def at(self, micro_batches: int) -> dict[sympy.Symbol, int]:
         """The sizes of one micro-batch."""

@@ -39,7 +39,7 @@ def not_chosen(
 
     `tried` were settled or have their reason, of `proposals` only bounds and relaxations are known.
     """
-    best_s = best.timeline.step_s
+    best_s, given = best.timeline.step_s, problem.given_bytes(1)
     found: list[Alternative] = []
     shown = {(str(best.mesh), best.variant)}
     for one in tried:
@@ -77,14 +77,15 @@ def not_chosen(
                     "auto",
                     _mesh_text(p.mesh, p.variant),
                     best_s * ratio,
-                    int(p.relaxed.memory_bytes),
+                    int(p.relaxed.memory_bytes + given),
                     why,
                 )
             )
         else:
             why = f"at least {ratio:.2f}x: its bound"
-            if limit < p.least_bytes < float("inf"):
-                why = f"needs at least {bytes_text(p.least_bytes)} per device"
+            needs = p.least_bytes + given
+            if limit < needs < float("inf"):
+                why = f"needs at least {bytes_text(needs)} per device"
             found.append(Alternative("auto", _mesh_text(p.mesh, p.variant), None, None, why))
     if problem.cluster.size > 1:
         found.append(_one_process(problem, best_s))
@@ -161,6 +162,7 @@ def _one_process(problem: Problem, best_s: float) -> Alternative:
             )
     accounts = Accounts(pricer, problem.regions)
     time_s, memory_bytes = evaluate(problem.graph, problem.blocks, options, accounts)
+    memory_bytes += problem.given_bytes(1)
     name = "one process, all threads" if problem.cluster.single else "one device"
     faster = time_s < best_s
     ratio = time_s / best_s if best_s > 0 else 1.0

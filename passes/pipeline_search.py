@@ -133,7 +133,8 @@ def best_pipelines(
     if made.leanest is not None and not made.solved:
         lean = made.leanest
         mesh = Mesh((lean.mesh[PIPELINE_AXIS], *lean.inner.axes))
-        misfits.append(Misfit(mesh, 0, lean.least_bytes / lean.stages))
+        needs = lean.least_bytes / lean.stages + request.given_bytes
+        misfits.append(Misfit(mesh, 0, needs))
     why = check() if made.solved else None
     if why is not None:
         return Best(why_none=why)

@@ -152,7 +152,7 @@ class _Outer:
         for candidate in self._candidates(most_stages):
             found.count += 1
             needs = candidate.least_bytes / candidate.stages
-            if needs <= self.request.memory_limit:
+            if needs <= self.request.room:
                 open_.append(candidate)
             elif found.leanest is None or needs < found.leanest.least_bytes / found.leanest.stages:
                 found.leanest = candidate
@@ -256,7 +256,7 @@ class _Outer:
             if built is None:
                 continue
             relaxation = Relaxation(*built)
-            relaxed = relaxation.solve(0, stages * self.request.memory_limit)
+            relaxed = relaxation.solve(0, stages * self.request.room)
             if relaxed is not None:
                 est = relaxed.time_s / stages
                 return Candidate(

@@ -20,6 +20,7 @@ from .accounts import Regions, regions_of
 from .blocks import Blocks, find_blocks
 from .columns import passes_on
 from .families import Factors, Family, batch_factors, expert_factors, sequence_factors
+from .given import given_bytes
 from .hints import keep_hinted
 from .narrow_gathers import wear_casts
 from .options import Option, call_options, param_options
@@ -52,6 +53,12 @@ class Problem:
     @cached_property
     def regions(self) -> Regions:
         return regions_of(self.graph, self.blocks)
+
+    def given_bytes(self, micro_batches: int) -> float:
+        """Bytes of a step's whole batch, of which this is one micro-batch, and of all buffers."""
+        if self.symbolic is None:
+            return 0.0
+        return given_bytes(self.symbolic, self.symbols, micro_batches)
 
     def family(self, name: str, roles: Mapping[str, str]) -> Family:
         return Family(name, roles, self.batch, self.sequence, self.expert)

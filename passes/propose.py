@@ -196,7 +196,7 @@ class Outer:
             variant,
             table,
             bound,
-            table.least_bytes <= self.request.memory_limit,
+            table.least_bytes <= self.request.room,
             table.least_bytes.copy(),
             np.zeros(len(table.meshes), dtype=np.bool_),
         )
@@ -230,7 +230,7 @@ class Outer:
             self._has_room(field_, at)
             if not field_.open[at] or field_.bound_s[at] >= field_.built_for_s:
                 return
-        relaxed = field_.relaxation.solve(at, self.request.memory_limit)
+        relaxed = field_.relaxation.solve(at, self.request.room)
         if relaxed is None and field_.relaxation.stalled:
             field_.open[at] = False
             field_.given_up.append(at)
@@ -287,7 +287,7 @@ class Outer:
         field_.learnt = len(known)
         before = field_.bound_s[at]
         for weights in fresh[-LEARNT:]:
-            self._bound(field_, replace(weights, limit=self.request.memory_limit))
+            self._bound(field_, replace(weights, limit=self.request.room))
         return bool(field_.bound_s[at] > before)
 
     def _bound(self, field_: _Field, weights: Weights) -> None:
@@ -315,7 +315,7 @@ class Outer:
         assert field_.relaxation is not None
         least = field_.relaxation.least_memory(at)
         field_.lean_known[at] = True
-        short = least > self.request.memory_limit
+        short = least > self.request.room
         field_.bound_s[short] = np.maximum(field_.bound_s[short], field_.built_for_s)
         if field_.built_for_s == math.inf:
             field_.least_bytes = np.maximum(field_.least_bytes, least)

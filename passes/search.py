@@ -97,7 +97,8 @@ def search(
     # What the user recomputes stays as it is written.
     written = any(node.meta.get("region") is not None for node in problem.graph.calls())
     modes = (NONE,) if written else tuple(recompute)
-    request = Request(cluster, symbols, limit, tuple(micro_batches), modes)
+    given = problem.given_bytes(1)
+    request = Request(cluster, symbols, limit, tuple(micro_batches), modes, given_bytes=given)
     if strategy in PIPELINED or (pipelines is not None and pipelines.stages is not None):
         only = only_pipelines(frames, graph, request, strategy, pipelines or Wanted(), progress)
         return _finish(problem, only.tried, [], strategy, fingerprint, symbols, limit, only.left_s)

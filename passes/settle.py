@@ -20,6 +20,7 @@ from autopar.plan import Recompute
 from .accounts import NONE, Accounts, overlap_of
 from .families import Family
 from .frame import Variant
+from .given import with_given
 from .options import Option
 from .price import Pricer
 from .problem import Problem, options_of
@@ -89,6 +90,8 @@ def settle(
     pricer = Pricer(
         problem.cluster, mesh, problem.optimizer, family.never_gather, variant.micro_batches
     )
+    given = problem.given_bytes(variant.micro_batches)  # which the programme does not have
+    memory_limit -= given
     regions = problem.regions
     modes = dict.fromkeys(range(len(regions.copies)), variant.mode)
     overlap = overlap_of(problem.cluster, mesh)
@@ -141,7 +144,7 @@ def settle(
         made,
         roles=tuple(family.role.items()),
         programme_s=shared.time_s,
-        programme_bytes=shared.memory_bytes,
+        programme_bytes=shared.memory_bytes + given,
     )
 
 
@@ -167,6 +170,7 @@ def settled(
 ) -> Settled:
     """An assignment with its simulated step; what runs when is not recorded (`recorded`)."""
     step = step_of(problem.graph, problem.blocks, assignment.option, pricer, variant.micro_batches)
+    step = with_given(step, problem.given_bytes(variant.micro_batches))
     modes = {r.block: (r.full, r.selective) for r in recompute}
     step = with_recompute(step, modes) if modes else step
     timeline = simulate(step, problem.cluster, how=How(record=False))

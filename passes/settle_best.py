@@ -133,7 +133,7 @@ class _Settling:
             if id(p) not in self.queued:
                 self.queued.add(id(p))
                 self.waiting[id(p)] = (p.bound_s, p)
-                self._push(p.bound_s, p, self.request.memory_limit, 0)
+                self._push(p.bound_s, p, self.request.room, 0)
 
     def _push(self, time_s: float, proposal: Proposal, room: float, tries: int) -> None:
         heapq.heappush(self.queue, (time_s, next(self.number), proposal, room, tries))
@@ -205,7 +205,8 @@ class _Settling:
         self.waiting.pop(id(proposal), None)
         self.work += proposal.relaxation.columns.size + PER_OP * len(problem.blocks.representative)
         family = problem.family("auto", proposal.frame.roles)
-        made = settle("auto", problem, proposal.mesh, family, variant, room, near=proposal)
+        given = request.given_bytes
+        made = settle("auto", problem, proposal.mesh, family, variant, room + given, near=proposal)
         self.progress(f"{proposal.mesh}: solved exactly")
         if made is None:
             return
@@ -217,7 +218,7 @@ class _Settling:
         self.found.above.append(made)
         over = made.timeline.peak_bytes - self.limit
         self.moment[variant] = min(over, self.moment.get(variant, over))
-        room = room_after(made, room, self.limit)
+        room = room_after(made, room + given, self.limit) - given
         if tries >= ATTEMPTS or room <= proposal.least_bytes:
             return
         again = proposal

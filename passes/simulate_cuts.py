@@ -20,6 +20,7 @@ from autopar.plan import PIPELINE_AXIS
 
 from .cut_points import Unit
 from .describe import collapse
+from .given import with_given
 from .stage_cuts import bounds_of
 from .stage_steps import Chain
 
@@ -60,6 +61,8 @@ class CutSimulator:
         few = min(chain.micro_batches, ROUNDS * schedule.stages)
         pieces = [replace(chain.piece(start, end), micro_batches=few) for start, end in bounds]
         pieces = _with_staging(chain, pieces, schedule.stages)
+        given = [with_given(piece, chain.given_bytes) for piece in pieces[: schedule.stages]]
+        pieces[: schedule.stages] = given
         passes = [self._passes(piece) for piece in pieces]
         passes = _with_messages(chain, schedule, bounds, passes)
         sent = [chain.crossing_bytes[start] for start in starts[1:]]

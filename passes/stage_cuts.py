@@ -51,7 +51,7 @@ def cut_chain(
 
     def memory(piece: int) -> Array:
         of_piece = chain.state + held[piece % schedule.stages] / chunks * kept
-        return chunks * of_piece + moment
+        return chunks * of_piece + moment + chain.given_bytes
 
     return best_cuts(seconds, schedule.stages * chunks, memory, memory_limit)
 

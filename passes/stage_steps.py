@@ -65,6 +65,7 @@ class Chain:
     micro_batches: int
     messages: Messages
     staging: Staging
+    given_bytes: float = 0.0
 
     def __len__(self) -> int:
         return len(self.units)
@@ -177,8 +178,12 @@ def chain_of(
     option: Mapping[Node, Option],
     pricer: Pricer,
     micro_batches: int,
+    given_bytes: float = 0.0,
 ) -> Chain:
-    """The chain of an assignment; `graph` has the sizes of one micro-batch."""
+    """The chain of an assignment; `graph` has the sizes of one micro-batch.
+
+    `given_bytes` are those of inputs and buffers, which all devices of all stages have.
+    """
     chunks = [Chunk(unit.region, unit.nodes) for unit in units]
     segments: list[Segment] = []
     known: dict[tuple[object, ...], list[Segment]] = {}
@@ -213,6 +218,7 @@ def chain_of(
         micro_batches,
         messages_of(units, blocks, option, pricer, each),
         staging_of(pricer, axes),
+        given_bytes,
     )
 
 

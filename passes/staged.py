@@ -90,7 +90,7 @@ def settle_pipeline(
         overlap_of(problem.cluster, mesh),
         rounds.in_flight,
     )
-    room = stages * memory_limit
+    room = stages * (memory_limit - problem.given_bytes(candidate.micro_batches))
     assignment: Assignment | None = None
     relaxation, relaxed = candidate.relaxation, candidate.relaxed
     if relaxation is not None and relaxed is not None and mesh == candidate.mesh:
@@ -198,6 +198,7 @@ class _Cutter:
                 self.assignment.option,
                 self.pricer,
                 self.candidate.micro_batches,
+                problem.given_bytes(self.candidate.micro_batches),
             )
         return self.chains[key]
 

@@ -35,6 +35,7 @@ def simulate_case(case: Case, how: How | None = None) -> Simulated:
         case.option,
         case.pricer,
         plan.micro_batches,
+        case.given_bytes,
     )
     numbers = {first.name: r for r, (first, _, _) in enumerate(case.layers.regions)}
     shares = {numbers[r.block]: (r.full, r.selective) for r in plan.recompute if r.block in numbers}

@@ -17,6 +17,7 @@ from sympy.core.function import AppliedUndef
 
 from autopar.cost.families import op_family, op_name
 from autopar.cost.formula import BUCKETED, ceil, maximum, with_integers
+from autopar.cost.step import GIVEN
 from autopar.ir.graph import Value, values_of
 from autopar.ir.sharding import Sharding
 
@@ -24,6 +25,7 @@ from .accounts import Accounts, Regions, read_flows, regions_of
 from .blocks import Blocks
 from .columns import passes_on
 from .formulas import Formulas
+from .given import given_size
 from .options import Option
 from .price import Pricer
 
@@ -34,8 +36,8 @@ COMMUNICATION, PARAMETERS = "communication", "parameter communication"
 INSIDE = "communication inside ops"
 STATE, SAVED = "state", "saved"
 SUMS = "sums of gradients"
-MICRO_BATCHES = sympy.Symbol("k", integer=True, positive=True)
 BATCH = sympy.Symbol("b", integer=True, positive=True)
+MICRO_BATCHES = sympy.Symbol("k", integer=True, positive=True)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,11 @@ def step_formula(
         add_seconds(PARAMETERS if late else COMMUNICATION, "", accounts.flow_time_s(flow), n)
         label = "gathered parameters" if flow.producer.op == "placeholder" else "activations"
         add(SAVED, label, accounts.flow_memory(flow, n))
+    concrete = {node.name: node for node in formulas.concrete.placeholders()}
+    for node in formulas.symbolic.placeholders():
+        if only(concrete[node.name]):
+            nbytes = given_size(node)
+            add(STATE, GIVEN, nbytes * (accounts.micro_batches if nbytes.has(BATCH) else 1))
     return StepFormula(tuple(_terms(found, terms.micro_batches)), terms.overlap)
 
 

@@ -10,6 +10,7 @@ from autopar.cost.step import Step
 from autopar.cost.timeline import Timeline
 
 from .case import Case
+from .given import with_given
 from .staged_case import simulate_case
 from .step_of import step_of
 
@@ -21,6 +22,7 @@ def step_of_case(case: Case) -> Step:
     """
     accounts = case.accounts
     step = step_of(case.concrete, case.blocks, case.option, accounts.pricer, accounts.micro_batches)
+    step = with_given(step, case.given_bytes)
     return with_recompute(step, {r.block: (r.full, r.selective) for r in case.plan.recompute})
 
 

@@ -178,6 +178,12 @@ class RankAlone:
                 held += [x for x in state.values() if isinstance(x, Tensor)]
         return [*held, *self._gradients.values()]
 
+    @property
+    def given_bytes(self) -> int:
+        """Bytes of inputs, buffers and constants, of which the rank alone makes its own parts."""
+        mine = set(map(id, self.parameters))
+        return sum(a.nbytes for a in self.arguments if isinstance(a, Tensor) and id(a) not in mine)
+
     def measure(self, steps: int, warmup: int) -> Measured:
         """Run `warmup` steps, then time `steps` of them; memory and families take one each."""
         for _ in range(max(warmup, 1)):  # the first makes the optimizer's state

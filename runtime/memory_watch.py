@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ class MemoryWatch:
         self._live: LiveBytes | None = None
         self._on_cuda = False
 
-    def tick(self, module: nn.Module) -> None:
+    def tick(self, module: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
         """Note that a call of the module begins; collective where a measurement ends."""
         if self._began:
             self._began = False
@@ -41,14 +41,14 @@ class MemoryWatch:
             self._calls += 1
             if self._calls == FIRST:
                 self._began = True
-                self._begin(module)
+                self._begin(module, inputs)
 
-    def _begin(self, module: nn.Module) -> None:
+    def _begin(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         self._on_cuda = any(p.is_cuda for p in module.parameters())
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
         elif not active_dispatch_modes():  # else it would not be clear who ends first
-            self._live = LiveBytes(_known(module))
+            self._live = LiveBytes([*inputs, *_known(module)])
             self._live.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from autopar.errors import UserError
 
 from .recompute import recompute_s
-from .step import Segment, Step
+from .step import GIVEN, Segment, Step
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ def _piece(step: Step, layers: Sequence[Layer]) -> Step:
     return Step(
         tuple(segments),
         step.optimizer_s * share,
-        {name: nbytes * share for name, nbytes in step.state_bytes.items()},
+        {n: b if n == GIVEN else b * share for n, b in step.state_bytes.items()},
         step.micro_batches,
     )

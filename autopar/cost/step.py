@@ -97,12 +97,15 @@ class Segment:
     block: str = ""
 
 
+GIVEN = "inputs and buffers"  # of `Step.state_bytes`: on every device whole, at any stage
+
+
 @dataclass(frozen=True)
 class Step:
     """A training step of one device: `micro_batches` times the segments, then the optimizer.
 
-    `state_bytes` maps a name (`parameters`, `gradients`, `optimizer state`) to what is stored
-    between steps, `optimizer_s` is the time of the update.
+    `state_bytes` maps a name (`parameters`, `gradients`, `optimizer state`, `GIVEN`) to what is
+    stored between steps, `optimizer_s` is the time of the update.
     """
 
     segments: tuple[Segment, ...]

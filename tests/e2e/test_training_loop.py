@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import autopar
+from autopar.compat import TORCH_VERSION
 from autopar.errors import UserError
 from autopar.runtime.single import SingleProcess
 from tests.e2e.loops import (
@@ -65,6 +66,8 @@ def two_ranks() -> Iterator[RankPool]:
 
 @pytest.mark.parametrize(("name", "strategy"), CASES)
 def test_loop_is_unchanged(name: str, strategy: str, two_ranks: RankPool) -> None:
+    if name == "inductor_gpt" and TORCH_VERSION < (2, 12):
+        pytest.skip("torch.compile of 2.11 cannot differentiate attention in float64 on CPUs")
     torch.set_num_threads(1)
     reference = run_loop(name, strategy)
     first, second = two_ranks.run(run_loop, name, strategy, timeout_s=300)

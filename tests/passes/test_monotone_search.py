@@ -40,13 +40,14 @@ def planned(
 ) -> tuple[float, float]:
     """(seconds, the gap) of the plan within a share of the memory; infinite where none fits."""
     (symbol,) = stack().capture.symbols
+    limit = share * needed(SPEC) + problem(SPEC).given_bytes(1)
     try:
         made = search(
             stack().graph,
             stack().capture.fingerprint,
             {symbol: 64},
             parse_cluster(SPEC),
-            memory_limit=share * needed(SPEC),
+            memory_limit=limit,
             micro_batches=micro_batches,
             recompute=modes,
             frames=frames(),
@@ -55,7 +56,7 @@ def planned(
         if "fits on no plan" not in str(error):
             raise
         return math.inf, 0.0
-    assert made.predicted.memory_bytes <= share * needed(SPEC)
+    assert made.predicted.memory_bytes <= limit
     return made.predicted.time_s, made.gap
 
 

@@ -110,7 +110,7 @@ def settled(proposal: Proposal, wanted: Request) -> Settled | None:
     k = proposal.variant.micro_batches
     small = problem_of(stack().graph, wanted.at(k), wanted.cluster, "adamw")
     family = small.family("auto", proposal.frame.roles)
-    limit = wanted.memory_limit
+    limit = wanted.memory_limit + small.given_bytes(k)  # of the programme alone
     return settle("auto", small, proposal.mesh, family, proposal.variant, limit, near=proposal)
 
 

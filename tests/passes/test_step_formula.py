@@ -86,7 +86,7 @@ def test_micro_batches_are_a_symbol(gpt: Subject) -> None:
     terms = Terms(2, overlap=0.5, regions=one.accounts.regions)
     step = step_formula(one.formulas, one.blocks, one.option, terms)
     accounts = replace(one.accounts, micro_batches=2, overlap=0.5)
-    want = replace(one, accounts=accounts)
+    want = replace(one, accounts=accounts, hints=dict(gpt.capture.symbols))
     found = compiled([step.seconds, step.memory], CPU, BUCKET_BYTES)(
         Settings({"b": gpt.capture.symbols[BATCH], "k": 2}, {"dp": 2, "tp": 2})
     )[:, 0]

@@ -99,7 +99,9 @@ def test_a_sum_takes_as_much_again(
         )
         half = wide.paid.memory_bytes / 2
         assert narrow.paid.memory_bytes == half + more
-        assert narrow.evaluate(narrow.settings())[1][0] == pytest.approx(half + more, rel=1e-9)
+        assert wide.memory_bytes == wide.paid.memory_bytes + wide.given_bytes
+        evaluated = narrow.evaluate(narrow.settings())[1][0] - narrow.given_bytes
+        assert evaluated == pytest.approx(half + more, rel=1e-9)
         assert peak(narrow, micro_batches) == pytest.approx(peak(wide, micro_batches) / 2 + more)
 
 
