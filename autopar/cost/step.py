@@ -97,7 +97,7 @@ class Segment:
     block: str = ""
 
 
-GIVEN = "inputs and buffers"  # of `Step.state_bytes`: on every device whole, at any stage
+GIVEN = "inputs and module buffers"  # of `Step.state_bytes`: on every device whole, at any stage
 
 
 @dataclass(frozen=True)
