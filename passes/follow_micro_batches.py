@@ -233,7 +233,7 @@ class _Follower:
         if self._given(tensor_inputs(node)[0]).dim_of(MICRO_BATCH) is not None:
             raise UserError(
                 "the model cannot run in micro-batches: batch normalisation in training takes its "
-                "mean and variance over the whole batch",
+                "mean and variance over the whole batch unless micro_batch_statistics=True",
                 where=node.meta.get("source") or None,
                 fix="leave micro-batches out, or allow statistics of each micro-batch with "
                 "parallelize(..., micro_batch_statistics=True)",

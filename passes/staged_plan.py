@@ -26,7 +26,9 @@ SEND = "send"
 def axis_names(best: Settled, batch: Factors) -> dict[str, str]:
     """What the plan calls every axis: the only one beside stages `dp` if it splits the batch."""
     mesh = inner_mesh(best.mesh) if isinstance(best, Staged) else best.mesh
-    found = _inner_names(mesh, best.assignment, batch)
+    found = {name: name for name in mesh.names}
+    if best.name == "auto":  # the axes of others have the names of their families
+        found = _inner_names(mesh, best.assignment, batch)
     return found | {name: name for name in best.mesh.names if name == PIPELINE_AXIS}
 
 

@@ -142,7 +142,12 @@ def capture(
     try:
         arguments = bind_arguments(signature, tuple(args), dict(kwargs))
     except TypeError as error:
-        raise UserError(f"{type(module).__name__}.forward: {error}") from error
+        count = len(args) + len(kwargs)
+        raise UserError(
+            f"{type(module).__name__}.forward{signature} is given {count} argument"
+            f"{'s' * (count != 1)}: {error}",
+            fix="call it with what forward takes",
+        ) from error
     tensors, structure = take_apart(arguments)
     notes: list[str] = []
     with contextlib.ExitStack() as stack:
