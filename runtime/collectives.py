@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from autopar.ir.lowered import COLLECTIVES, Collective, ShardSpec, SwapSpec
 
@@ -141,7 +140,6 @@ class _Open(torch.autograd.Function):
         return edges
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *edges: Tensor | None) -> tuple[Tensor | None, ...]:
         pending: Pending = ctx.pending
         gradients: list[Tensor | None] = [None] * ctx.count
@@ -173,7 +171,6 @@ class _Close(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         name, specs, group = ctx.call
         pending: Pending = ctx.pending
@@ -184,7 +181,12 @@ class _Close(torch.autograd.Function):
         if name in _EXTREMA:
             assert pending.ties is not None
             shares = [pending.ties[i] for i in kept]
+            if torch.is_grad_enabled():
+                grads = _transposed("psum", [None] * len(grads), group, grads)
             pending.gradients = lambda: [g * share for g, share in zip(grads, shares, strict=True)]
+        elif torch.is_grad_enabled():  # gradients of gradients are asked for
+            found = _transposed(name, [specs[i] for i in kept], group, grads)
+            pending.gradients = lambda: found
         else:
             start = _BACKWARD[name]
             if pending.kernel == "int8":
@@ -194,6 +196,34 @@ class _Close(torch.autograd.Function):
         for i, grad in zip(kept, grads, strict=True):
             edges[i] = grad.new_empty(0)
         return None, None, None, None, *edges
+
+
+def _transposed(
+    name: str, specs: Sequence[Any], group: Group, gradients: list[Tensor]
+) -> list[Tensor]:
+    """What the backward of a collective makes of gradients, differentiable itself."""
+    if name == "keep_first":
+        return gradients
+    if name == "slice_vary":
+        pairs = zip(gradients, specs, strict=True)
+        return [_Pad.apply(g, spec, group) for g, spec in pairs]  # type: ignore[no-untyped-call]
+    if name == "swap":
+        specs = [SwapSpec(spec.target, spec.source) for spec in specs]
+    *edges, pending = open_(_TRANSPOSED[name], specs, group, *gradients)
+    return list(close(_TRANSPOSED[name], specs, group, pending, *edges))
+
+
+class _Pad(torch.autograd.Function):
+    """This member's part in place and zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: ShardSpec, group: Group) -> Tensor:
+        ctx.spec, ctx.group = spec, group
+        return _pad([x.detach()], [spec], group, None)()[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return apply("slice_vary", ctx.spec, ctx.group, gradient), None, None
 
 
 def _finish_forward(name: str, group: Group, pending: Pending) -> list[Tensor]:
@@ -386,6 +416,17 @@ _FORWARD: dict[str, Starter] = {
     "slice_vary": _slice,
     "swap": _swap,
     "keep_first": _keep_first,
+}
+
+# What the backward of each does, as a collective (`_transposed` has the rest).
+_TRANSPOSED = {
+    "pvary": "psum",
+    "psum": "pvary",
+    "gather_vary": "scatter_sum",
+    "gather_inv": "slice_inv",
+    "scatter_sum": "gather_vary",
+    "slice_inv": "gather_inv",
+    "swap": "swap",
 }
 
 _BACKWARD: dict[str, Starter] = {

@@ -470,6 +470,38 @@ def inductor(strategy: str) -> Values:
     return {"losses": losses, **state(model)}
 
 
+class Critic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Linear(6, 16), nn.Linear(16, 48)
+        self.norm, self.score = nn.LayerNorm(16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        q, k, v = self.mix(self.norm(hidden)).chunk(3, -1)
+        mixed = torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v
+        scored: Tensor = self.score((hidden + nn.functional.softplus(mixed)).mean(1))
+        return scored
+
+
+def gradient_penalty(strategy: str) -> Values:
+    """The norm of the gradient of the input is in the loss (Gulrajani et al. 2017)."""
+    seed(1)
+    model: Any = autopar.parallelize(Critic().double(), strategy=strategy)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        x = torch.randn(8, 5, 6, dtype=torch.float64, requires_grad=True)
+        score = model(x)
+        (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        loss = score.mean() + ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, **state(model)}
+
+
 def inductor_gpt(strategy: str) -> Values:
     backend = "inductor" if dist.is_initialized() else None
     model: Any = autopar.parallelize(plain_gpt(0.1), strategy=strategy, backend=backend)
@@ -508,6 +540,7 @@ LOOPS |= {
         autocast,
         scaled,
         inductor,
+        gradient_penalty,
         inductor_gpt,
     )
 }

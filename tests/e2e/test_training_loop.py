@@ -49,6 +49,7 @@ STRATEGIES = {
     "scaled": ("tensor", "zero"),
     "frozen": ("zero", "tensor"),
     "inductor": ("tensor",),
+    "gradient_penalty": ("data", "zero", "tensor"),
     "inductor_gpt": ("tensor", "data"),
 }
 CASES = [
