@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .capture import Capture, CaptureMismatchError, capture
 from .capture.fingerprint import fingerprint
+from .closures import copy_closures
 from .code_names import Code
 from .index_checks import Indices, indices_of
 from .ir.hint import Hint
@@ -153,6 +154,7 @@ class Captures:
         kept = self.module.__class__
         self.module.__class__ = self.original
         try:
+            copy_closures(self.module, memo)
             twin = copy.deepcopy(self.module, memo)
         finally:
             self.module.__class__ = kept

@@ -40,6 +40,12 @@ _REMEDIES: tuple[tuple[str, str, str], ...] = (
         "return the log-probabilities from forward and compute the loss of them outside",
     ),
     (r"\.Random\.\w+", *PYTHON_RANDOM),
+    (
+        r"got mixed torch\.Tensor and DTensor|Unable to cast NotImplemented to Tensor",
+        "forward reads a parameter of the model otherwise than through self (a global, a closure), "
+        "and autopar captures a copy of the model",
+        "read it as an attribute of self, or pass it to forward",
+    ),
     (r"Size-like symbols: (?!none)\w", *SHAPE_FROM_TENSOR),  # two such sizes are compared
     (
         r"\(nn/functional\.py:\d+ in \w+\)",

@@ -27,6 +27,12 @@ def halved(hidden: Tensor) -> Tensor:
     return hidden[:, ::2] * 0.5
 
 
+def doubled(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """What the layer gives, twice."""
+    old = layer.forward
+    return lambda hidden: old(hidden) * 2
+
+
 class Rates:
     """A namespace of numbers that forward reads."""
 
@@ -173,6 +179,9 @@ def values_change(make: Make) -> Values:
     losses += steps(model, optimizer, 2, 3)
     Rates.loss = 1.0
     model.down.forward = halved
+    losses += steps(model, optimizer, 2, 3)
+    del model.down.forward
+    model.down.forward = doubled(model.down)
     losses += steps(model, optimizer, 2, 3)
     del model.down.forward
     hook = model.up.register_forward_hook(lambda module, inputs, output: output * 2)
