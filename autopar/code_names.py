@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import sys
 import sysconfig
 import types
@@ -11,9 +12,9 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any
 
-_BY_NAME = frozenset(
-    ("getattr", "vars", "__dict__", "hasattr", "globals", "eval", "exec", "attrgetter")
-)
+_BY_NAME = frozenset(("vars", "__dict__", "globals", "eval", "exec", "attrgetter"))
+_OF_NAME = frozenset(("getattr", "hasattr"))  # where the name is not written there
+_OPERANDS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_ATTR", "PUSH_NULL", "PRECALL", "CACHE")
 _READS_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _READS = (*_READS_GLOBAL, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT")
 _FUNCTIONS = 1024  # more are not followed
@@ -95,7 +96,7 @@ class Code:
         if not is_own:  # a decorator's, around one of the user's
             return [v for v in (wrapped, *_cells(function)) if isinstance(v, types.FunctionType)]
         self.names |= _names(function.__code__)
-        self.by_name |= not _BY_NAME.isdisjoint(self.names)
+        self.by_name = self.by_name or _computes_names(function.__code__)
         return [wrapped, *_read(function)]
 
 
@@ -159,6 +160,26 @@ def _names(code: types.CodeType) -> frozenset[str]:
     read = {i.argval for i in dis.get_instructions(code) if i.opname.startswith(_READS)}
     inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
     return frozenset((*read, *code.co_freevars, *words, *inner))
+
+
+@lru_cache(maxsize=4096)
+def _computes_names(code: types.CodeType) -> bool:
+    """Whether code reads attributes by other names than those that are written in it."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if not step.opname.startswith(_READS):
+            continue
+        if step.argval in _BY_NAME:
+            return True
+        if step.argval in _OF_NAME:  # getattr(self, "name") and getattr(self.part, "name", None)
+            after = [s for s in steps[i + 1 :] if not s.opname.startswith(_OPERANDS)]
+            operands = list(itertools.takewhile(lambda s: s.opname == "LOAD_CONST", after))
+            called = after[len(operands) :][:1]
+            if not operands or not isinstance(operands[0].argval, str):
+                return True
+            if not called or not called[0].opname.startswith("CALL"):
+                return True
+    return any(_computes_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
 
 
 @lru_cache(maxsize=4096)

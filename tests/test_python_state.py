@@ -172,6 +172,43 @@ def test_attributes_read_by_computed_names_count() -> None:
     assert python_state(model) != before
 
 
+def test_names_that_are_written_are_not_computed() -> None:
+    class Asking(Changeable):
+        def forward(self, x: Tensor) -> Tensor:
+            if hasattr(self, "scale") and hasattr(self.inner, "bias"):
+                x = x * getattr(self, "scale", 1.0)
+            return x
+
+    model: Any = autopar.parallelize(Asking())
+    model.scale = 1.0
+    before = python_state(model)
+    model.note = 5
+    assert python_state(model) == before
+    model.scale = 2.0
+    assert python_state(model) != before
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda self, name: getattr(self, name),
+        lambda self, name: getattr(self, "no" + name),
+        lambda self, name: getattr(self, f"{name}e"),
+        lambda self, name: getattr(getattr(self, "held"), name),  # noqa: B009
+        lambda self, name: [getattr(self, part) for part in (name, name)],
+        lambda self, name: map(functools.partial(getattr, self), [name]),
+        lambda self, name: vars(self)[name],
+        lambda self, name: self.__dict__[name],
+    ],
+)
+def test_names_that_are_computed_count(read: Callable[[Any, str], Any]) -> None:
+    model: Any = Holder(functools.partial(read, name="held"))
+    model.note = 1
+    before = python_state(model)
+    model.note = 2
+    assert python_state(model) != before
+
+
 def test_attributes_of_bases_from_libraries_count() -> None:
     class Scaled(nn.Dropout):
         def forward(self, x: Tensor) -> Tensor:
