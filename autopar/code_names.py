@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any
 
+from torch import nn
+
 _BY_NAME = frozenset(("vars", "__dict__", "globals", "eval", "exec", "attrgetter"))
 _OF_NAME = frozenset(("getattr", "hasattr"))  # where the name is not written there
 _OPERANDS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_ATTR", "PUSH_NULL", "PRECALL", "CACHE")
@@ -31,15 +33,17 @@ _INSIDE = {  # where functions are in what classes and modules have
 
 
 class Code:
-    """The functions and classes of the user's that some code leads to; libraries are left out.
+    """The functions and classes of the user's that a forward leads to; libraries are left out.
 
-    It only grows: what was added once is followed, and what that calls. `names` are all names that
-    it reads, and `by_name` says whether it reads attributes by names that it computes.
+    It only grows: what was added once is followed, and what that calls. Of modules, those methods
+    are followed that are called by name (`has_other_callers`: all). `names` are all names that it
+    reads, and `by_name` says whether it reads attributes by names that it computes.
     """
 
     def __init__(self) -> None:
         self.names: set[str] = {"forward"}  # which `nn.Module` reads
         self.by_name = False
+        self.has_other_callers = False  # of methods: libraries, hooks
         self.is_cut = False  # there are more functions than are followed
         self.is_told = False  # and the user knows
         self.classes: dict[type, None] = {}
@@ -55,6 +59,15 @@ class Code:
         todo = [value]
         while todo:
             todo += self._new(todo.pop())
+
+    def grow(self) -> None:
+        """Follow the methods whose names have come in since their classes were added."""
+        size = None
+        while size != self.size:
+            size = self.size
+            for kind in list(self.classes):
+                for value in self._methods(kind):
+                    self.add(value)
 
     def names_attribute(self, name: str) -> bool:
         """Whether the code may read an attribute of this name."""
@@ -82,7 +95,17 @@ class Code:
         if kind in self.classes or is_library(kind.__module__):
             return []
         self.classes[kind] = None
-        return [*kind.__mro__[1:], *vars(kind).values()]
+        return [*kind.__mro__[1:], *self._methods(kind)]
+
+    def _methods(self, kind: type) -> list[Any]:
+        """What to follow of what a class has; the `__init__` of modules is over."""
+        if self.has_other_callers or not (issubclass(kind, nn.Module) and is_own(kind)):
+            return list(vars(kind).values())
+        return [
+            value
+            for name, value in vars(kind).items()
+            if self.names_attribute(name) or (name.startswith("__") and name != "__init__")
+        ]
 
     def _new_function(self, function: types.FunctionType) -> list[Any]:
         if function in self._functions:
@@ -98,6 +121,12 @@ class Code:
         self.names |= _names(function.__code__)
         self.by_name = self.by_name or _computes_names(function.__code__)
         return [wrapped, *_read(function)]
+
+
+def is_own(kind: type) -> bool:
+    """Whether all code of a module's class is the user's, but for that of `nn.Module`."""
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    return not any(is_library(base.__module__) for base in bases)
 
 
 @cache

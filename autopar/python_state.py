@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .code_names import Code, is_library
+from .code_names import Code, is_library, is_own
 
 _PLAIN = (int, float, bool, str, complex, bytes, type(None))
 _BY_TEXT = (enum.Enum, range, slice, array.array, np.generic)
@@ -52,9 +52,12 @@ def python_state(
     """
     code = Code() if code is None else code
     children = list(module.named_modules())
-    for base in {base: None for _, child in children for base in type(child).__mro__}:
+    kinds = dict.fromkeys(type(child) for _, child in children)
+    code.has_other_callers |= any(map(_calls_methods, kinds)) or _has_hooks(children)
+    for base in {base: None for kind in kinds for base in kind.__mro__}:
         code.add(base)
     while True:  # what is found may be code, which reads more
+        code.grow()
         known, keys = code.size, _Keys(code)
         found = tuple(_found(children, assigned, keys))
         if code.size == known:
@@ -69,15 +72,31 @@ def _found(
 ) -> Iterable[Hashable]:
     for number, (path, child) in enumerate(children):
         yield _Same(child)
-        is_own = _is_own(type(child))
+        own = is_own(type(child))
         for name, value in vars(child).items():
             if name in _OF_MODULES or (path, name) in assigned:
                 continue
-            if not is_own or keys.code.names_attribute(name):
+            if not own or keys.code.names_attribute(name):
                 yield name, keys.of(value)
         if number:
             yield from (_Same(hook) for kind in _HOOKS for hook in vars(child)[kind].values())
     yield from map(keys.of, keys.code.values())
+
+
+def _calls_methods(kind: type) -> bool:
+    """Whether it is of a library whose code may call other methods of parts than forward."""
+    return any(
+        is_library(base.__module__) and not _calls_forward_alone(base) for base in kind.__mro__
+    )
+
+
+def _calls_forward_alone(kind: type) -> bool:
+    root = kind.__module__.partition(".")[0]
+    return root in ("torch", "autopar", "builtins", "abc", "typing")
+
+
+def _has_hooks(children: list[tuple[str, nn.Module]]) -> bool:
+    return any(vars(child)[kind] for _, child in children[1:] for kind in _HOOKS)
 
 
 def _warn_of_more() -> None:
@@ -114,12 +133,6 @@ def warn_of_hooks(module: nn.Module) -> None:
                 stacklevel=2,
             )
             return
-
-
-def _is_own(kind: type) -> bool:
-    """Whether all code of a class is the user's, but for that of `nn.Module`."""
-    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
-    return not any(is_library(base.__module__) for base in bases)
 
 
 class _Same:

@@ -172,6 +172,36 @@ def test_attributes_read_by_computed_names_count() -> None:
     assert python_state(model) != before
 
 
+def test_what_other_methods_read_is_the_loops_own() -> None:
+    class Stepping(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count, self.meter, self.scale = 0, Rates(), 1.0
+
+        def training_step(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.meter.beta = float(self.count)
+            return self(x)
+
+        def helped(self, x: Tensor) -> Tensor:
+            return super().helped(x) * self.scaled_by
+
+        @property
+        def scaled_by(self) -> float:
+            return self.scale
+
+    model: Any = autopar.parallelize(Stepping())
+    before = python_state(model)
+    model.count, model.meter.beta = 3, 7.0
+    assert python_state(model) == before
+    model.scale = 2.0
+    assert python_state(model) != before
+    model.inner.register_forward_hook(lambda module, inputs, made: None)
+    hooked = python_state(model)  # it may call anything
+    model.count = 4
+    assert python_state(model) != hooked
+
+
 def test_names_that_are_written_are_not_computed() -> None:
     class Asking(Changeable):
         def forward(self, x: Tensor) -> Tensor:
