@@ -159,6 +159,23 @@ def _read(function: types.FunctionType) -> Iterator[Any]:
     yield from (function.__kwdefaults__ or {}).values()
 
 
+def read_and_not_written(value: Any) -> Iterator[Any]:
+    """What a function reads of globals and enclosing functions, but for what it assigns there."""
+    while type(value) in _INSIDE:
+        value = getattr(value, _INSIDE[type(value)])
+    if not isinstance(value, types.FunctionType):
+        return
+    code, space = value.__code__, value.__globals__
+    written = set(_named(code, ("STORE_GLOBAL", "STORE_DEREF")))
+    yield from (space[n] for n in _globals(code) if n in space and n not in written)
+    for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+        if name not in written:
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+
+
 def _of_module(
     value: Any, names: frozenset[str], around: tuple[types.ModuleType, ...]
 ) -> Iterator[Any]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .code_names import Code, is_library, is_own
+from .code_names import Code, is_library, is_own, read_and_not_written
 
 _PLAIN = (int, float, bool, str, complex, bytes, type(None))
 _BY_TEXT = (enum.Enum, range, slice, array.array, np.generic)
@@ -79,7 +79,9 @@ def _found(
             if not own or keys.code.names_attribute(name):
                 yield name, keys.of(value)
         if number:
-            yield from (_Same(hook) for kind in _HOOKS for hook in vars(child)[kind].values())
+            for hook in (hook for kind in _HOOKS for hook in vars(child)[kind].values()):
+                yield _Same(hook)  # and numbers, not lists that it may append to
+                yield tuple(keys.of(v) for v in read_and_not_written(hook) if type(v) in _PLAIN)
     yield from map(keys.of, keys.code.values())
 
 

@@ -202,6 +202,27 @@ def test_what_other_methods_read_is_the_loops_own() -> None:
     assert python_state(model) != hooked
 
 
+def test_numbers_that_hooks_read_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    factor, calls, seen = 2.0, 0, []
+
+    def hook(module: nn.Module, inputs: Any, made: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        seen.append(made)
+        return made * factor * SCALE
+
+    model = Model()
+    model.inner.register_forward_hook(hook)
+    before = python_state(model)
+    calls, seen = 5, [torch.ones(1)]
+    assert python_state(model) == before
+    monkeypatch.setattr(f"{__name__}.SCALE", 2.0)
+    after = python_state(model)
+    assert after != before
+    factor = 3.0
+    assert python_state(model) != after
+
+
 def test_names_that_are_written_are_not_computed() -> None:
     class Asking(Changeable):
         def forward(self, x: Tensor) -> Tensor:
