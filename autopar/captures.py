@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from .capture import Capture, CaptureMismatchError, capture
 from .capture.fingerprint import fingerprint
+from .closures import copy_closures
+from .code_names import Code
 from .index_checks import Indices, indices_of
 from .ir.hint import Hint
 from .ir.rule import Choice
@@ -71,6 +73,7 @@ class Captures:
         self.hints = hints
         self._known: dict[tuple[Any, ...], list[Captured]] = {}
         self._assigned: set[tuple[str, str]] = set()  # attributes that forward assigns
+        self._code = Code()
         self._told = False
 
     def copied(self, module: nn.Module) -> Captures:
@@ -133,8 +136,8 @@ class Captures:
         training = tuple(m.training for m in self.module.modules())
         requires = tuple((p.requires_grad, p.dtype) for p in self.module.parameters())
         buffers = tuple((b.dtype, b.shape) for b in self.module.buffers())
-        state = requires, buffers, python_state(self.module, self._assigned)
-        return training, state, torch.is_grad_enabled(), autocast
+        state = requires, buffers, python_state(self.module, self._assigned, self._code)
+        return training, state, torch.is_grad_enabled(), autocast, torch.get_default_dtype()
 
     def _twin(self) -> nn.Module:
         memo: dict[int, Any] = {id(self.module.__dict__["autopar"]): None}
@@ -151,6 +154,7 @@ class Captures:
         kept = self.module.__class__
         self.module.__class__ = self.original
         try:
+            copy_closures(self.module, memo)
             twin = copy.deepcopy(self.module, memo)
         finally:
             self.module.__class__ = kept

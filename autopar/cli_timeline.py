@@ -181,22 +181,9 @@ def _changed(question: Question, changes: Changes) -> tuple[Case, Step]:
     if wanted is None:
         case = question.case()
         return case, step_of_case(case)
-    if "micro_batches" in Plan.__dataclass_fields__:
-        planned: dict[str, Any] = {"micro_batches": wanted}
-        question = replace(question, plan=replace(question.plan, **planned))
-        case = question.case()
-        return case, step_of_case(case)
-    batch = {symbol.name: size for symbol, size in question.hints.items()}.get("b")
-    if wanted > 1:
-        if batch is None or batch % wanted:
-            size = "a fixed batch" if batch is None else f"a batch of {batch}"
-            raise UserError(
-                f"{size} does not divide into {wanted} micro-batches",
-                fix="choose a number that divides the batch",
-            )
-        question = question.with_sizes(b=batch // wanted)
+    question = replace(question, plan=replace(question.plan, micro_batches=wanted))
     case = question.case()
-    return case, replace(step_of_case(case), micro_batches=wanted)
+    return case, step_of_case(case)
 
 
 def _how(case: Case, changes: Changes) -> How:

@@ -1,134 +1,246 @@
-"""The names that the code of modules reads, and the globals and class attributes it reads."""
+"""The code that a model reaches: the names that it reads, and what it reads by them."""
 
 from __future__ import annotations
 
 import dis
+import functools
+import itertools
 import sys
+import sysconfig
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import Any
 
-_BY_NAME = frozenset({"getattr", "vars", "__dict__", "hasattr", "globals", "eval"})
-_READS_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+from torch import nn
+
+_BY_NAME = frozenset(("vars", "__dict__", "globals", "eval", "exec", "attrgetter"))
+_OF_NAME = frozenset(("getattr", "hasattr"))  # where the name is not written there
+_OPERANDS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_ATTR", "PUSH_NULL", "PRECALL", "CACHE")
+_READS_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 _READS = (*_READS_GLOBAL, "LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "IMPORT")
 _FUNCTIONS = 1024  # more are not followed
+_INSIDE = {  # where functions are in what classes and modules have
+    types.MethodType: "__func__",
+    staticmethod: "__func__",
+    classmethod: "__func__",
+    property: "fget",
+    functools.partial: "func",
+    functools.partialmethod: "func",
+    functools.cached_property: "func",
+    functools._lru_cache_wrapper: "__wrapped__",
+}
 
 
-@dataclass(frozen=True, eq=False)
 class Code:
-    """The methods of some classes of the user's and what functions they call.
+    """The functions and classes of the user's that a forward leads to; libraries are left out.
 
-    `names` are all names that it reads, None where it reads attributes by names that it computes.
+    It only grows: what was added once is followed, and what that calls. Of modules, those methods
+    are followed that are called by name (`has_other_callers`: all). `names` are all names that it
+    reads, and `by_name` says whether it reads attributes by names that it computes.
     """
 
-    names: frozenset[str] | None
-    classes: tuple[type, ...]
-    globals: tuple[tuple[Mapping[str, Any], tuple[str, ...], frozenset[str]], ...]
-    cells: tuple[types.CellType, ...]
+    def __init__(self) -> None:
+        self.names: set[str] = {"forward"}  # which `nn.Module` reads
+        self.by_name = False
+        self.has_other_callers = False  # of methods: libraries, hooks
+        self.is_cut = False  # there are more functions than are followed
+        self.is_told = False  # and the user knows
+        self.classes: dict[type, None] = {}
+        self._functions: dict[types.FunctionType, bool] = {}  # whether it is the user's
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Another one after something new was added."""
+        return len(self.names), len(self.classes), len(self._functions)
+
+    def add(self, value: Any) -> None:
+        """Follow the code that a value is: a function, a class, an object of a class."""
+        todo = [value]
+        while todo:
+            todo += self._new(todo.pop())
+
+    def grow(self) -> None:
+        """Follow the methods whose names have come in since their classes were added."""
+        size = None
+        while size != self.size:
+            size = self.size
+            for kind in list(self.classes):
+                for value in self._methods(kind):
+                    self.add(value)
+
+    def names_attribute(self, name: str) -> bool:
+        """Whether the code may read an attribute of this name."""
+        return self.by_name or name in self.names
 
     def values(self) -> Iterator[Any]:
-        """What it reads now of classes, of globals and of enclosing functions, in one order."""
-        for base in self.classes:
-            for name, value in vars(base).items():
-                if not name.startswith("__") and (self.names is None or name in self.names):
+        """What the code reads now of classes, globals and enclosing functions, in one order."""
+        for kind in list(self.classes):
+            for name, value in vars(kind).items():
+                called = name.startswith("__") and isinstance(value, types.FunctionType)
+                if called or (not name.startswith("__") and self.names_attribute(name)):
                     yield value
-        for names, read, mentioned in self.globals:
-            for name in read:
-                value = names.get(name)
-                if not isinstance(value, types.ModuleType):
-                    yield value
-                elif not is_library(value.__name__):
-                    yield from (vars(value)[n] for n in sorted(mentioned & vars(value).keys()))
-        for cell in self.cells:
+        for function, is_own in list(self._functions.items()):
+            if is_own:
+                yield from _read(function)
+
+    def _new(self, value: Any) -> list[Any]:
+        """What to follow of a value that has not been met before."""
+        if isinstance(value, types.FunctionType):
+            return self._new_function(value)
+        inside = _INSIDE.get(type(value))
+        if inside is not None:
+            return [getattr(value, inside)]
+        kind = value if isinstance(value, type) else type(value)
+        if kind in self.classes or is_library(kind.__module__):
+            return []
+        self.classes[kind] = None
+        return [*kind.__mro__[1:], *self._methods(kind)]
+
+    def _methods(self, kind: type) -> list[Any]:
+        """What to follow of what a class has; the `__init__` of modules is over."""
+        if self.has_other_callers or not (issubclass(kind, nn.Module) and is_own(kind)):
+            return list(vars(kind).values())
+        return [
+            value
+            for name, value in vars(kind).items()
+            if self.names_attribute(name) or (name.startswith("__") and name != "__init__")
+        ]
+
+    def _new_function(self, function: types.FunctionType) -> list[Any]:
+        if function in self._functions:
+            return []
+        if len(self._functions) == _FUNCTIONS:
+            self.is_cut = True
+            return []
+        is_own = not is_library(str(function.__globals__.get("__name__", "")))
+        self._functions[function] = is_own
+        wrapped = vars(function).get("__wrapped__")
+        if not is_own:  # a decorator's, around one of the user's
+            return [v for v in (wrapped, *_cells(function)) if isinstance(v, types.FunctionType)]
+        self.names |= _names(function.__code__)
+        self.by_name = self.by_name or _computes_names(function.__code__)
+        return [wrapped, *_read(function)]
+
+
+def is_own(kind: type) -> bool:
+    """Whether all code of a module's class is the user's, but for that of `nn.Module`."""
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    return not any(is_library(base.__module__) for base in bases)
+
+
+@cache
+def is_library(module: str) -> bool:
+    """Whether a module is not the user's own, by its name and file: its values do not change."""
+    if module == "__main__":  # whatever starts it
+        return False
+    root = module.partition(".")[0]
+    if root in ("torch", "autopar", "builtins"):
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return root in sys.stdlib_module_names
+    places = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+    return any(place in file for place in places)
+
+
+def _read(function: types.FunctionType) -> Iterator[Any]:
+    """What a function reads of globals, of modules that it imports, of enclosing functions."""
+    code, space = function.__code__, function.__globals__
+    names = _names(code)
+    for name in _globals(code):
+        if name in space:
+            yield from _of_module(space[name], names, ())
+    for name in _imports(code):
+        for full in (name, f"{space.get('__package__')}.{name}"):
+            yield from _of_module(sys.modules.get(full), names, ())
+    yield from _cells(function)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+
+
+def read_and_not_written(value: Any) -> Iterator[Any]:
+    """What a function reads of globals and enclosing functions, but for what it assigns there."""
+    while type(value) in _INSIDE:
+        value = getattr(value, _INSIDE[type(value)])
+    if not isinstance(value, types.FunctionType):
+        return
+    code, space = value.__code__, value.__globals__
+    written = set(_named(code, ("STORE_GLOBAL", "STORE_DEREF")))
+    yield from (space[n] for n in _globals(code) if n in space and n not in written)
+    for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
+        if name not in written:
             try:
                 yield cell.cell_contents
             except ValueError:  # not filled yet
                 continue
 
 
-@lru_cache(maxsize=64)
-def code_of(kinds: tuple[type, ...]) -> Code:
-    """The code of classes and their bases, but for that of libraries, which is taken as fixed."""
-    bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
-    classes = tuple(base for base in bases if not is_library(base.__module__))
-    functions = _reached([f for base in classes for f in _methods(base)])
-    names: frozenset[str] = frozenset().union(*(_names(f.__code__) for f in functions))
-    known = names if not names & _BY_NAME else None
-    read: dict[int, tuple[Mapping[str, Any], set[str], set[str]]] = {}
-    for function in functions:
-        space = function.__globals__
-        _, of, mentioned = read.setdefault(id(space), (space, set(), set()))
-        of |= _globals(function.__code__)
-        mentioned |= _names(function.__code__)
-    spaces = tuple((s, tuple(sorted(of)), frozenset(m)) for s, of, m in read.values())
-    cells = tuple(c for f in functions for c in f.__closure__ or ())
-    return Code(known, classes, spaces, cells)
+def _of_module(
+    value: Any, names: frozenset[str], around: tuple[types.ModuleType, ...]
+) -> Iterator[Any]:
+    """The value, or what these names are in a module of the user's, and in modules in it."""
+    if not isinstance(value, types.ModuleType):
+        yield value
+    elif value not in around and not is_library(value.__name__):
+        for name in sorted(names & vars(value).keys()):
+            yield from _of_module(vars(value)[name], names, (*around, value))
 
 
-@cache
-def is_library(module: str) -> bool:
-    """Whether a module is not the user's own, by its name: its values do not change."""
-    root = module.partition(".")[0]
-    if root in ("torch", "autopar", "builtins") or root in sys.stdlib_module_names - {"__main__"}:
-        return True
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file
-
-
-def _methods(kind: type) -> Iterator[types.FunctionType]:
-    """The functions of a class, those of properties and under decorators as well."""
-    for member in vars(kind).values():
-        inner = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
-        while hasattr(inner, "__wrapped__"):
-            inner = inner.__wrapped__
-        if isinstance(inner, types.FunctionType) and not is_library(inner.__module__ or ""):
-            yield inner
-
-
-def _reached(functions: list[types.FunctionType]) -> tuple[types.FunctionType, ...]:
-    """Functions, and those of the user's own that they name, and so on."""
-    found = dict.fromkeys(functions)
-    todo = list(found)
-    while todo and len(found) < _FUNCTIONS:
-        function = todo.pop()
-        for other in _called(function):
-            if other not in found and not is_library(other.__module__ or ""):
-                found[other] = None
-                todo.append(other)
-    return tuple(found)
-
-
-def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """Functions among the globals that a function reads, and in modules among them."""
-    mentioned = _names(function.__code__)
-    for name in sorted(_globals(function.__code__)):
-        value = function.__globals__.get(name)
-        inside = vars(value) if isinstance(value, types.ModuleType) else {name: value}
-        if isinstance(value, types.ModuleType) and is_library(value.__name__):
+def _cells(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
             continue
-        for other in sorted(mentioned & inside.keys()):
-            reached = inside[other]
-            if isinstance(reached, types.FunctionType):
-                yield reached
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> frozenset[str]:
-    """All names that code and what is defined in it read, words among its strings included.
+    """All names that code and what is defined in it read, words among its constants included.
 
     What is only assigned, as in `__init__`, is none of them, nor are local variables.
     """
-    words = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    flat = [c for const in code.co_consts for c in (const if type(const) is tuple else (const,))]
+    words = {c for c in flat if isinstance(c, str) and c.isidentifier()}
     read = {i.argval for i in dis.get_instructions(code) if i.opname.startswith(_READS)}
     inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
     return frozenset((*read, *code.co_freevars, *words, *inner))
 
 
-@cache
-def _globals(code: types.CodeType) -> frozenset[str]:
+@lru_cache(maxsize=4096)
+def _computes_names(code: types.CodeType) -> bool:
+    """Whether code reads attributes by other names than those that are written in it."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if not step.opname.startswith(_READS):
+            continue
+        if step.argval in _BY_NAME:
+            return True
+        if step.argval in _OF_NAME:  # getattr(self, "name") and getattr(self.part, "name", None)
+            after = [s for s in steps[i + 1 :] if not s.opname.startswith(_OPERANDS)]
+            operands = list(itertools.takewhile(lambda s: s.opname == "LOAD_CONST", after))
+            called = after[len(operands) :][:1]
+            if not operands or not isinstance(operands[0].argval, str):
+                return True
+            if not called or not called[0].opname.startswith("CALL"):
+                return True
+    return any(_computes_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+
+
+@lru_cache(maxsize=4096)
+def _globals(code: types.CodeType) -> tuple[str, ...]:
     """The names of globals that code reads: an attribute of the same name is none."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname.startswith(_READS_GLOBAL)}
-    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _globals(c)]
-    return frozenset((*found, *inner))
+    return _named(code, _READS_GLOBAL)
+
+
+@lru_cache(maxsize=4096)
+def _imports(code: types.CodeType) -> tuple[str, ...]:
+    """The modules that code imports as it runs."""
+    return _named(code, ("IMPORT_NAME",))
+
+
+def _named(code: types.CodeType, ops: tuple[str, ...]) -> tuple[str, ...]:
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ops}
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _named(c, ops)]
+    return tuple(sorted({*found, *inner}))

@@ -150,8 +150,13 @@ def _indexed(number: int, given: Mapping[str, Any], index: torch.fx.Node) -> Ind
     masks = any(at is not None and not _is_index(at) for at in given["indices"])
     if not places or masks:
         return None
-    found = _below(number, value_of(given["self"]).shape[places[0]], "a dim")
-    return found and replace(found, lowest=-found.bound)
+    shape = value_of(given["self"]).shape
+    bounds = [_below(number, shape[place], "a dim") for place in places]
+    known = [bound for bound in bounds if bound is not None]
+    if not known:
+        return None
+    smallest = min(known, key=lambda use: use.bound)
+    return replace(smallest, lowest=-smallest.bound)
 
 
 def _below(number: int, bound: object, what: str) -> Indices | None:

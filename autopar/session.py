@@ -123,11 +123,13 @@ class Session:
             if self.plan is not None:
                 self.watch.predicted_bytes = self.plan.predicted.memory_bytes
         generator = torch.get_rng_state()
-        (captured, inputs, sizes), seed = self._agreed(args, kwargs, tensors, draw_seed())
-        check_indices(captured.indices, inputs)
-        program = self._program(captured, sizes)
-        given = self._given(captured.capture, inputs, seed)
-        torch.set_rng_state(generator)
+        try:  # a call that is refused leaves the generator as it was, too
+            (captured, inputs, sizes), seed = self._agreed(args, kwargs, tensors, draw_seed())
+            check_indices(captured.indices, inputs)
+            program = self._program(captured, sizes)
+            given = self._given(captured.capture, inputs, seed)
+        finally:
+            torch.set_rng_state(generator)
         outputs, updates = program.run(self._parameters(program), given)
         if program.is_random:  # else one device would not have drawn a seed
             draw_seed()

@@ -17,6 +17,8 @@ from .not_compiled import NotCompiledWarning, note_backend, why_not_compiled
 from .random import draw_seed
 from .step_clock import StepClock
 
+_KNOWN = 256  # of what may be switched on, more is found out again
+
 Forward = Callable[..., Any]
 Run = Callable[[Forward], Any]
 
@@ -57,18 +59,17 @@ class SingleProcess:
         undrawn = torch.get_rng_state()
         seed = draw_seed()
         torch.set_rng_state(undrawn)
-        calls, output = self._run(seed, forward, module, run)
+        calls, output = self._run(seed, forward, switched_on(module, args, kwargs), run)
         if calls:
             draw_seed()
         return output
 
-    def _run(self, seed: int, forward: Forward, module: nn.Module, run: Run) -> tuple[int, Any]:
+    def _run(self, seed: int, forward: Forward, on: Hashable, run: Run) -> tuple[int, Any]:
         """How many random calls the forward made, and what it gave.
 
         Whether it draws masks is found out op by op, once for what is switched on: after that,
         nothing takes the ops of one that draws none.
         """
-        on = _switched_on(module)
         draws = self._draws.get(on)
         if draws is None or (draws and not self._compiles):
             calls, output = _op_by_op(seed, forward, run)
@@ -78,6 +79,8 @@ class SingleProcess:
             calls, output = 0, run(forward)
         else:
             calls, output = self._without_masks(seed, forward, run)
+        if len(self._draws) == _KNOWN:
+            self._draws.clear()
         self._draws[on] = bool(draws) or calls > 0
         return calls, output
 
@@ -133,8 +136,26 @@ def _op_by_op(seed: int, forward: Forward, run: Run) -> tuple[int, Any]:
     return mode.calls, output
 
 
-def _switched_on(module: nn.Module) -> tuple[Any, ...]:
-    """What tells whether a forward draws masks, as far as modules tell: kinds, flags and rates."""
-    rate = getattr(module, "p", None) or getattr(module, "dropout", None)
-    mine = (type(module), module.training, rate if isinstance(rate, float) else None)
-    return mine, *(_switched_on(child) for child in module.children())
+def switched_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """What tells whether a forward draws masks, as far as numbers tell: which are above 0.
+
+    They are those that modules have, and settings that they have; and flags among the arguments.
+    """
+    given = tuple(a for a in (*args, *kwargs.values()) if a is None or isinstance(a, bool))
+    settings: dict[int, tuple[bool, ...]] = {}
+    modules = []
+    for child in module.modules():
+        modules.append((type(child), _above_zero(vars(child))))
+        for name, value in vars(child).items():
+            if name in _OF_MODULES or isinstance(value, (nn.Module, torch.Tensor, type)):
+                continue
+            if id(value) not in settings and hasattr(value, "__dict__"):
+                settings[id(value)] = _above_zero(vars(value))
+    return given, tuple(modules), tuple(settings.values())
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _above_zero(numbers: Mapping[str, Any]) -> tuple[bool, ...]:
+    return tuple([n > 0 for n in numbers.values() if isinstance(n, (int, float))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -559,6 +560,14 @@ def _channels(self: Any, h: Tensor) -> Tensor:
     return F.dropout2d(h.view(-1, 2, 2, 2), 0.5, self.training)
 
 
+def _layer_drop(self: Any, h: Tensor) -> Tensor:
+    return h if random.random() < 0.5 else h * 2
+
+
+def _random_scale(self: Any, h: Tensor) -> Tensor:
+    return h * random.uniform(0.5, 1.5)
+
+
 def _numpy(self: Any, h: Tensor) -> Tensor:
     return h + torch.from_numpy(h.detach().numpy().copy())
 
@@ -578,6 +587,8 @@ def _numpy(self: Any, h: Tensor) -> Tensor:
         (_shapes, "reduction dim", "without autopar", 0),
         (_write_input, "writes into its input", "clone", 1),
         (_write_parameter, "in place", "", 0),
+        (_layer_drop, "Python's random module", "torch.rand", 0),
+        (_random_scale, "Python's random module", "torch.rand", 0),
         (_channels, "whole features", "nn.Dropout", 0),
     ],
 )

@@ -73,6 +73,17 @@ def test_indices_are_seen(name: str) -> None:
         check_indices(found, made.flatten((x,), {}))
 
 
+def test_indices_of_two_dims_are_below_the_smaller_one() -> None:
+    x = torch.zeros(4, dtype=torch.int64)
+    made = capture(Looked(lambda weight, x: weight[x, x]), (x,), {})
+    found = indices_of(prepare(made.graph))
+    x[2] = 3
+    check_indices(found, made.flatten((x,), {}))
+    x[2] = 4  # a row, but no column
+    with pytest.raises(IndexError, match="index 4 is out of bounds for a dim of size 4"):
+        check_indices(found, made.flatten((x,), {}))
+
+
 def test_other_columns_are_not_indices() -> None:
     x = torch.zeros(4, 5, dtype=torch.int64)
     made = capture(Looked(LOOKS["a column"]), (x,), {})

@@ -27,11 +27,24 @@ SHAPE_FROM_TENSOR = (
 )
 
 # (what to look for in torch's message, what failed, what to write instead); the first match wins.
+PYTHON_RANDOM = (
+    "forward draws from Python's random module, and a captured graph would keep one number",
+    "draw with torch (torch.rand(()) < p, in torch.where), or draw outside forward and pass a "
+    "tensor",
+)
+
 _REMEDIES: tuple[tuple[str, str, str], ...] = (
     (
         r"aten\._ctc_loss",
         "forward computes a CTC loss, which reads the lengths of the targets",
         "return the log-probabilities from forward and compute the loss of them outside",
+    ),
+    (r"\.Random\.\w+", *PYTHON_RANDOM),
+    (
+        r"got mixed torch\.Tensor and DTensor|Unable to cast NotImplemented to Tensor",
+        "forward reads a parameter of the model otherwise than through self (a global, a closure), "
+        "and autopar captures a copy of the model",
+        "read it as an attribute of self, or pass it to forward",
     ),
     (r"Size-like symbols: (?!none)\w", *SHAPE_FROM_TENSOR),  # two such sizes are compared
     (

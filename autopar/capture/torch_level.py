@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import autopar.ops  # noqa: F401 (registers torch.ops.autopar)
 from autopar import compat
+from autopar.errors import UserError
 
+from .explain import PYTHON_RANDOM, source_of
 from .side_effects import Attribute, attributes_of, observe
 from .structure import Structure, constants, take_apart
 from .symbols import Dynamic, NeedsStaticError
@@ -53,10 +55,12 @@ def capture_torch_graph(
 ) -> TorchGraph:
     """Capture `module(*args, **kwargs)`, the `dynamic` sizes being symbolic.
 
-    Raises dynamo's exceptions, and `NeedsStaticError` where forward returns a symbolic number.
+    Raises dynamo's exceptions, `NeedsStaticError` where forward returns a symbolic number, and
+    UserError where it draws numbers in Python.
     """
     with _dynamo_settings(), _cumulative_batch_norms(module), _marked(dynamic):
         captured: Any = compat.dynamo_graph_capture(module, args, kwargs)
+    _refuse_python_random(captured.graph)
     ordered = (*args, *kwargs.values())
     inputs = tuple(captured._dynamo_bytecode_flatten(*ordered))
     outputs = next(n for n in captured.graph.nodes if n.op == "output").args[0]
@@ -92,6 +96,14 @@ def capture_torch_graph(
         attributes,
         {name: positions[id(t)] for name, t in effects.buffers.items()},
     )
+
+
+def _refuse_python_random(graph: torch.fx.Graph) -> None:
+    """Raise UserError if Dynamo has made inputs of numbers that forward draws in Python."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name.startswith("random_value_"):
+            what, fix = PYTHON_RANDOM
+            raise UserError(what, source_of(node.meta.get("stack_trace") or "") or None, fix)
 
 
 class _Number:

@@ -22,6 +22,23 @@ Make = Callable[[nn.Module], Any]
 SCALE = {"now": 1.0}  # forward reads it
 
 
+def halved(hidden: Tensor) -> Tensor:
+    """Instead of a layer, from its 16 features to 8."""
+    return hidden[:, ::2] * 0.5
+
+
+def doubled(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """What the layer gives, twice."""
+    old = layer.forward
+    return lambda hidden: old(hidden) * 2
+
+
+class Rates:
+    """A namespace of numbers that forward reads."""
+
+    loss = 1.0
+
+
 class Small(nn.Module):
     """A loss, with a weight whose first dim no two ranks divide, and plain values that it reads."""
 
@@ -40,7 +57,7 @@ class Small(nn.Module):
         hidden = hidden + self.down(self.up(hidden).relu())
         scores = self.norm(hidden) @ self.table.weight.t()
         loss = nn.functional.cross_entropy(scores, targets) * SCALE["now"]
-        return loss + self.penalty * scores.square().mean()
+        return Rates.loss * loss + self.penalty * scores.square().mean()
 
 
 def small(make: Make, number: int = 0) -> Any:
@@ -158,7 +175,15 @@ def values_change(make: Make) -> Values:
     losses += steps(model, optimizer, 1, 2)
     SCALE["now"] = 2.0
     losses += steps(model, optimizer, 2, 3)
-    SCALE["now"] = 1.0
+    SCALE["now"], Rates.loss = 1.0, 3.0
+    losses += steps(model, optimizer, 2, 3)
+    Rates.loss = 1.0
+    model.down.forward = halved
+    losses += steps(model, optimizer, 2, 3)
+    del model.down.forward
+    model.down.forward = doubled(model.down)
+    losses += steps(model, optimizer, 2, 3)
+    del model.down.forward
     hook = model.up.register_forward_hook(lambda module, inputs, output: output * 2)
     losses += steps(model, optimizer, 3, 4)
     hook.remove()
@@ -222,7 +247,7 @@ def wrong_indices(make: Make) -> Values:
     model = small(make)
     optimizer = adamw(model)
     losses = steps(model, optimizer, 0, 1)
-    said = []
+    said, random = [], torch.get_rng_state()
     for place in (0, 1):
         given = [t.clone() for t in batch(1)]
         given[place][0] = 11
@@ -230,8 +255,10 @@ def wrong_indices(make: Make) -> Values:
             model(*given).backward()
         except (IndexError, RuntimeError) as error:
             said.append(type(error).__name__)
+    unmoved = float(torch.equal(random, torch.get_rng_state()))
     optimizer.zero_grad()
-    return {"said": " ".join(said), "losses": [*losses, *steps(model, optimizer, 1)]}
+    losses += steps(model, optimizer, 1)
+    return {"said": " ".join(said), "unmoved": unmoved, "losses": losses}
 
 
 def on_one_rank(make: Make) -> Values:

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar.runtime import compiled_dropout
 from autopar.runtime.random import draw_seed, keep_mask, whole
-from autopar.runtime.single import NotCompiledWarning, SingleProcess
+from autopar.runtime.single import NotCompiledWarning, SingleProcess, switched_on
 
 
 class Small(nn.Module):
@@ -434,6 +435,21 @@ class Functional(nn.Module):
         return nn.functional.dropout(x, self.p, self.training) + torch.rand(8)
 
 
+class Configured(nn.Module):
+    """Its rates are no `p`; that is what it trains."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(8))
+        self.drop_rate, self.settings = rate, SimpleNamespace(p=rate)
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        if skip:
+            return x
+        dropped = nn.functional.dropout(x * self.p, self.drop_rate, self.training)
+        return nn.functional.dropout(dropped, self.settings.p, self.training)
+
+
 @pytest.mark.parametrize("kind", [Attending, Functional])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_the_first_call_draws_what_later_ones_draw(kind: type[Attending], backend: str) -> None:
@@ -489,9 +505,31 @@ def test_masks_that_come_later_are_those_of_any_plan(backend: str | None) -> Non
     for change, make in (
         (lambda m: m.attention.train(), frozen),
         (lambda m: setattr(m, "p", 0.25), lambda: Functional(0.0)),
+        (lambda m: setattr(m, "drop_rate", 0.25), lambda: Configured(0.0)),
+        (lambda m: setattr(m.settings, "p", 0.25), lambda: Configured(0.0)),
     ):
         late, early = calls(True, change, make()), calls(False, change, make())
         assert all(torch.equal(a, b) for a, b in zip(late, early, strict=True))
+
+
+def test_masks_behind_a_flag_are_those_of_any_plan() -> None:
+    found = []
+    for flags in ((True, False), (False,)):
+        module, single = Configured(0.5), SingleProcess()
+        for skip in flags:
+            torch.manual_seed(1)
+            made = single.call(Configured.forward, module, (torch.ones(4, 8), skip), {})
+        found.append(made)
+    assert torch.equal(*found) and not torch.equal(found[0], torch.ones(4, 8))
+
+
+def test_a_rate_that_changes_is_found_out_once() -> None:
+    module, found = nn.Sequential(nn.Dropout(0.1)), set()
+    for step in range(20):
+        module[0].p = 0.1 + 0.01 * step  # type: ignore[assignment]
+        found.add(switched_on(module, (torch.ones(4),), {}))
+    module[0].p = 0  # type: ignore[assignment]
+    assert len(found) == 1 and switched_on(module, (), {}) not in found
 
 
 def test_many_models_of_a_class_stay_compiled() -> None:
