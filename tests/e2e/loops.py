@@ -486,12 +486,13 @@ class Critic(nn.Module):
 
 def gradient_penalty(strategy: str) -> Values:
     """The norm of the gradient of the input is in the loss (Gulrajani et al. 2017)."""
-    seed(1)
+    torch.manual_seed(1)
     model: Any = autopar.parallelize(Critic().double(), strategy=strategy)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(3):
-        x = torch.randn(8, 5, 6, dtype=torch.float64, requires_grad=True)
+    for step in range(3):
+        x = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(step)).double()
+        x.requires_grad_()
         score = model(x)
         (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
         loss = score.mean() + ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
