@@ -91,7 +91,13 @@ GOOD = "bad.py:make"
             ("NeedsSizes", ["--input", "int64[8]"], ["without arguments", "'size'", "bad.py:"]),
             ("GPT", [], ["no --input is given", "of forward(ids, targets); write"]),
             ("branches", [], ["forward branches on a tensor's value", "bad.py:", "torch.where"]),
-            ("other_shape", [], ["GPT.forward(ids, targets) is given 1 argument: missing a required argument: 'targets'"]),
+            (
+                "other_shape",
+                [],
+                [
+                    "GPT.forward(ids, targets) is given 1 argument: missing a required argument: 'targets'"
+                ],
+            ),
         ]
     ]
     + [
